@@ -1,0 +1,45 @@
+# make pocket   set up, then take raw text to a chat-ready Llama      make test      set up, then lint, types and tests
+# make test-all also the slow and peer-heavy tests                     make bench     every benchmark, one after the other
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check -q
+NATIVE := CMakeLists.txt $(shell find native -type f)
+
+.PHONY: setup setup-test pocket test test-all lint bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.ready
+setup-test: $(VENV)/.ready-test
+
+# torch comes first and by exact version: a range could pull several GB of CUDA packages.
+$(VENV)/.ready: requirements.txt pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==2.13.0
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready requirements-test.txt
+	$(PIP) install -r requirements-test.txt
+	touch $@
+
+pocket: setup
+	$(BIN)/herd run recipes/pocket.yaml
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest --all
+
+bench: setup-test
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,21 @@
+// The Python module herd._native.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "herd/cpu.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_native, m) {
+  m.doc() = "Compiled part of Herd.";
+  m.def(
+      "cpu_features",
+      [] {
+        nb::dict features;
+        for (const auto& [name, present] : herd::cpu_features()) features[name.c_str()] = present;
+        return features;
+      },
+      "Instruction sets by name, and whether this process may use them.");
+  m.def("cpu_name", &herd::cpu_name, "Brand string of the processor; empty where it has none.");
+  m.def("usable_cpus", &herd::usable_cpus, "Number of processors this process may run on.");
+}

@@ -1,0 +1,110 @@
+"""The `herd` command: one file per verb, imported only when that verb runs, so that `herd --help` is instant."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from herd.errors import HerdError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "run": ("run", "Run a recipe: from raw text to a chat-ready, quantised model."),
+    "chat": ("chat", "Talk to a model in the terminal."),
+    "generate": ("generate", "Continue a text."),
+    "list": ("list", "Every Llama release: parameters, context, memory, licence."),
+    "inspect": ("inspect", "What is in a checkpoint file or directory."),
+    "convert": ("convert", "Turn a checkpoint into another format: Hugging Face, Meta, GGUF."),
+    "pull": ("pull", "Fetch a repository or a file from the Hugging Face hub."),
+    "corpus": ("corpus", "Clean and deduplicate a folder of raw text."),
+    "tokenize": ("tokenize", "Show the tokens of a text or a dialogue."),
+    "evaluate": ("evaluate", "Bits per byte and exact match, with confidence intervals."),
+    "report": ("report", "Rebuild a run's HTML report and model card."),
+    "doctor": ("doctor", "What this machine offers and what is missing."),
+}
+"""Verb → (module in herd.cli, one line for `herd --help`)."""
+
+_HELP = """\
+Usage: herd VERB [OPTIONS] …
+
+The Llama 3 paper as software: raw text to a guarded, served model.
+
+Verbs:
+{verbs}
+
+Options:
+  --version  Print the version.
+  --help     Print this help; `herd VERB --help` explains one verb, with examples.
+
+Examples:
+  herd run recipes/pocket.yaml
+  herd chat runs/pocket
+  herd convert runs/pocket model.gguf --to gguf --dtype q8_0
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script; exits with 0, or the code of the error: 2 usage, 3 file, 4 resources."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        sys.stdout.write(_HELP.format(verbs="\n".join(f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items())))
+        raise SystemExit(0)
+    if arguments[0] in ("--version", "-V"):
+        from herd import __version__
+
+        sys.stdout.write(f"herd {__version__}\n")
+        raise SystemExit(0)
+    raise SystemExit(_run(arguments[0], arguments[1:]))
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    try:
+        if verb not in VERBS:
+            raise _unknown(verb)
+        return _invoke(verb, arguments)
+    except HerdError as error:
+        sys.stderr.write(f"herd: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("herd: interrupted\n")
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, for example `herd list | head`
+        sys.stderr.close()
+        return 0
+
+
+def _invoke(verb: str, arguments: list[str]) -> int:
+    import typer
+
+    command: Callable[..., Any] = importlib.import_module(f"herd.cli.{VERBS[verb][0]}").command
+
+    @functools.wraps(command)
+    def interruptible(*args: Any, **kwargs: Any) -> None:
+        # typer would turn Ctrl-C into exit code 1; a verb may also return its own exit code
+        try:
+            result = command(*args, **kwargs)
+        except KeyboardInterrupt:
+            sys.stderr.write("herd: interrupted\n")
+            raise SystemExit(130) from None
+        raise SystemExit(result if isinstance(result, int) else 0)
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(verb)(interruptible)
+    app(arguments, prog_name=f"herd {verb}")
+    return 0
+
+
+def _unknown(verb: str) -> HerdError:
+    import difflib
+
+    from herd.errors import UsageError
+
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    return UsageError(
+        "no such verb",
+        value=verb,
+        allowed=", ".join(VERBS),
+        fix=f"herd {near[0]}" if near else "herd --help",
+    )

@@ -1,0 +1,49 @@
+"""Where output goes: people read standard error and tables, programs read JSON on standard output."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@functools.cache
+def console() -> Console:
+    """The console for people: standard error, colours only on a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def emit(data: Any, as_json: bool, human: Callable[[], None] | None = None) -> None:
+    """Print `data` as JSON on standard output, or let `human` print it for a person."""
+    if as_json or human is None:
+        json.dump(data, sys.stdout, indent=2, ensure_ascii=False, default=str)
+        sys.stdout.write("\n")
+    else:
+        human()
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Lines of aligned columns, numbers to the right; as wide as it needs to be, so that pipes lose nothing."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    numeric = [all(_is_number(row[i]) for row in cells) and bool(cells) for i in range(len(headings))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headings), line(["─" * width for width in widths]), *map(line, cells)])
+
+
+def _is_number(text: str) -> bool:
+    return not text or text.strip("+-%~±x×").replace(",", "").replace(".", "").replace(" ", "").isdigit()

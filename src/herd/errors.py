@@ -1,0 +1,102 @@
+"""Every error a user can meet, in one place.
+
+A message answers four questions: what happened, which value, what is allowed, which command fixes it. The command line
+prints the message without a traceback and exits with the class's code: 2 wrong use, 3 bad file or model, 4 resources.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_ABSENT = object()
+
+
+class HerdError(Exception):
+    """Base of all of Herd's errors. `str(error)` is the complete message for a person.
+
+    Parameters: `what` happened; `value` that was met; `allowed` values in words; `fix`, a command or an action.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self, what: str, *, value: object = _ABSENT, allowed: str | None = None, fix: str | None = None
+    ) -> None:
+        self.what = what
+        self.value = None if value is _ABSENT else value
+        self.allowed = allowed
+        self.fix = fix
+        parts = [what.rstrip(".")]
+        if value is not _ABSENT:
+            parts.append(f"got {_shorten(value)}")
+        if allowed:
+            parts.append(f"allowed: {allowed}")
+        if fix:
+            parts.append(f"to fix: {fix}")
+        super().__init__("; ".join(parts))
+
+
+class UsageError(HerdError):
+    """A wrong argument, option or configuration value."""
+
+    exit_code = 2
+
+
+class FileFormatError(HerdError):
+    """A file that is damaged or not what it claims to be; names the file, the field and the byte offset."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | Path | None = None,
+        field: str | None = None,
+        offset: int | None = None,
+        value: object = _ABSENT,
+        allowed: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.file = None if file is None else str(file)
+        self.field = field
+        self.offset = offset
+        where = [str(file)] if file is not None else []
+        if field is not None:
+            where.append(f"field {_shorten(field)}")
+        if offset is not None:
+            where.append(f"at byte {offset}")
+        message = f"{', '.join(where)}: {what}" if where else what
+        super().__init__(message, value=value, allowed=allowed, fix=fix)
+
+
+class ResourceError(HerdError):
+    """Not enough memory, disk or time for what was asked."""
+
+    exit_code = 4
+
+
+class ContextLengthExceeded(HerdError):
+    """More tokens than the model's context holds. Herd never cuts silently."""
+
+    def __init__(self, needed: int, allowed: int) -> None:
+        self.needed = needed
+        self.allowed_tokens = allowed
+        super().__init__(
+            f"the request needs {needed} tokens of context, the model has {allowed}",
+            fix="shorten the prompt, lower max_tokens, or load the model with a larger ctx",
+        )
+
+
+class MissingDependency(HerdError):
+    """A Python package that only some uses need is not installed."""
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        super().__init__(
+            f"this needs the package {package!r}, which is not installed",
+            fix=f"pip install 'llama-herd[{extra}]'",
+        )
+
+
+def _shorten(value: object, limit: int = 160) -> str:
+    """A value for a message: untrusted text is quoted, so control characters cannot reach a terminal."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
