@@ -1,0 +1,4 @@
+#define HERD_KERNELS kAttentionAvx512
+#define HERD_LANES 16
+#define HERD_ACCUMULATORS 24
+#include "attention_kernels.h"

@@ -1,0 +1,293 @@
+// The attention tiles, written once with compiler vectors and compiled once per instruction set: the including file
+// defines HERD_KERNELS (name of the kernel set), HERD_LANES (floats in a vector) and HERD_ACCUMULATORS (registers that
+// a tile may hold).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "herd/attention.h"
+
+namespace herd {
+namespace {
+
+constexpr int kLanes = HERD_LANES;
+constexpr int kBlock = 64;  // queries and keys in a tile
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+typedef float Vector __attribute__((vector_size(4 * HERD_LANES), aligned(4), may_alias));
+typedef std::int32_t Bits __attribute__((vector_size(4 * HERD_LANES), aligned(4), may_alias));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+
+// e^x to about 1 ulp: x = n·ln2 + r with ln2 in two parts, then a degree-6 polynomial of r in [-ln2/2, ln2/2].
+inline Vector exponential(Vector x) {
+  x = x < -87.0f ? Vector{} - 87.0f : x;
+  const Vector shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2^23: the integer lands in the low mantissa bits
+  const Vector n = shifted - 12582912.0f;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Bits exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  Bits bits;
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += exponent << 23;
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+inline float sum(Vector v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline float maximum(Vector v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = std::max(best, v[i]);
+  return best;
+}
+
+// c[i, j] (+)= Σ_d a(i, d) · b[d, j] for Rows × (Vectors·kLanes) values held in registers. a(i, d) is a[i·lda + d], or
+// a[d·lda + i] when Transposed.
+template <int Rows, int Vectors, bool Transposed, bool Accumulate>
+inline void register_tile(int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
+  Vector acc[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) acc[i][j] = Accumulate ? load(c + i * ldc + j * kLanes) : Vector{};
+  for (int d = 0; d < depth; ++d) {
+    Vector row[Vectors];
+    for (int j = 0; j < Vectors; ++j) row[j] = load(b + d * ldb + j * kLanes);
+    for (int i = 0; i < Rows; ++i) {
+      const float x = Transposed ? a[d * lda + i] : a[i * lda + d];
+      for (int j = 0; j < Vectors; ++j) acc[i][j] += x * row[j];
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+}
+
+// The same for any rows × columns (columns a multiple of kLanes).
+template <bool Transposed, bool Accumulate>
+void multiply(int rows, int columns, int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
+  constexpr int kWide = HERD_ACCUMULATORS >= 16 ? 4 : 2;
+  constexpr int kRows = HERD_ACCUMULATORS / kWide;
+  const auto step = Transposed ? 1 : lda;
+  const auto strip = [&]<int Vectors>(int j) {
+    int i = 0;
+    for (; i + kRows <= rows; i += kRows)
+      register_tile<kRows, Vectors, Transposed, Accumulate>(depth, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc);
+    for (; i < rows; ++i)
+      register_tile<1, Vectors, Transposed, Accumulate>(depth, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc);
+  };
+  int j = 0;
+  for (; j + kWide * kLanes <= columns; j += kWide * kLanes) strip.template operator()<kWide>(j);
+  if constexpr (kWide > 2)
+    for (; j + 2 * kLanes <= columns; j += 2 * kLanes) strip.template operator()<2>(j);
+  for (; j < columns; j += kLanes) strip.template operator()<1>(j);
+}
+
+float read(Number number, const void* p, std::int64_t i) {
+  if (number == Number::f32) return static_cast<const float*>(p)[i];
+  const std::uint32_t bits = std::uint32_t{static_cast<const std::uint16_t*>(p)[i]} << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+void write(Number number, void* p, std::int64_t i, float x) {
+  if (number == Number::f32) {
+    static_cast<float*>(p)[i] = x;
+    return;
+  }
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  bits = nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);  // round to nearest, ties to even
+  static_cast<std::uint16_t*>(p)[i] = static_cast<std::uint16_t>(bits >> 16);
+}
+
+// One (row, key/value head) pair of a tensor [B, S, N, K]: where its position s of head n begins.
+struct Heads {
+  int positions, heads, head_dim, row;
+  std::int64_t at(int s, int n) const {
+    return ((std::int64_t{row} * positions + s) * heads + n) * head_dim;
+  }
+};
+
+void read_rows(Number number, const void* from, const Heads& heads, int head, int s, int count, float factor,
+               float* out) {
+  for (int i = 0; i < count; ++i)
+    for (int d = 0; d < heads.head_dim; ++d)
+      out[i * heads.head_dim + d] = factor * read(number, from, heads.at(s + i, head) + d);
+}
+
+void write_rows(Number number, void* to, const Heads& heads, int head, int s, int count, const float* from) {
+  for (int i = 0; i < count; ++i)
+    for (int d = 0; d < heads.head_dim; ++d)
+      write(number, to, heads.at(s + i, head) + d, from[i * heads.head_dim + d]);
+}
+
+// Rows [S, K] → [K, padded S], so that scores vectorise over keys.
+void transpose(const float* rows, int count, int head_dim, int stride, float* out) {
+  for (int s0 = 0; s0 < count; s0 += 16)
+    for (int d = 0; d < head_dim; ++d)
+      for (int s = s0; s < std::min(count, s0 + 16); ++s) out[d * stride + s] = rows[s * head_dim + d];
+}
+
+int rounded(int n) { return (n + kBlock - 1) / kBlock * kBlock; }
+
+// Sets scores outside first … position to -∞ in a tile of queries [s0, s0+rows) and keys [t0, t0+kBlock).
+void mask_tile(const std::int32_t* first, int s0, int rows, int t0, float* scores) {
+  for (int i = 0; i < rows; ++i) {
+    const int low = std::min(kBlock, std::max(0, first[s0 + i] - t0));
+    const int high = std::max(0, std::min(kBlock, s0 + i + 1 - t0));
+    float* row = scores + i * kBlock;
+    std::fill(row, row + low, -kInfinity);
+    std::fill(row + std::max(low, high), row + kBlock, -kInfinity);
+  }
+}
+
+struct Range {
+  int begin, end;      // key blocks' first and last + 1 position
+  int full_from;       // keys from here on are seen by every query of the block as far as `first` is concerned
+};
+
+Range visible(const std::int32_t* first, int s0, int rows) {
+  const auto [low, high] = std::minmax_element(first + s0, first + s0 + rows);
+  return {*low / kBlock * kBlock, s0 + rows, *high};
+}
+
+bool needs_mask(const Range& range, int s0, int t0) { return t0 < range.full_from || t0 + kBlock - 1 > s0; }
+
+void forward(const AttentionShape& shape, Number number, int task, const void* q, const void* k, const void* v, void* o,
+             float* lse_BHS) {
+  const int S = shape.positions, K = shape.head_dim, group = shape.heads / shape.kv_heads, stride = rounded(S);
+  const int row = task / shape.kv_heads, kv = task % shape.kv_heads;
+  const Heads keys{S, shape.kv_heads, K, row}, queries{S, shape.heads, K, row};
+  const std::int32_t* first = shape.first_BS + std::int64_t{row} * S;
+  std::vector<float> v_SK(std::size_t(stride) * K), k_SK(std::size_t(stride) * K), k_KS(std::size_t(K) * stride);
+  read_rows(number, k, keys, kv, 0, S, 1.0f, k_SK.data());
+  read_rows(number, v, keys, kv, 0, S, 1.0f, v_SK.data());
+  transpose(k_SK.data(), S, K, stride, k_KS.data());
+  std::vector<float> q_block(kBlock * K), o_block(kBlock * K);
+  alignas(64) float scores[kBlock * kBlock];
+  float highest[kBlock], total[kBlock];
+  for (int head = kv * group; head < (kv + 1) * group; ++head) {
+    for (int s0 = 0; s0 < S; s0 += kBlock) {
+      const int rows = std::min(kBlock, S - s0);
+      read_rows(number, q, queries, head, s0, rows, shape.scale, q_block.data());
+      std::fill(o_block.begin(), o_block.end(), 0.0f);
+      std::fill(highest, highest + rows, -kInfinity);
+      std::fill(total, total + rows, 0.0f);
+      const Range range = visible(first, s0, rows);
+      for (int t0 = range.begin; t0 < range.end; t0 += kBlock) {
+        multiply<false, false>(rows, kBlock, K, q_block.data(), K, k_KS.data() + t0, stride, scores, kBlock);
+        if (needs_mask(range, s0, t0)) mask_tile(first, s0, rows, t0, scores);
+        for (int i = 0; i < rows; ++i) {
+          float* line = scores + i * kBlock;
+          Vector top = load(line);
+          for (int j = kLanes; j < kBlock; j += kLanes) {
+            const Vector x = load(line + j);
+            top = x > top ? x : top;
+          }
+          const float best = std::max(highest[i], maximum(top));
+          if (best == -kInfinity) {  // nothing visible in this tile yet
+            std::fill(line, line + kBlock, 0.0f);
+            continue;
+          }
+          Vector part{};
+          for (int j = 0; j < kBlock; j += kLanes) {
+            const Vector x = load(line + j);
+            const Vector p = x == -kInfinity ? Vector{} : exponential(x - best);
+            store(line + j, p);
+            part += p;
+          }
+          if (best > highest[i]) {
+            const float shrink = std::exp(highest[i] - best);
+            total[i] *= shrink;
+            for (int d = 0; d < K; d += kLanes) store(&o_block[i * K + d], load(&o_block[i * K + d]) * shrink);
+            highest[i] = best;
+          }
+          total[i] += sum(part);
+        }
+        const int depth = std::min(kBlock, S - t0);
+        multiply<false, true>(rows, K, depth, scores, kBlock, &v_SK[std::size_t(t0) * K], K, o_block.data(), K);
+      }
+      float* lse = lse_BHS + (std::int64_t{row} * shape.heads + head) * S + s0;
+      for (int i = 0; i < rows; ++i) {
+        const float inverse = 1.0f / total[i];
+        for (int d = 0; d < K; ++d) o_block[i * K + d] *= inverse;
+        lse[i] = highest[i] + std::log(total[i]);
+      }
+      write_rows(number, o, queries, head, s0, rows, o_block.data());
+    }
+  }
+}
+
+void backward(const AttentionShape& shape, Number number, int task, const void* q, const void* k, const void* v,
+              const void* o, const void* grad_o, const float* lse_BHS, void* grad_q, void* grad_k, void* grad_v) {
+  const int S = shape.positions, K = shape.head_dim, group = shape.heads / shape.kv_heads, stride = rounded(S);
+  const int row = task / shape.kv_heads, kv = task % shape.kv_heads;
+  const Heads keys{S, shape.kv_heads, K, row}, queries{S, shape.heads, K, row};
+  const std::int32_t* first = shape.first_BS + std::int64_t{row} * S;
+  const std::size_t size = std::size_t(stride) * K;
+  std::vector<float> k_SK(size), v_SK(size), k_KS(size), v_KS(size), dk_SK(size), dv_SK(size);
+  read_rows(number, k, keys, kv, 0, S, 1.0f, k_SK.data());
+  read_rows(number, v, keys, kv, 0, S, 1.0f, v_SK.data());
+  transpose(k_SK.data(), S, K, stride, k_KS.data());
+  transpose(v_SK.data(), S, K, stride, v_KS.data());
+  std::vector<float> q_block(kBlock * K), o_block(kBlock * K), do_block(kBlock * K), dq_block(kBlock * K);
+  alignas(64) float scores[kBlock * kBlock], slopes[kBlock * kBlock];
+  float delta[kBlock];
+  for (int head = kv * group; head < (kv + 1) * group; ++head) {
+    const float* lse = lse_BHS + (std::int64_t{row} * shape.heads + head) * S;
+    for (int s0 = 0; s0 < S; s0 += kBlock) {
+      const int rows = std::min(kBlock, S - s0);
+      read_rows(number, q, queries, head, s0, rows, shape.scale, q_block.data());
+      read_rows(number, o, queries, head, s0, rows, 1.0f, o_block.data());
+      read_rows(number, grad_o, queries, head, s0, rows, 1.0f, do_block.data());
+      for (int i = 0; i < rows; ++i) {  // Σ_t p·dp of a row equals do · o
+        Vector dot{};
+        for (int d = 0; d < K; d += kLanes) dot += load(&o_block[i * K + d]) * load(&do_block[i * K + d]);
+        delta[i] = sum(dot);
+      }
+      std::fill(dq_block.begin(), dq_block.end(), 0.0f);
+      const Range range = visible(first, s0, rows);
+      for (int t0 = range.begin; t0 < range.end; t0 += kBlock) {
+        multiply<false, false>(rows, kBlock, K, q_block.data(), K, &k_KS[t0], stride, scores, kBlock);
+        multiply<false, false>(rows, kBlock, K, do_block.data(), K, &v_KS[t0], stride, slopes, kBlock);
+        if (needs_mask(range, s0, t0)) mask_tile(first, s0, rows, t0, scores);
+        for (int i = 0; i < rows; ++i) {
+          for (int j = i * kBlock; j < (i + 1) * kBlock; j += kLanes) {
+            const Vector x = load(scores + j);
+            const Vector p = x == -kInfinity ? Vector{} : exponential(x - lse[s0 + i]);
+            store(scores + j, p);
+            store(slopes + j, p * (load(slopes + j) - delta[i]));
+          }
+        }
+        const int count = std::min(kBlock, S - t0);
+        const std::size_t t = std::size_t(t0) * K;
+        multiply<true, true>(count, K, rows, scores, kBlock, do_block.data(), K, &dv_SK[t], K);
+        multiply<true, true>(count, K, rows, slopes, kBlock, q_block.data(), K, &dk_SK[t], K);
+        multiply<false, true>(rows, K, count, slopes, kBlock, &k_SK[t], K, dq_block.data(), K);
+      }
+      for (int i = 0; i < rows * K; ++i) dq_block[i] *= shape.scale;  // q_block carried the scale into dk already
+      write_rows(number, grad_q, queries, head, s0, rows, dq_block.data());
+    }
+  }
+  write_rows(number, grad_k, keys, kv, 0, S, dk_SK.data());
+  write_rows(number, grad_v, keys, kv, 0, S, dv_SK.data());
+}
+
+}  // namespace
+
+const AttentionKernels HERD_KERNELS{&forward, &backward};
+
+}  // namespace herd

@@ -1,0 +1,86 @@
+#include "herd/parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <unistd.h>
+
+namespace herd {
+namespace {
+
+class Pool {
+ public:
+  void run(int count, int threads, const std::function<void(int)>& task) {
+    const std::lock_guard turn(turn_);
+    const int helpers = std::min(threads, count) - 1;
+    while (static_cast<int>(workers_.size()) < helpers) {
+      const int index = static_cast<int>(workers_.size());
+      workers_.emplace_back([this, index] { work(index); });
+    }
+    {
+      const std::lock_guard lock(mutex_);
+      task_ = &task, count_ = count, next_ = 0, helpers_ = helpers, running_ = helpers;
+      ++generation_;
+    }
+    wake_.notify_all();
+    drain(task, count);
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  void drain(const std::function<void(int)>& task, int count) {
+    for (int i = next_++; i < count; i = next_++) task(i);
+  }
+
+  void work(int index) {
+    unsigned long seen = 0;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (index >= helpers_) continue;
+      const auto* task = task_;
+      const int count = count_;
+      lock.unlock();
+      drain(*task, count);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  const std::function<void(int)>* task_ = nullptr;
+  std::atomic<int> next_{0};
+  int count_ = 0, helpers_ = 0, running_ = 0;
+  unsigned long generation_ = 0;
+};
+
+// The pool is never destroyed: its threads sleep until the process ends. A forked child inherits no threads, so it
+// gets a pool of its own.
+Pool& pool() {
+  static std::mutex mutex;
+  static Pool* instance = nullptr;
+  static pid_t owner = 0;
+  const std::lock_guard lock(mutex);
+  if (!instance || owner != getpid()) instance = new Pool, owner = getpid();
+  return *instance;
+}
+
+}  // namespace
+
+void parallel_for(int count, int threads, const std::function<void(int)>& task) {
+  if (threads <= 1 || count <= 1) {
+    for (int i = 0; i < count; ++i) task(i);
+    return;
+  }
+  pool().run(count, threads, task);
+}
+
+}  // namespace herd
