@@ -73,19 +73,20 @@ inline void register_tile(int depth, const float* a, int lda, const float* b, in
     for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
 }
 
-// The same for any rows × columns (columns a multiple of kLanes).
+// The same for any rows × columns (columns a multiple of kLanes). Register tiles have 4 or 8 rows so that they divide
+// kBlock: leftover rows run one by one, at a fraction of the speed.
 template <bool Transposed, bool Accumulate>
 void multiply(int rows, int columns, int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
-  constexpr int kWide = HERD_ACCUMULATORS >= 16 ? 4 : 2;
-  constexpr int kRows = HERD_ACCUMULATORS / kWide;
   const auto step = Transposed ? 1 : lda;
   const auto strip = [&]<int Vectors>(int j) {
+    constexpr int kRows = HERD_ACCUMULATORS / Vectors >= 8 ? 8 : 4;
     int i = 0;
     for (; i + kRows <= rows; i += kRows)
       register_tile<kRows, Vectors, Transposed, Accumulate>(depth, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc);
     for (; i < rows; ++i)
       register_tile<1, Vectors, Transposed, Accumulate>(depth, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc);
   };
+  constexpr int kWide = HERD_ACCUMULATORS / 4;
   int j = 0;
   for (; j + kWide * kLanes <= columns; j += kWide * kLanes) strip.template operator()<kWide>(j);
   if constexpr (kWide > 2)
