@@ -13,12 +13,17 @@ setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
 
 # torch comes first and by exact version: a range could pull several GB of CUDA packages.
-$(VENV)/.ready: requirements.txt pyproject.toml $(NATIVE)
+$(VENV)/.ready: requirements.txt pyproject.toml $(NATIVE) $(VENV)/.modules
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0
 	$(PIP) install -r requirements.txt
 	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
+
+# An editable install knows the modules that were there when it was made: this file changes when the list does.
+$(VENV)/.modules: FORCE
+	@mkdir -p $(VENV); find src -name '*.py' | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+FORCE:
 
 $(VENV)/.ready-test: $(VENV)/.ready requirements-test.txt
 	$(PIP) install -r requirements-test.txt

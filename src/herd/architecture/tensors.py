@@ -206,7 +206,15 @@ _TABLES: dict[str, Callable[[LlamaConfig, int], tuple[Rule, ...]]] = {"hf": _hf,
 
 IGNORED: dict[str, tuple[str, ...]] = {
     "hf": ("rotary_emb.inv_freq",),
-    "meta": ("rope.freqs", "freqs_cis", "_extra_state", "global_gate_stats_3E"),
+    "meta": (
+        "rope.freqs",
+        "freqs_cis",
+        "freq_cis",
+        "_extra_state",
+        "global_gate_stats_3E",
+        "running_gate_stats_3E",
+        "expert_activation_DE",
+    ),
     "gguf": ("rope_freqs.weight",),
 }
 """Endings of stored tensors that carry no weights of their own: tables that the config determines."""

@@ -1,0 +1,69 @@
+"""From raw text to clean documents to packed token batches; no torch.
+
+    >>> stats = curate(CorpusConfig(sources=["python-stdlib"]), "corpus")
+    >>> shards = pack_tokens(read_documents("corpus/train.jsonl"), tokenizer, "tokens")
+    >>> batch = PackedDataset(shards, seq_len=512, batch_size=16, seed=0).batch(step=0)
+
+Names load when they are first used, so importing the room is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from herd.corpus.config import CorpusConfig, Lines, NearDuplicates, Quality
+    from herd.corpus.document import Document, read_documents, write_documents
+    from herd.corpus.packing import Batch, PackedDataset, PackedExamples, pack_examples
+    from herd.corpus.pipeline import curate
+    from herd.corpus.shards import TokenShards, pack_tokens
+    from herd.corpus.sources import SourceReport, read_sources
+    from herd.corpus.stats import CorpusStats
+    from herd.corpus.windows import EvaluationBatch, EvaluationWindows
+
+_MODULES = {
+    "config": ("CorpusConfig", "Lines", "NearDuplicates", "Quality"),
+    "document": ("Document", "read_documents", "write_documents"),
+    "packing": ("Batch", "PackedDataset", "PackedExamples", "pack_examples"),
+    "pipeline": ("curate",),
+    "shards": ("TokenShards", "pack_tokens"),
+    "sources": ("SourceReport", "read_sources"),
+    "stats": ("CorpusStats",),
+    "windows": ("EvaluationBatch", "EvaluationWindows"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Batch",
+    "CorpusConfig",
+    "CorpusStats",
+    "Document",
+    "EvaluationBatch",
+    "EvaluationWindows",
+    "Lines",
+    "NearDuplicates",
+    "PackedDataset",
+    "PackedExamples",
+    "Quality",
+    "SourceReport",
+    "TokenShards",
+    "curate",
+    "pack_examples",
+    "pack_tokens",
+    "read_documents",
+    "read_sources",
+    "write_documents",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'herd.corpus' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"herd.corpus.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
