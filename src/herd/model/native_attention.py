@@ -36,15 +36,11 @@ def attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, first_BS: Tensor, 
 
 
 @torch.library.custom_op("herd::causal_attention", mutates_args=())
-def _forward(
-    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, first_BS: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, first_BS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = q_BSHK.contiguous(), k_BSGK.contiguous(), v_BSGK.contiguous()
     o, lse_BHS = torch.empty_like(q), _empty_lse(q)
     first = first_BS.contiguous()
-    _native.attention_forward(
-        _bits(q), _bits(k), _bits(v), first, scale, _bits(o), lse_BHS, torch.get_num_threads()
-    )
+    _native.attention_forward(_bits(q), _bits(k), _bits(v), first, scale, _bits(o), lse_BHS, torch.get_num_threads())
     return o, lse_BHS
 
 

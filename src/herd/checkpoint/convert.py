@@ -1,0 +1,93 @@
+"""Convert a checkpoint from one format to another, and prove that both ends compute the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from herd.checkpoint.locate import resolve
+from herd.checkpoint.reading import Checkpoint, open_checkpoint
+from herd.checkpoint.writing import save
+from herd.errors import HerdError, MissingDependency, UsageError
+
+if TYPE_CHECKING:
+    from herd.tokenizer import Tokenizer
+
+__all__ = ["convert", "verify"]
+
+_VERIFY_TOKENS = 64
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    shards: int = 1,
+    max_shard_bytes: float = 5e9,
+) -> Path:
+    """Write the model `src` to `dst` in format `to` ("hf", "meta", "gguf") and return the path.
+
+    With `dtype` None, or the source's own, every weight keeps its bits; weights in blocks (q8_0, q4_0) become float32
+    first. The tokenizer travels along where the source has one. `shards` is the number of Meta's files,
+    `max_shard_bytes` the size of one safetensors file. Raises what `open_checkpoint` and `save` raise.
+    """
+    place, target = resolve(src), Path(dst)
+    if target.exists() and target.resolve() == place.resolve():
+        raise UsageError("a checkpoint cannot be converted onto itself", value=dst)
+    with open_checkpoint(place) as checkpoint:
+        return save(
+            target,
+            checkpoint.config,
+            checkpoint,
+            format=to,
+            dtype=dtype,
+            tokenizer=_tokenizer_of(checkpoint),
+            metadata={"name": _name_of(checkpoint)},
+            shards=shards,
+            max_shard_bytes=max_shard_bytes,
+            label="converting",
+        )
+
+
+def verify(src: str | Path, dst: str | Path) -> float:
+    """Largest absolute difference of the two models' logits, in float32, on fixed tokens.
+
+    The models are loaded one after the other. Exactly 0 is what a conversion at the same dtype gives.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise MissingDependency("torch", extra="train") from None
+    from herd import model
+
+    logits = []
+    for path in (src, dst):
+        llama = model.load(resolve(path), dtype=torch.float32)
+        vocab = llama.output_weight.shape[0]
+        # A fixed walk through the whole vocabulary: the multiplier is a prime that no vocabulary size shares.
+        tokens = (torch.arange(_VERIFY_TOKENS) * 7919 + 13) % vocab
+        with torch.inference_mode():
+            logits.append(llama(tokens[None]).float())
+        del llama
+    if logits[0].shape != logits[1].shape:
+        raise HerdError("the two models have different vocabularies", value=[x.shape[-1] for x in logits])
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def _tokenizer_of(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The source's tokenizer; None when there is none. A broken one is an error, not a loss."""
+    if checkpoint.format == "gguf":
+        return checkpoint.tokenizer if "tokenizer.ggml.tokens" in checkpoint.metadata else None
+    if any((checkpoint.path / name).exists() for name in _TOKENIZER_FILES):
+        return checkpoint.tokenizer
+    return None
+
+
+def _name_of(checkpoint: Checkpoint) -> str:
+    name = checkpoint.metadata.get("general.name")
+    return (
+        name if isinstance(name, str) else checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name
+    )

@@ -1,0 +1,221 @@
+"""`herd chat`: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from herd.engine import ChatSession
+
+_HELP = """\
+  /reset        forget the conversation (the system text stays)
+  /system TEXT  set the system text and forget the conversation; /system alone shows it
+  /save FILE    write the conversation as JSON
+  /help         this list
+  /quit         leave (also Ctrl-D)
+Ctrl-C stops an answer; at the prompt, twice, it leaves. A message that begins with a space is never a command."""
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, GGUF file, run directory or pulled repository.")],
+    system: Annotated[str | None, typer.Option(help="System text.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer at most. Default: 256, or what the context leaves.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this mass.")] = 0.9,
+    seed: Annotated[int | None, typer.Option(help="Repeat a conversation's random choices.")] = None,
+    ctx: Annotated[int | None, typer.Option(help="Tokens of context (default: the model's).")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    quant: Annotated[str | None, typer.Option(help="How weights are held: f32 or bf16.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
+) -> int:
+    """Talk to a model; answers stream as they are made. Type /help for the commands inside.
+
+    Messages may also come through a pipe, one on each line.
+
+    Examples:
+
+        herd chat runs/pocket
+
+        herd chat model.gguf --system "Answer briefly." --temperature 0
+
+        echo "What is 2 + 3?" | herd chat runs/pocket
+    """
+    from herd.engine import LLM, ChatSession
+    from herd.progress import status
+
+    status("loading …")
+    with LLM(model, quant=quant, ctx=ctx, threads=threads) as llm:
+        status("")
+        session = ChatSession(llm, system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return _Terminal(session, llm.context, as_json).run(f"{model} · {llm.context} tokens of context")
+
+
+class _Terminal:
+    """Reads lines, shows answers, obeys commands."""
+
+    def __init__(self, session: ChatSession, context: int, as_json: bool) -> None:
+        self._session = session
+        self._context = context
+        self._as_json = as_json
+        self._person = sys.stdin.isatty()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset,
+            "/system": self._system,
+            "/save": self._save,
+            "/help": lambda _: self._note(_HELP),
+        }
+
+    def run(self, title: str) -> int:
+        """Talk until the input ends; returns the exit code."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
+        if self._person:
+            with contextlib.suppress(ImportError):  # line editing and history at the prompt, where there is one
+                import readline  # noqa: F401
+            self._note(f"{title} · /help for commands, Ctrl-D to leave")
+        interrupted = False
+        while True:
+            try:
+                line = self._read()
+            except EOFError:
+                if self._person:
+                    self._note("")
+                return 0
+            except KeyboardInterrupt:
+                if interrupted or not self._person:
+                    self._note("")
+                    return 130
+                interrupted = True
+                self._note("\nCtrl-C again or Ctrl-D leaves")
+                continue
+            interrupted = False
+            if line.strip() == "/quit":
+                return 0
+            if line.startswith("/"):
+                self._obey(line.strip())
+            elif line.strip():
+                self._answer(line.strip())
+
+    def _read(self) -> str:
+        if self._person:
+            if sys.stdout.isatty():
+                return input("\n› ")  # through input, so that line editing knows the prompt's width
+            sys.stderr.write("\n› ")
+            sys.stderr.flush()
+            return input()
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+    def _answer(self, text: str) -> None:
+        from herd.errors import ContextLengthExceeded, HerdError
+
+        try:
+            answer = self._session.say(text)
+        except ContextLengthExceeded as error:
+            self._note(
+                f"The context is full: this message would make it {error.needed} tokens, the model has "
+                f"{error.allowed_tokens}. Nothing was dropped and the message was not sent; /reset begins anew."
+            )
+            return
+        except HerdError as error:
+            self._note(str(error))
+            return
+        parts: list[str] = []
+        with _interruptible() as stopped, contextlib.closing(answer):
+            for chunk in answer:
+                parts.append(chunk.text)
+                if not self._as_json:
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
+                if stopped():
+                    break
+        self._finish("".join(parts))
+
+    def _finish(self, text: str) -> None:
+        reason = self._session.finish_reason
+        if self._as_json:
+            line = {"role": "assistant", "content": text, "finish_reason": reason}
+            sys.stdout.write(json.dumps(line, ensure_ascii=False))
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if reason == "cancelled":
+            self._note("(stopped)")
+        elif reason == "length":
+            used = self._session.context_used
+            if used >= self._context:
+                self._note(f"(cut: the context of {self._context} tokens is full; /reset begins anew)")
+            else:
+                self._note("(cut at the most tokens an answer may have; --max-tokens raises it)")
+
+    def _obey(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        action = self._commands.get(name)
+        if action is not None:
+            action(argument.strip())
+            return
+        near = difflib.get_close_matches(name, [*self._commands, "/quit"], n=1)
+        self._note(f"no such command: {name}" + (f"; did you mean {near[0]}?" if near else "") + " /help lists them")
+
+    def _reset(self, _: str) -> None:
+        self._session.reset()
+        self._note("(a new conversation)")
+
+    def _system(self, text: str) -> None:
+        if not text:
+            self._note(self._session.system or "(no system text)")
+            return
+        self._session.system = text
+        self._session.reset()
+        self._note("(system text set; a new conversation)")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            self._note("/save FILE: which file?")
+            return
+        try:
+            self._session.save(Path(name).expanduser())
+        except OSError as error:
+            self._note(f"could not write {name}: {error.strerror}")
+        else:
+            self._note(f"(saved to {name})")
+
+    @staticmethod
+    def _note(text: str) -> None:
+        """A line for the person; never mixed into the answers on standard output."""
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """While an answer streams, the first Ctrl-C asks it to stop after the present token, a second one breaks it off."""
+    pressed = 0
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed > 0
+    except KeyboardInterrupt:
+        pass  # broken off: the engine has dropped the sequence, the session keeps what was shown
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,104 @@
+"""What the engine asks of a backend, and which backends there are.
+
+A backend holds the weights and the key/value cache. It knows nothing of text, sampling or requests: the scheduler
+reserves room for a sequence, appends tokens to any number of sequences in one ragged step, and gets logits back.
+A prompt is a long span, a generated token a span of one; both may stand in the same step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from herd.architecture import LlamaConfig
+from herd.errors import HerdError, MissingDependency, UsageError
+
+KvType = Literal["bf16", "f32"]
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How to load a model; the arguments of `herd.LLM` after checking."""
+
+    path: Path
+    quant: str | None
+    ctx: int | None
+    threads: int | None
+    kv: KvType
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens to append to one sequence in a step. `sequence` is the number `Backend.reserve` gave."""
+
+    sequence: int
+    tokens: Sequence[int]
+
+
+class Backend(Protocol):
+    """Runs a model over the cached sequences it has reserved. Not thread-safe: the caller takes turns."""
+
+    config: LlamaConfig
+    context: int
+    """Tokens a sequence may have at most."""
+    max_sequences: int
+    """Sequences that may be reserved at the same time."""
+
+    def reserve(self, capacity: int) -> int | None:
+        """Room for a new sequence of up to `capacity` tokens; None when there is none before another is released.
+
+        When no sequence is reserved, a capacity up to `context` always succeeds.
+        """
+
+    def fork(self, sequence: int, capacity: int) -> int | None:
+        """A new sequence that begins with everything `sequence` holds; None when there is no room."""
+
+    def release(self, sequence: int) -> None:
+        """Give a sequence's room back."""
+
+    def step(self, spans: Sequence[Span]) -> npt.NDArray[np.float32]:
+        """Append every span to its sequence (each sequence at most once).
+
+        Returns the logits after the last token of each span, [len(spans), V]; the array is the caller's.
+        """
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+        """ln P of tokens 1.. of each sequence (at most `context` tokens), without touching the cache."""
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """Mean of the final hidden states of each sequence, [len(sequences), D]."""
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+
+
+# In the order of preference of "auto": name -> (module with `open_backend(options)`, package it needs, extra).
+BACKENDS = {"torch": ("herd.engine.torch_backend", "torch", "train")}
+
+
+def open_backend(name: str, options: BackendOptions) -> Backend:
+    """Load a model with the backend `name`, or with the first that can run here for "auto"."""
+    if name != "auto" and name not in BACKENDS:
+        raise UsageError("no such backend", value=name, allowed=", ".join(["auto", *BACKENDS]))
+    candidates = list(BACKENDS) if name == "auto" else [name]
+    for candidate in candidates:
+        module, package, _ = BACKENDS[candidate]
+        if importlib.util.find_spec(package) is not None:
+            backend: Backend = importlib.import_module(module).open_backend(options)
+            return backend
+    _, package, extra = BACKENDS[candidates[-1]]
+    raise MissingDependency(package, extra=extra)
+
+
+class EngineClosed(HerdError):
+    """The model was used after `close()`."""
+
+    def __init__(self) -> None:
+        super().__init__("this model is closed", fix="load it again with herd.LLM(path)")

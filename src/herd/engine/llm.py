@@ -1,0 +1,356 @@
+"""`herd.LLM`: a model you can generate, stream, chat, score and embed with. One face over every backend.
+
+The smallest use is `LLM("runs/pocket").generate("def ", max_tokens=32).text`.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from herd.engine.backend import Backend, BackendOptions, EngineClosed, KvType, open_backend
+from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
+from herd.engine.sampler import fold_seed, fresh_seed
+from herd.engine.scheduler import LiveSequence, Scheduler
+from herd.engine.text import StreamDecoder
+from herd.errors import ContextLengthExceeded, HerdError, UsageError
+
+if TYPE_CHECKING:
+    from herd.architecture import LlamaConfig
+    from herd.tokenizer import Message, Tokenizer
+
+Prompt = str | list[int]
+Prompts = list[str] | list[list[int]]
+
+
+class LLM:
+    """A loaded model with its tokenizer.
+
+    path: a checkpoint directory, a GGUF file, a run directory, or a pulled repository.
+    quant: how weights are held in memory (torch backend: "f32" or "bf16"; None: "f32").
+    ctx: tokens of context, at most the model's own (None: all of it).
+    threads: CPU threads for the whole process (None: the library's choice).
+    kv: how the cache is held, "bf16" or "f32".
+    backend: "auto" takes the best that is installed.
+
+    Raises UsageError for a wrong argument, HerdError for a path that is no model, ResourceError before loading when
+    memory will not do, MissingDependency when no backend is installed.
+    Several threads may call one LLM; their sequences share the batch. Times in the results are wall clock.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        quant: str | None = None,
+        ctx: int | None = None,
+        threads: int | None = None,
+        kv: KvType = "bf16",
+        backend: str = "auto",
+    ) -> None:
+        from herd import checkpoint, tokenizer
+
+        if kv not in get_args(KvType):
+            raise UsageError("unknown cache type", value=kv, allowed=", ".join(get_args(KvType)))
+        if ctx is not None:
+            check_whole("ctx", ctx, 1, 1 << 30)
+        if threads is not None:
+            check_whole("threads", threads, 1, 4096)
+        resolved = checkpoint.resolve(str(path))
+        options = BackendOptions(path=resolved, quant=quant, ctx=ctx, threads=threads, kv=kv)
+        self._backend: Backend | None = open_backend(backend, options)
+        self.path: Path = resolved
+        self.tokenizer: Tokenizer = tokenizer.load(resolved)
+        self._scheduler = Scheduler(self._backend, self.tokenizer.stop_ids, self.tokenizer.vocab_size)
+        self._lock = threading.RLock()
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's shape."""
+        return self._open().config
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._open().context
+
+    def close(self) -> None:
+        """Free the model; a second call does nothing. Running streams end with an error."""
+        with self._lock:
+            if self._backend is not None:
+                self._scheduler.abort(EngineClosed())
+                self._backend.close()
+                self._backend = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @overload
+    def generate(self, prompt: Prompt, *, n: Literal[1] = 1, **options: Unpack[SamplingOptions]) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompt, *, n: int, **options: Unpack[SamplingOptions]
+    ) -> Completion | list[Completion]: ...
+
+    @overload
+    def generate(self, prompt: Prompts, *, n: int = 1, **options: Unpack[SamplingOptions]) -> list[Completion]: ...
+
+    def generate(self, prompt: Prompt | Prompts, *, n: int = 1, **options: Any) -> Completion | list[Completion]:
+        """Continue one prompt or many; returns one Completion for one prompt, a list in the same order for a list.
+
+        A text is encoded with BOS in front and never yields control tokens; a list of ints is taken as token ids as
+        they are. `options` are the fields of `Sampling`. With n > 1 the result is a list of n completions for each
+        prompt, one prompt after the other; a prompt is computed once for all n.
+        Raises ContextLengthExceeded when a prompt (and max_tokens, where given) does not fit: nothing is ever cut.
+        """
+        sampling = Sampling.from_options(options)
+        check_whole("n", n, 1, 1024)
+        prompts, single = self._prompts(prompt)
+        completions = self._run(prompts, sampling, n, continues_text=True)
+        return completions[0] if single and n == 1 else completions
+
+    def stream(self, prompt: Prompt, **options: Unpack[SamplingOptions]) -> Generator[Chunk, None, None]:
+        """Continue one prompt, token by token. The chunks' texts join to the text `generate` gives.
+
+        Arguments are checked at once, work begins with the first chunk asked for; closing the iterator ends the work.
+        """
+        sampling = Sampling.from_options(options)
+        prompts, single = self._prompts(prompt)
+        if not single:
+            raise UsageError("a stream is one completion of one prompt", fix="use generate for several")
+        return self._stream(prompts[0], sampling, continues_text=True)
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        *,
+        stream: Literal[True],
+        **options: Unpack[SamplingOptions],
+    ) -> Generator[Chunk, None, None]: ...
+
+    def chat(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, stream: bool = False, **options: Any
+    ) -> Any:
+        """Answer a dialogue in the model's own chat format; a Completion, or an iterator of chunks with `stream`.
+
+        Contents never become control tokens, whatever they contain. `options` as for `generate`.
+        """
+        sampling = Sampling.from_options(options)
+        ids = self._check_ids(self.chat_ids(messages, tools))
+        if stream:
+            return self._stream(ids, sampling, continues_text=False)
+        return self._run([ids], sampling, 1, continues_text=False)[0]
+
+    def chat_ids(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
+        """The prompt that `chat` sends: the dialogue's token ids, up to where the assistant begins."""
+        encoded = self.tokenizer.encode_dialog(
+            list(messages), tools=None if tools is None else list(tools), add_generation_prompt=True
+        )
+        return list(encoded.ids)
+
+    @overload
+    def score(self, texts: Prompt, *, overlap: int | None = None) -> Score: ...
+
+    @overload
+    def score(self, texts: Prompts, *, overlap: int | None = None) -> list[Score]: ...
+
+    def score(self, texts: Prompt | Prompts, *, overlap: int | None = None) -> Score | list[Score]:
+        """How likely each text is, token by token. A text gets BOS in front; ids are taken as they are.
+
+        A text longer than the context raises ContextLengthExceeded, unless `overlap` says how many tokens of what came
+        before each further window of the text sees at least; then any length is scored, every token once.
+        """
+        sequences, single = self._prompts(texts)
+        windows: list[list[int]] = []
+        owners: list[tuple[int, int]] = []  # per window: index of the text, first target that counts
+        for i, ids in enumerate(sequences):
+            for start, fresh in self._windows(len(ids), overlap):
+                windows.append(ids[start : start + self.context])
+                owners.append((i, fresh - start - 1))
+        with self._lock:
+            results = self._open().score(windows)
+        logprobs: list[list[float]] = [[] for _ in sequences]
+        for (i, skip), result in zip(owners, results, strict=True):
+            logprobs[i] += result[skip:].tolist()
+        scores = [
+            Score(ids[1:], logprobs_i, self._n_bytes(text, ids))
+            for ids, logprobs_i, text in zip(sequences, logprobs, [texts] if single else texts, strict=True)
+        ]
+        return scores[0] if single else scores
+
+    def embed(self, texts: Prompt | Prompts, *, normalise: bool = False) -> npt.NDArray[np.float32]:
+        """Mean of the final hidden states over a text's tokens (BOS included): [D] for one text, [N, D] for a list.
+
+        With `normalise` every vector has length 1. Raises ContextLengthExceeded for a text that does not fit.
+        """
+        sequences, single = self._prompts(texts)
+        for ids in sequences:
+            if len(ids) > self.context:
+                raise ContextLengthExceeded(len(ids), self.context)
+        with self._lock:
+            vectors_ND = self._open().embed(sequences)
+        if normalise:
+            vectors_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+        return cast("npt.NDArray[np.float32]", vectors_ND[0] if single else vectors_ND)
+
+    def _open(self) -> Backend:
+        if self._backend is None:
+            raise EngineClosed()
+        return self._backend
+
+    def _run(self, prompts: list[list[int]], sampling: Sampling, n: int, *, continues_text: bool) -> list[Completion]:
+        limits = [self._max_tokens(prompt, sampling) for prompt in prompts]
+        sequences: dict[tuple[int, int], LiveSequence] = {}
+        try:
+            with self._lock:
+                # Longest first: the cache gets its final shape at once, and prompts of like length enter together.
+                for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+                    seed = fresh_seed() if sampling.seed is None else sampling.seed
+                    for j in range(n):
+                        sequences[i, j] = self._scheduler.add(
+                            prompts[i],
+                            sampling,
+                            decoder=self._decoder(sampling, continues_text),
+                            max_tokens=limits[i],
+                            seed=fold_seed(seed, j),
+                            leader=sequences[i, 0] if j else None,
+                        )
+            for sequence in sequences.values():
+                while sequence.completion is None:
+                    self._advance(sequence)
+        finally:
+            self._cancel(sequences.values())
+        return [cast(Completion, sequences[i, j].completion) for i in range(len(prompts)) for j in range(n)]
+
+    def _stream(self, prompt: list[int], sampling: Sampling, *, continues_text: bool) -> Generator[Chunk, None, None]:
+        max_tokens = self._max_tokens(prompt, sampling)  # raises here, not at the first chunk
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+
+        def chunks_as_they_come() -> Generator[Chunk, None, None]:
+            chunks: deque[Chunk] = deque()
+            with self._lock:
+                self._open()
+                sequence = self._scheduler.add(
+                    prompt,
+                    sampling,
+                    decoder=self._decoder(sampling, continues_text),
+                    max_tokens=max_tokens,
+                    seed=seed,
+                    on_chunk=chunks.append,
+                )
+            try:
+                while True:
+                    while chunks:
+                        chunk = chunks.popleft()
+                        yield chunk
+                        if chunk.finish_reason is not None:
+                            return
+                    self._advance(sequence)
+            finally:
+                self._cancel([sequence])
+
+        return chunks_as_they_come()
+
+    def _decoder(self, sampling: Sampling, continues_text: bool) -> StreamDecoder:
+        """Text that goes on keeps the space that a SentencePiece token begins with; an answer in a chat drops it."""
+        return self.tokenizer.stream(skip_specials=sampling.skip_specials, keep_first_space=continues_text)
+
+    def _advance(self, sequence: LiveSequence) -> None:
+        """One step of the shared batch, unless another caller's step has finished `sequence` meanwhile."""
+        with self._lock:
+            if sequence.error is not None:
+                if isinstance(sequence.error, HerdError):
+                    raise sequence.error
+                raise HerdError("generation stopped: a step of the shared batch failed") from sequence.error
+            if sequence.completion is None:
+                self._scheduler.step()
+
+    def _cancel(self, sequences: Any) -> None:
+        with self._lock:
+            for sequence in sequences:
+                self._scheduler.cancel(sequence)
+
+    def _prompts(self, prompt: Prompt | Prompts) -> tuple[list[list[int]], bool]:
+        """Token ids of each prompt, and whether it was a single one."""
+        if isinstance(prompt, str):
+            return [self._encode(prompt)], True
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise UsageError("not a prompt", value=prompt, allowed="a text, a list of token ids, or a list of those")
+        if len(prompt) and not isinstance(prompt[0], str | Sequence | np.ndarray):
+            return [self._check_ids(cast("Sequence[int]", prompt))], True
+        several = cast("Sequence[Prompt]", prompt)
+        return [self._encode(p) if isinstance(p, str) else self._check_ids(p) for p in several], False
+
+    def _encode(self, text: str) -> list[int]:
+        bos = self.tokenizer.bos_id
+        ids = list(self.tokenizer.encode(text))
+        return self._check_ids(ids if bos is None else [bos, *ids])
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        vocabulary = self.config.vocab_size
+        try:
+            result = [operator.index(token_id) for token_id in ids]
+        except TypeError:
+            raise UsageError("not a list of token ids", value=ids) from None
+        if not result:
+            raise UsageError("an empty prompt has no next token", fix="begin with the tokenizer's bos_id")
+        if min(result) < 0 or max(result) >= vocabulary:
+            wrong = next(i for i in result if not 0 <= i < vocabulary)
+            raise UsageError("no such token", value=wrong, allowed=f"0 to {vocabulary - 1}")
+        return result
+
+    def _max_tokens(self, prompt: list[int], sampling: Sampling) -> int:
+        """Resolve max_tokens against the context; also the ids that a bias names, before anything runs."""
+        needed = len(prompt) + (sampling.max_tokens or 1)
+        if needed > self.context:
+            raise ContextLengthExceeded(needed, self.context)
+        if sampling.logit_bias and max(sampling.logit_bias) >= self.config.vocab_size:
+            raise UsageError(
+                "logit_bias names a token the model does not have",
+                value=max(sampling.logit_bias),
+                allowed=f"0 to {self.config.vocab_size - 1}",
+            )
+        return sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(prompt))
+
+    def _windows(self, length: int, overlap: int | None) -> Iterator[tuple[int, int]]:
+        """(start of window, first token that is scored in it): together they score tokens 1.. once each."""
+        if length > self.context and overlap is None:
+            raise ContextLengthExceeded(length, self.context)
+        if overlap is not None and not 1 <= overlap < self.context:
+            raise UsageError("overlap is out of range", value=overlap, allowed=f"1 to {self.context - 1}")
+        start, fresh = 0, 1
+        yield start, fresh
+        while start + self.context < length:
+            fresh = start + self.context
+            start = fresh - cast(int, overlap)
+            yield start, fresh
+
+    def _n_bytes(self, text: object, ids: list[int]) -> int:
+        if isinstance(text, str):
+            return len(text.encode())
+        return sum(len(self.tokenizer.token_bytes(token_id)) for token_id in ids[1:])

@@ -1,0 +1,110 @@
+"""Will it fit? The memory a model needs, computed from its shape before the first tensor is read.
+
+All sizes in bytes. The plan is the backend's promise: weights, one sequence of full context, and working space.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from herd.architecture import LlamaConfig
+from herd.architecture.size import kv_cache_bytes, parameter_count
+from herd.errors import ResourceError
+
+GIB = 1 << 30
+_BYTES = {"f32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What loading a model takes, and what is free (None where the system does not tell)."""
+
+    weights: int
+    cache_per_token: int
+    context: int
+    work: int
+    free: int | None
+
+    @property
+    def cache(self) -> int:
+        """Keys and values of one sequence of full context."""
+        return self.cache_per_token * self.context
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.cache + self.work
+
+    @property
+    def spare(self) -> int | None:
+        """What remains for further sequences beside the first."""
+        return None if self.free is None else self.free - self.needed
+
+
+def plan_memory(
+    config: LlamaConfig, *, weights: str, kv: str, context: int, prefill_tokens: int, rows: int
+) -> MemoryPlan:
+    """Plan for weights and cache stored as "f32" or "bf16". `rows` sequences decode together."""
+    width = _BYTES[weights]
+    experts = config.moe.ffn_dim if config.moe else 0
+    # Widest moment of a block: gate, up and their product, beside a few copies of the residual stream.
+    block = prefill_tokens * (3 * max(config.ffn_dim, experts) + 6 * config.dim) * width
+    logits = 3 * rows * config.vocab_size * 4
+    return MemoryPlan(
+        weights=parameter_count(config) * width,
+        cache_per_token=kv_cache_bytes(config, 1, _BYTES[kv]),
+        context=context,
+        work=block + logits,
+        free=available_bytes(),
+    )
+
+
+def require_memory(plan: MemoryPlan, *, weights: str, name: str) -> None:
+    """Raise ResourceError when the plan does not fit, with the nearest thing that does."""
+    if plan.free is None or plan.needed <= plan.free:
+        return
+    room = plan.free - plan.weights - plan.work
+    smaller_context = room // plan.cache_per_token // 256 * 256
+    if smaller_context >= 256:
+        fix = f"load it with ctx={smaller_context}"
+    elif weights == "f32" and plan.weights // 2 + plan.work < plan.free:
+        fix = 'load it with quant="bf16", which halves the weights'
+    else:
+        fix = "use a smaller model"
+    raise ResourceError(
+        f"{name} needs {plan.needed / GIB:.1f} GiB of memory (weights {plan.weights / GIB:.1f}, "
+        f"cache for {plan.context} tokens {plan.cache / GIB:.1f}, work {plan.work / GIB:.1f})",
+        value=f"{plan.free / GIB:.1f} GiB free",
+        fix=fix,
+    )
+
+
+def available_bytes() -> int | None:
+    """Memory this process may still take: the system's and its control group's limit, whichever is less."""
+    known = [size for size in (_system_available(), _group_available()) if size is not None]
+    return min(known) if known else None
+
+
+def _system_available() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _group_available() -> int | None:
+    """Limit of the control group (version 2, as in containers) less what it uses."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        return None if limit == "max" else max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return None

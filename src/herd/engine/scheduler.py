@@ -1,0 +1,256 @@
+"""Continuous batching: sequences join and leave the running batch at any step, so no answer waits for a longer one.
+
+One step is: let waiting sequences in while there is room, append to every running sequence (a piece of its prompt, or
+the token chosen last) in one ragged call of the backend, choose a token for each sequence whose prompt is complete, and
+let finished sequences go. Long prompts enter in pieces, so that running answers keep moving.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from herd.engine.backend import Backend, Span
+from herd.engine.request import Chunk, Completion, FinishReason, Sampling, Timings, Usage
+from herd.engine.sampler import Choice, SamplerRow, sample
+from herd.engine.text import StreamDecoder, TextStream
+
+PREFILL_TOKENS = 1024
+"""Prompt tokens that enter in one step, over all sequences."""
+
+
+@dataclass(eq=False)
+class LiveSequence:
+    """One completion on its way. `max_tokens` is resolved: prompt and answer fit in the context."""
+
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    row: SamplerRow
+    text: TextStream
+    stop_ids: frozenset[int]
+    on_chunk: Callable[[Chunk], None] | None = None
+    leader: LiveSequence | None = None
+    """Sequence with the same prompt to take the computed prompt from."""
+
+    handle: int | None = None
+    n_prefilled: int = 0
+    choices: list[Choice] = field(default_factory=list)
+    completion: Completion | None = None
+    error: BaseException | None = None
+    """Why the sequence ended without a completion."""
+    added: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    first_token: float = 0.0
+
+    @property
+    def capacity(self) -> int:
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def prefilled(self) -> bool:
+        return self.n_prefilled == len(self.prompt)
+
+    def accept(self, choice: Choice) -> None:
+        """Take the next token: extend the text, and complete when a stop or the length says so."""
+        now = time.perf_counter()
+        if not self.choices:
+            self.first_token = now
+        self.choices.append(choice)
+        token_id = choice.token_id
+        reason: FinishReason | None = None
+        stop: str | int | None = None
+        if token_id in self.stop_ids:
+            reason, stop, text = "stop", token_id, self.text.finish()
+        else:
+            text = self.text.push(token_id)
+            if self.text.matched_stop is None and len(self.choices) == self.max_tokens:
+                reason = "length"
+                text += self.text.finish()
+        if self.text.matched_stop is not None:
+            reason, stop = "stop", self.text.matched_stop
+        if reason is not None:
+            self.completion = self._complete(reason, stop, now)
+        if self.on_chunk is not None:
+            self.on_chunk(Chunk(text, token_id, reason, choice.logprob, self.completion))
+
+    def cut(self) -> None:
+        """Complete with what there is, because the caller wants no more."""
+        self.text.finish()
+        self.completion = self._complete("cancelled", None, time.perf_counter())
+
+    def _complete(self, reason: FinishReason, stop: str | int | None, now: float) -> Completion:
+        wants = self.sampling.wants_logprobs
+        return Completion(
+            text=self.text.text,
+            token_ids=[choice.token_id for choice in self.choices],
+            logprobs=[choice.logprob for choice in self.choices if choice.logprob is not None] if wants else None,
+            finish_reason=reason,
+            usage=Usage(len(self.prompt), len(self.choices)),
+            timings=self._timings(now),
+            seed=self.row.seed,
+            top_logprobs=[choice.top_logprobs or [] for choice in self.choices] if self.sampling.top_logprobs else None,
+            stop=stop,
+        )
+
+    def _timings(self, now: float) -> Timings:
+        started = self.started or now
+        first = self.first_token or now
+        prefill, decode = first - started, now - first
+        return Timings(
+            queue_s=started - self.added,
+            prefill_s=prefill,
+            decode_s=decode,
+            prefill_tokens_per_s=len(self.prompt) / prefill if prefill > 0 else 0.0,
+            decode_tokens_per_s=(len(self.choices) - 1) / decode if decode > 0 else 0.0,
+        )
+
+
+class Scheduler:
+    """Drives a backend over a queue of sequences. Not thread-safe: `LLM` holds the lock."""
+
+    def __init__(self, backend: Backend, stop_ids: frozenset[int], vocabulary: int) -> None:
+        """`vocabulary`: ids that have a text; rows of the head beyond it (padding) are never chosen."""
+        self._backend = backend
+        self._vocabulary = vocabulary
+        self._stop_ids = stop_ids
+        self._waiting: deque[LiveSequence] = deque()
+        self._running: list[LiveSequence] = []
+
+    def add(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        decoder: StreamDecoder,
+        max_tokens: int,
+        seed: int,
+        leader: LiveSequence | None = None,
+        on_chunk: Callable[[Chunk], None] | None = None,
+    ) -> LiveSequence:
+        """Queue a completion of `prompt` (not empty; prompt + max_tokens fit in the context)."""
+        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._stop_ids)
+        sequence = LiveSequence(
+            prompt=prompt,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            row=SamplerRow(sampling, seed, prompt),
+            text=TextStream(decoder, sampling.stop),
+            stop_ids=stop_ids,
+            on_chunk=on_chunk,
+            leader=leader,
+        )
+        self._waiting.append(sequence)
+        return sequence
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def step(self) -> None:
+        """Advance every sequence that has a place by one token or one piece of its prompt.
+
+        When anything goes wrong, Ctrl-C included, all sequences end with that error and the cache is free again.
+        """
+        try:
+            self._admit()
+            self._advance()
+        except BaseException as error:
+            self.abort(error)
+            raise
+
+    def cancel(self, sequence: LiveSequence) -> None:
+        """End a sequence now, keeping what it has; does nothing to one that has ended."""
+        if sequence.completion is not None or sequence.error is not None:
+            return
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._leave(sequence)
+        sequence.cut()
+
+    def abort(self, error: BaseException) -> None:
+        """End every sequence with `error` and free their room."""
+        for sequence in [*self._running, *self._waiting]:
+            sequence.error = error
+        for sequence in [*self._running]:
+            self._leave(sequence)
+        self._waiting.clear()
+
+    def _admit(self) -> None:
+        """First come, first served; a sequence that must wait holds back those behind it, so none starves."""
+        while self._waiting:
+            sequence = self._waiting[0]
+            leader = sequence.leader
+            if leader is not None and leader.handle is not None and not leader.prefilled:
+                return  # its prompt is being computed by its leader: it forks when that is done
+            handle = self._backend.reserve(sequence.capacity)
+            if handle is None:
+                return
+            self._enter(self._waiting.popleft(), handle)
+
+    def _enter(self, sequence: LiveSequence, handle: int) -> None:
+        sequence.handle = handle
+        sequence.started = time.perf_counter()
+        self._running.append(sequence)
+
+    def _leave(self, sequence: LiveSequence) -> None:
+        assert sequence.handle is not None
+        self._running.remove(sequence)
+        self._backend.release(sequence.handle)
+        sequence.handle = None
+
+    def _advance(self) -> None:
+        spans: list[Span] = []
+        owners: list[LiveSequence] = []
+        budget = PREFILL_TOKENS
+        for sequence in self._running:
+            assert sequence.handle is not None
+            if sequence.prefilled:
+                tokens: Sequence[int] = [sequence.choices[-1].token_id]
+            else:
+                tokens = sequence.prompt[sequence.n_prefilled : sequence.n_prefilled + budget]
+                budget -= len(tokens)
+                sequence.n_prefilled += len(tokens)
+            if tokens:
+                spans.append(Span(sequence.handle, tokens))
+                owners.append(sequence)
+        if not spans:
+            return
+        logits_BV = self._backend.step(spans)
+        if logits_BV.shape[1] > self._vocabulary:
+            logits_BV[:, self._vocabulary :] = -np.inf
+
+        sources = [b for b, sequence in enumerate(owners) if sequence.prefilled]
+        sampled = [owners[b] for b in sources]
+        for leader, b in [(owners[b], b) for b in sources if not owners[b].choices]:
+            followers = self._fork_followers(leader)
+            sampled += followers
+            sources += [b] * len(followers)
+        if not sampled:
+            return
+        if sources != list(range(len(owners))):
+            logits_BV = logits_BV[sources]
+        for sequence, choice in zip(sampled, sample(logits_BV, [s.row for s in sampled]), strict=True):
+            sequence.accept(choice)
+        for sequence in sampled:
+            if sequence.completion is not None:
+                self._leave(sequence)
+
+    def _fork_followers(self, leader: LiveSequence) -> list[LiveSequence]:
+        """Let waiting sequences with the leader's prompt begin from its cache; without room they compute it anew."""
+        followers = []
+        for sequence in [s for s in self._waiting if s.leader is leader]:
+            assert leader.handle is not None
+            handle = self._backend.fork(leader.handle, sequence.capacity)
+            if handle is None:
+                break
+            self._waiting.remove(sequence)
+            self._enter(sequence, handle)
+            sequence.n_prefilled = len(sequence.prompt)
+            followers.append(sequence)
+        return followers

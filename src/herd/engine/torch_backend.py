@@ -1,0 +1,235 @@
+"""The torch backend: `herd.model.Llama` behind the engine's protocol, in float32 or bfloat16 on the CPU.
+
+Live sequences occupy the first rows of one cache, without gaps: a decode step then works on a plain slice of it and
+copies nothing. A released row is filled with the last one. The cache is shaped anew only when the batch outgrows it.
+Letters: B rows, S tokens, D model width, V vocabulary, T tokens that are scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from herd.architecture import LlamaConfig
+from herd.checkpoint import open_checkpoint
+from herd.engine.backend import BackendOptions, Span
+from herd.engine.memory import MemoryPlan, plan_memory, require_memory
+from herd.engine.scheduler import PREFILL_TOKENS
+from herd.errors import UsageError
+from herd.model import KVCache, Llama, from_arrays
+
+MAX_SEQUENCES = 128
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+_SCORE_TOKENS = 4096  # tokens of one forward pass when scoring
+_HEAD_VALUES = 1 << 22  # logits that exist at a time when scoring
+_ROUND = 64  # cache capacity is a multiple of this
+
+
+def open_backend(options: BackendOptions) -> TorchBackend:
+    """Check that the model fits into memory, then load it. Raises UsageError, ResourceError, HerdError."""
+    weights = options.quant or "f32"
+    if weights not in _DTYPES:
+        raise UsageError("the torch backend cannot hold weights like this", value=weights, allowed=", ".join(_DTYPES))
+    with open_checkpoint(options.path) as checkpoint:
+        config = checkpoint.config
+        context = config.context_length if options.ctx is None else options.ctx
+        if context > config.context_length:
+            raise UsageError(
+                "ctx is beyond the model's context", value=context, allowed=f"1 to {config.context_length}"
+            )
+        plan = plan_memory(
+            config,
+            weights=weights,
+            kv=options.kv,
+            context=context,
+            prefill_tokens=max(PREFILL_TOKENS, _SCORE_TOKENS),
+            rows=MAX_SEQUENCES,
+        )
+        require_memory(plan, weights=weights, name=options.path.name)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        model = from_arrays(config, checkpoint, dtype=_DTYPES[weights])
+    return TorchBackend(model.eval(), context, plan, _DTYPES[options.kv])
+
+
+class TorchBackend:
+    """See `herd.engine.backend.Backend`."""
+
+    def __init__(self, model: Llama, context: int, plan: MemoryPlan, cache_dtype: torch.dtype) -> None:
+        self.config: LlamaConfig = model.config
+        self.context = context
+        self.max_sequences = MAX_SEQUENCES
+        self._model = model
+        self._cache: KVCache | None = None
+        self._cache_dtype = cache_dtype
+        # Half of what is spare: while the cache is shaped anew, the old one is still there.
+        spare = MAX_SEQUENCES * plan.cache if plan.spare is None else max(0, plan.spare // 2)
+        self._max_tokens = context + spare // plan.cache_per_token
+        self._rows: list[int] = []  # the sequence in each row of the cache
+        self._capacities: dict[int, int] = {}
+        self._next = 0
+
+    def reserve(self, capacity: int) -> int | None:
+        tokens = (len(self._rows) + 1) * _rounded(max([capacity, *self._capacities.values()]))
+        if self._rows and (len(self._rows) == self.max_sequences or tokens > self._max_tokens):
+            return None
+        self._next += 1
+        self._rows.append(self._next)
+        self._capacities[self._next] = capacity
+        return self._next
+
+    @torch.inference_mode()
+    def fork(self, sequence: int, capacity: int) -> int | None:
+        copy = self.reserve(capacity)
+        if copy is not None:
+            cache = self._fitting_cache()
+            cache.copy_row(self._rows.index(sequence), self._rows.index(copy))
+        return copy
+
+    @torch.inference_mode()
+    def release(self, sequence: int) -> None:
+        row, last = self._rows.index(sequence), len(self._rows) - 1
+        if self._cache is not None and last < self._cache.batch:
+            if row != last:
+                self._cache.copy_row(last, row)
+            self._cache.select([last]).truncate([0])
+        self._rows[row] = self._rows[last]
+        self._rows.pop()
+        del self._capacities[sequence]
+
+    @torch.inference_mode()
+    def step(self, spans: Sequence[Span]) -> npt.NDArray[np.float32]:
+        cache = self._fitting_cache()
+        row_of = {sequence: row for row, sequence in enumerate(self._rows)}
+        rows = [row_of[span.sequence] for span in spans]
+        decoding = [i for i, span in enumerate(spans) if len(span.tokens) == 1]
+        entering = [i for i, span in enumerate(spans) if len(span.tokens) > 1]
+        if len(decoding) == len(spans):
+            return self._decode(cache, rows, [span.tokens[0] for span in spans])
+        logits_BV = np.empty((len(spans), self.config.vocab_size), np.float32)
+        if decoding:
+            logits_BV[decoding] = self._decode(
+                cache, [rows[i] for i in decoding], [spans[i].tokens[0] for i in decoding]
+            )
+        for group in _groups(entering, [len(span.tokens) for span in spans]):
+            logits_BV[group] = self._enter(cache, [rows[i] for i in group], [spans[i].tokens for i in group])
+        return logits_BV
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+        results = [np.empty(0, np.float32)] * len(sequences)
+        lengths = [len(sequence) for sequence in sequences]
+        several = [i for i, length in enumerate(lengths) if length > 1]
+        for group in _groups(several, lengths, _SCORE_TOKENS):
+            x_BSD = self._model.hidden(_padded([sequences[i] for i in group]))
+            x_TD = torch.cat([x_BSD[b, : lengths[i] - 1] for b, i in enumerate(group)])
+            targets_T = torch.tensor([token for i in group for token in sequences[i][1:]])
+            logprobs_T = self._logprobs(x_TD, targets_T).numpy()
+            ends = np.cumsum([lengths[i] - 1 for i in group])
+            for i, logprobs in zip(group, np.split(logprobs_T, ends[:-1]), strict=True):
+                results[i] = logprobs
+        return results
+
+    @torch.inference_mode()
+    def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        vectors_ND = np.empty((len(sequences), self.config.dim), np.float32)
+        lengths = [len(sequence) for sequence in sequences]
+        for group in _groups(range(len(sequences)), lengths, _SCORE_TOKENS):
+            x_BSD = self._model.hidden(_padded([sequences[i] for i in group])).float()
+            for b, i in enumerate(group):
+                vectors_ND[i] = x_BSD[b, : lengths[i]].mean(0).numpy()
+        return vectors_ND
+
+    def close(self) -> None:
+        del self._model
+        self._cache = None
+
+    def _decode(self, cache: KVCache, rows: list[int], tokens: list[int]) -> npt.NDArray[np.float32]:
+        """One token for each of `rows`; other rows up to the last of them take part without effect."""
+        width = max(rows) + 1
+        lengths = [0] * width
+        padded = [0] * width
+        for row, token in zip(rows, tokens, strict=True):
+            lengths[row], padded[row] = 1, token
+        first_rows = cache.select(range(width))
+        x_BSD = self._model.hidden(torch.tensor(padded).unsqueeze(1), cache=first_rows, lengths=lengths)
+        return self._logits(x_BSD[rows, 0])
+
+    def _enter(self, cache: KVCache, rows: list[int], prompts: list[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """Several tokens for each of `rows`; logits after the last one of each."""
+        lengths = [len(prompt) for prompt in prompts]
+        x_BSD = self._model.hidden(_padded(prompts), cache=cache.select(rows), lengths=lengths)
+        return self._logits(x_BSD[range(len(rows)), [length - 1 for length in lengths]])
+
+    def _logits(self, x_BD: Tensor) -> npt.NDArray[np.float32]:
+        logits: npt.NDArray[np.float32] = functional.linear(x_BD, self._model.output_weight).float().numpy()
+        return logits
+
+    def _logprobs(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """ln P of each target; the [T, V] logits exist only a few rows at a time."""
+        rows = max(1, _HEAD_VALUES // self.config.vocab_size)
+        parts = []
+        for x_RD, targets_R in zip(torch.split(x_TD, rows), torch.split(targets_T, rows), strict=True):
+            logits_RV = functional.linear(x_RD, self._model.output_weight).float()
+            parts.append(logits_RV.gather(1, targets_R[:, None])[:, 0] - logits_RV.logsumexp(1))
+        return torch.cat(parts)
+
+    def _fitting_cache(self) -> KVCache:
+        """The cache, with a row for every live sequence and as long as the longest may become."""
+        capacity = _rounded(max(self._capacities.values()))
+        cache = self._cache
+        if cache is not None and len(self._rows) <= cache.batch and capacity <= cache.capacity:
+            return cache
+        batch = min(self.max_sequences, 1 << (len(self._rows) - 1).bit_length())
+        batch = max(len(self._rows), min(batch, self._max_tokens // capacity))
+        if cache is None or not any(cache.lengths):
+            self._cache = cache = None  # give the memory back before taking more
+        self._cache = KVCache(self.config, batch, capacity, self._cache_dtype)
+        if cache is not None:
+            _copy(cache, self._cache)
+        return self._cache
+
+
+def _copy(source: KVCache, target: KVCache) -> None:
+    """Append all that `source` holds to the first rows of `target`, which are empty."""
+    width = max(source.lengths)
+    rows = min(source.batch, target.batch)  # rows beyond the live ones are empty
+    write = target.select(range(rows)).reserve(source.lengths[:rows], width)
+    for layer, (keys_BCGK, values_BCGK) in enumerate(zip(source.keys_LBCGK, source.values_LBCGK, strict=True)):
+        write.write(layer, keys_BCGK[:rows, :width], values_BCGK[:rows, :width])
+    write.commit()
+
+
+def _rounded(capacity: int) -> int:
+    return -(-capacity // _ROUND) * _ROUND
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """[B, S] token ids, padded at the end, where no causal query sees it."""
+    width = max(map(len, sequences))
+    tokens_BS = np.zeros((len(sequences), width), np.int64)
+    for b, sequence in enumerate(sequences):
+        tokens_BS[b, : len(sequence)] = sequence
+    return torch.from_numpy(tokens_BS)
+
+
+def _groups(items: Sequence[int], lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
+    """Items of like length together: a group's padding is at most a quarter of it, its tokens at most `budget`."""
+    group: list[int] = []
+    tokens = 0
+    for item in sorted(items, key=lambda item: -lengths[item]):
+        longest = lengths[group[0]] if group else lengths[item]
+        padded = longest * (len(group) + 1)
+        wasteful = (tokens + lengths[item]) * 4 < padded * 3
+        if group and (wasteful or (budget is not None and padded > budget)):
+            yield group
+            group, tokens = [], 0
+        group.append(item)
+        tokens += lengths[item]
+    if group:
+        yield group

@@ -1,0 +1,21 @@
+"""model: token ids → logits, in PyTorch, for every Llama's text decoder."""
+
+from herd.model.attention import LOWERINGS, attend
+from herd.model.attention_mask import AttentionMask, KeyRanges
+from herd.model.cache import KVCache
+from herd.model.llama import Llama
+from herd.model.load import from_arrays, load, state_arrays, to_array, to_tensor
+
+__all__ = [
+    "LOWERINGS",
+    "AttentionMask",
+    "KVCache",
+    "KeyRanges",
+    "Llama",
+    "attend",
+    "from_arrays",
+    "load",
+    "state_arrays",
+    "to_array",
+    "to_tensor",
+]

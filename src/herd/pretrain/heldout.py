@@ -1,0 +1,45 @@
+"""Bits per byte on held-out text, now and then during training."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from herd.corpus import EvaluationWindows
+from herd.train.batches import Batch
+from herd.train.callbacks import Callback, StepRecord
+from herd.train.trainer import Trainer
+
+
+def score(trainer: Trainer[Any], windows: EvaluationWindows) -> dict[str, float]:
+    """Loss in nats per token and bits per byte of all windows under the current weights."""
+    nats, weight = trainer.evaluate(Batch.from_arrays(window.batch) for window in windows)
+    return {"heldout_loss": nats / weight, "heldout_bits_per_byte": windows.bits_per_byte(nats)}
+
+
+class HeldOut(Callback):
+    """Writes heldout_loss and heldout_bits_per_byte of `windows` into metrics.jsonl, `times` times and at the start.
+
+    The stage scores the end itself, on all held-out text. `seconds` is what the last evaluation took.
+    """
+
+    name = "heldout"
+
+    def __init__(self, windows: EvaluationWindows, times: int) -> None:
+        self._windows, self._times = windows, times
+        self.seconds = 0.0
+
+    def on_start(self, trainer: Trainer[Any]) -> None:
+        if self._times and trainer.step == 0:
+            self._score(trainer)
+
+    def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
+        done, steps = record.step * self._times, trainer.config.steps
+        # Once whenever step·times / steps passes a whole number, but not at the very end.
+        if done // steps > (done - self._times) // steps and record.step < steps:
+            self._score(trainer)
+
+    def _score(self, trainer: Trainer[Any]) -> None:
+        start = time.perf_counter()
+        trainer.log(score(trainer, self._windows))
+        self.seconds = time.perf_counter() - start

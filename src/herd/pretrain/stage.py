@@ -1,0 +1,123 @@
+"""The pretraining stage from a corpus folder to a checkpoint directory that other tools load as it is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from herd import checkpoint
+from herd import model as models
+from herd.architecture import LlamaConfig, parameter_count, training_flops_per_token
+from herd.corpus import EvaluationWindows, PackedDataset, TokenShards
+from herd.errors import UsageError
+from herd.files import write_json
+from herd.pretrain.budget import apply_plan, fitting_steps, read_plan, step_seconds, write_plan
+from herd.pretrain.config import PretrainConfig
+from herd.pretrain.data import TokenFiles, prepare
+from herd.pretrain.heldout import HeldOut, score
+from herd.train.batches import Batch, PackedSource
+from herd.train.config import TrainConfig
+from herd.train.losses import next_token_loss
+from herd.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from herd.tokenizer import Tokenizer
+
+SCORING = 0.6
+"""Time to score a held-out token / time to train on one, an upper bound: the backward pass is two thirds of a step."""
+
+
+def run(
+    config: PretrainConfig, shape: LlamaConfig, corpus: str | Path, tokenizer: Tokenizer, out_dir: str | Path
+) -> dict[str, Any]:
+    """Train a new model of this shape on corpus/train.jsonl and return the data of result.json.
+
+    Writes into `out_dir`: checkpoint/ (Hugging Face layout with the tokenizer), metrics.jsonl, result.json, and what it
+    needs to continue after an interruption: tokens/, state/, plan.json. Called again it continues, or returns the
+    result at once. Raises UsageError where shape, tokenizer and rows contradict each other, ResourceError when
+    `max_minutes` is too short for this machine.
+    """
+    started = time.monotonic()
+    out = Path(out_dir)
+    train = config.train.model_copy(update={"seed": config.seed})
+    _check(train, shape, tokenizer)
+    files = prepare(Path(corpus), tokenizer, out / "tokens", config.probe_tokens)
+    model = models.Llama(shape)
+    model.init_weights(config.seed)
+    rows = PackedDataset(files.train, train.seq_len, train.batch_size, config.seed, config.packing)
+    source = PackedSource(rows, train.micro_batch_rows)
+    heldout = _callbacks(files, train, config.evaluations)
+
+    def trainer(final: TrainConfig) -> Trainer[Batch]:
+        return Trainer(model, next_token_loss, source, final, out, heldout)
+
+    if config.max_minutes is not None:
+        deadline = started + 60 * config.max_minutes
+        train = _planned(trainer(train), files.scored_tokens(config.evaluations), out / "plan.json", deadline)
+    loop = trainer(train)
+    outcome = loop.fit()
+    checkpoint.save(
+        out / "checkpoint",
+        shape,
+        models.state_arrays(model),
+        format="hf",
+        dtype=config.save_dtype,
+        tokenizer=tokenizer,
+    )
+    result: dict[str, Any] = {
+        **outcome.to_dict(),
+        "parameters": parameter_count(shape),
+        "training_flops": training_flops_per_token(shape, train.seq_len) * outcome.tokens,
+        "epochs": train.steps * train.batch_size / rows.rows_per_epoch,
+        "corpus_tokens": files.train.n_tokens,
+        "batch_tokens": train.batch_tokens,
+        "precision": str(loop.precision).removeprefix("torch."),
+        "compiled": loop.blocks.active,
+        "stage_seconds": time.monotonic() - started,
+    }
+    if files.heldout is not None:
+        final = score(loop, _windows(files.heldout, train))
+        if outcome.resumed_from != outcome.steps:
+            loop.log(final)
+        result |= final
+    write_json(out / "result.json", result)
+    return result
+
+
+def _check(train: TrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> None:
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UsageError(
+            "the model's vocabulary is smaller than the tokenizer's",
+            value=shape.vocab_size,
+            allowed=f"at least {tokenizer.vocab_size}",
+        )
+    if train.seq_len > shape.context_length:
+        raise UsageError(
+            "rows are longer than the model's context",
+            value=train.seq_len,
+            allowed=f"seq_len up to {shape.context_length}",
+            fix="lower train.seq_len or raise the model's context_length",
+        )
+
+
+def _windows(shards: TokenShards, train: TrainConfig) -> EvaluationWindows:
+    return EvaluationWindows(shards, train.seq_len, train.micro_batch_rows)
+
+
+def _callbacks(files: TokenFiles, train: TrainConfig, times: int) -> list[HeldOut]:
+    return [HeldOut(_windows(files.probe, train), times)] if files.probe is not None and times else []
+
+
+def _planned(trial: Trainer[Batch], scored_tokens: int, plan_file: Path, deadline: float) -> TrainConfig:
+    """The loop's configuration with as many steps as fit before `deadline` (monotonic seconds), planned only once."""
+    plan = read_plan(plan_file)
+    if plan is not None:
+        return apply_plan(trial.config, plan, plan_file)
+    per_step = step_seconds(trial)
+    per_token = per_step / trial.config.batch_tokens
+    left = deadline - time.monotonic() - SCORING * per_token * scored_tokens
+    steps = fitting_steps(left, per_step, trial.config.steps)
+    final = trial.config.model_copy(update={"steps": steps, "compile": "on" if trial.blocks.active else "off"})
+    write_plan(plan_file, final, per_step, left)
+    return final

@@ -1,0 +1,73 @@
+"""Stage hashes: equal hash, equal result. The hash covers everything a stage's result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from herd.files import sha256_file
+from herd.recipe.stage import BoundStage
+
+CONTENT_LIMIT = 1 << 28
+"""Sources up to 256 MiB are fingerprinted by content; larger ones by size and modification time."""
+
+
+def canonical_json(data: object) -> str:
+    """One text for equal data: sorted keys, no spaces, no NaN."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(data: object) -> str:
+    """SHA-256 of `canonical_json(data)`, hexadecimal."""
+    return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+
+
+def stage_key(bound: BoundStage, input_hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that determines a stage's result, as plain data. Its `digest` is the stage's hash."""
+    fingerprint = bound.stage.fingerprint
+    return {
+        "stage": bound.name,
+        "version": bound.stage.version,
+        "config": bound.config.model_dump(mode="json"),
+        "inputs": {name: input_hashes[name] for name in bound.inputs},
+        "external": fingerprint(bound.config) if fingerprint else None,
+    }
+
+
+def fingerprint_paths(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """A description of files and folders that changes when their content does.
+
+    Per path: number of files, bytes and one SHA-256 over the sorted relative names with, for each file, its content
+    (when all paths together hold at most CONTENT_LIMIT bytes) or its size and modification time.
+    """
+    listings = [(Path(path), sorted(_files(Path(path)))) for path in paths]
+    total = sum(file.stat().st_size for _, files in listings for file in files)
+    by_content = total <= CONTENT_LIMIT
+    result = []
+    for root, files in listings:
+        state = hashlib.sha256()
+        size = 0
+        for file in files:
+            stat = file.stat()
+            size += stat.st_size
+            name = file.name if root.is_file() else file.relative_to(root).as_posix()
+            mark = sha256_file(file) if by_content else f"{stat.st_size} {stat.st_mtime_ns}"
+            state.update(f"{name}\0{mark}\n".encode("utf-8", "surrogateescape"))
+        result.append({"files": len(files), "bytes": size, "by_content": by_content, "sha256": state.hexdigest()})
+    return result
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """All regular files below a path; unreadable ones are left to the reader's own error."""
+    if path.is_file():
+        yield path
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            file = Path(folder) / name
+            if file.is_file() and os.access(file, os.R_OK):
+                yield file

@@ -1,0 +1,198 @@
+"""A recipe file: YAML and command-line overrides in, a plain `Recipe` out.
+
+    name: pocket
+    seed: 0
+    stages:
+      corpus: {sources: [python-stdlib]}
+      tokenizer: {vocab_size: 4096}
+
+Values of a stage are checked later, by that stage's own config class; this file knows the outer shape only.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from herd.errors import FileFormatError, UsageError
+
+_TOP_LEVEL = ("description", "name", "seed", "stages")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a user asked for: stage name → plain values, in the order they run. `source` is named in errors."""
+
+    name: str
+    stages: Mapping[str, Mapping[str, Any]]
+    seed: int = 0
+    description: str = ""
+    source: str = "recipe"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `stage.field=value` overrides, whose values are YAML (`3e-4`, `true`, `[a, b]`).
+
+    `path` is a file, or the name of one in ./recipes. A stage whose value is `false` is left out. Raises UsageError
+    for unknown names and FileFormatError for broken YAML.
+    """
+    file = find_recipe(path)
+    data = _read_yaml(file)
+    if not isinstance(data, dict):
+        raise FileFormatError("a recipe is a mapping with the keys name, seed and stages", file=file)
+    for key in data:
+        if key not in _TOP_LEVEL:
+            raise UsageError(f"{file}: there is no key {key!r} at the top", allowed=_near(str(key), _TOP_LEVEL))
+    data["stages"] = _stage_mapping(data.get("stages"), file)
+    for override in overrides:
+        _apply(data, override)
+    return _checked(data, file)
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The recipe file a user means: a path, or a bare name such as `pocket` for recipes/pocket.yaml."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    folder = Path("recipes")
+    known = sorted(entry.stem for entry in folder.glob("*.yaml")) if folder.is_dir() else []
+    if str(path) in known:
+        return folder / f"{path}.yaml"
+    near = difflib.get_close_matches(file.stem, known, n=3)
+    raise UsageError(
+        "there is no such recipe file",
+        value=str(path),
+        allowed=", ".join(f"recipes/{name}.yaml" for name in near or known) or "a path of a .yaml file",
+        fix=f"herd run recipes/{(near or known)[0]}.yaml" if known else None,
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The advice part of an error about an unknown name: the near one if there is one, else all."""
+    return _near(name, tuple(known))
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else ", ".join(known)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only; a key given twice is an error. As in YAML 1.2, `3e-4` is a number, `on` and `no` are words."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: set[Hashable] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float | bool) or key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} appears twice or is not a plain value", problem_mark=key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        return _parse_yaml(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise FileFormatError("is not UTF-8 text", file=file, offset=error.start) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise FileFormatError(f"is not valid YAML{where}: {error.problem}", file=file) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise FileFormatError(f"is not valid YAML: {error}", file=file) from None
+
+
+def _stage_mapping(stages: Any, file: Path) -> dict[str, Any]:
+    """`stages` is a mapping name → values, or a list of names and of one-entry mappings."""
+    if isinstance(stages, list):
+        merged: dict[str, Any] = {}
+        for entry in stages:
+            pair = {entry: {}} if isinstance(entry, str) else entry
+            if not isinstance(pair, dict) or len(pair) != 1 or next(iter(pair)) in merged:
+                raise FileFormatError(
+                    "a stage in a list is a name, or one name with its values", file=file, field="stages", value=entry
+                )
+            merged.update(pair)
+        stages = merged
+    if not isinstance(stages, dict) or not stages:
+        raise FileFormatError("a recipe needs at least one stage", file=file, field="stages")
+    return {str(name): values for name, values in stages.items()}
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Change `data` by one `a.b.c=value`."""
+    dotted, equals, text = override.partition("=")
+    path = dotted.strip().split(".")
+    if not equals or not all(path):
+        raise UsageError("an override has the form stage.field=value", value=override, fix="base.train.lr=3e-3")
+    try:
+        value = _parse_yaml(text)
+    except yaml.YAMLError:
+        raise UsageError(f"the value of {dotted!r} is not valid YAML", value=text, fix=f"{dotted}='...'") from None
+    if path[0] in _TOP_LEVEL[:3] and len(path) == 1:
+        data[path[0]] = value
+        return
+    if path[0] not in data["stages"]:
+        raise UsageError(
+            "an override names a stage that this recipe does not have",
+            value=override,
+            allowed=_near(path[0], tuple(data["stages"])),
+        )
+    target = data["stages"]
+    for depth, key in enumerate(path[:-1]):
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict):
+            raise UsageError(
+                f"{'.'.join(path[: depth + 1])!r} is a value, so it has no field {path[depth + 1]!r}", value=target
+            )
+    target[path[-1]] = value
+
+
+def _checked(data: dict[str, Any], file: Path) -> Recipe:
+    name, seed, description = data.get("name", file.stem), data.get("seed", 0), data.get("description") or ""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{file}: name", value=name, allowed="1 to 64 letters, digits and . _ - (it names a folder)")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise UsageError(f"{file}: seed", value=seed, allowed="a whole number from 0 to 2^63 - 1")
+    if not isinstance(description, str):
+        raise UsageError(f"{file}: description", value=description, allowed="text")
+    stages: dict[str, dict[str, Any]] = {}
+    for stage, values in data["stages"].items():
+        if values is False:
+            continue
+        if values is not None and not isinstance(values, dict):
+            raise UsageError(f"{file}: stage {stage!r}", value=values, allowed="a mapping of its fields, or false")
+        stages[stage] = copy.deepcopy(values or {})
+    return Recipe(name=name, stages=stages, seed=seed, description=description.strip(), source=str(file))

@@ -1,0 +1,70 @@
+"""The quantise stage: the final model as GGUF files, and what each format costs in bits per byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from herd.architecture import parameter_count
+from herd.checkpoint import convert, open_checkpoint
+from herd.config import Config
+from herd.engine import LLM
+from herd.evaluate import bits_per_byte
+from herd.files import write_json
+
+Format = Literal["f32", "bf16", "f16", "q8_0", "q4_0"]
+
+
+class QuantiseConfig(Config):
+    """Which files to write, and on how much text to score them."""
+
+    formats: tuple[Format, ...] = Field(
+        default=("q8_0", "q4_0"), min_length=1, description="number formats, one file each"
+    )
+    heldout_bytes: int = Field(
+        default=200_000, ge=1000, description="held-out text to score each file on: whole documents up to about this"
+    )
+
+
+def quantise(config: QuantiseConfig, checkpoint: Path, heldout: list[str], out: Path) -> dict[str, Any]:
+    """Write model-<format>.gguf for every format and results.json, whose data is returned.
+
+    Every file is loaded back and scored; the source is scored on the same text.
+    """
+    documents = _first(heldout, config.heldout_bytes)
+    with open_checkpoint(checkpoint) as opened:
+        parameters = parameter_count(opened.config)
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    formats = {"source": _entry(checkpoint, weights, parameters, documents)}
+    for name in dict.fromkeys(config.formats):
+        file = convert(checkpoint, out / f"model-{name}.gguf", to="gguf", dtype=name)
+        formats[name] = _entry(file, file.stat().st_size, parameters, documents)
+    results = {
+        "source": "source",
+        "documents": len(documents),
+        "bytes": sum(len(text.encode()) for text in documents),
+        "parameters": parameters,
+        "formats": formats,
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def _entry(path: Path, size: int, parameters: int, documents: list[str]) -> dict[str, Any]:
+    with LLM(path) as llm:
+        bits = bits_per_byte(llm, documents).bits_per_byte
+    return {"file": path.name, "bytes": size, "bits_per_weight": 8 * size / parameters, "bits_per_byte": bits}
+
+
+def _first(documents: list[str], limit: int) -> list[str]:
+    """Whole documents from the start until `limit` bytes are passed."""
+    chosen: list[str] = []
+    size = 0
+    for text in documents:
+        if size >= limit:
+            break
+        chosen.append(text)
+        size += len(text.encode())
+    return chosen

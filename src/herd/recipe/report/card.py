@@ -1,0 +1,252 @@
+"""MODEL_CARD.md: what the model is, what made it, what it cost, how good it is and is not. Generated from the run.
+
+The fields are those of Meta's Llama cards (hardware, energy, carbon with its formula) and of Hugging Face's model cards
+(the block at the top).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from herd.recipe.report.config import CARBON_REASON, WATTS_REASON
+from herd.recipe.report.data import RunData
+from herd.recipe.report.results import comparison_text, score_rows, score_text
+from herd.recipe.report.sections import headline, shape_rows
+from herd.recipe.units import count, duration, scientific, size
+
+
+def render_card(run: RunData) -> str:
+    """The whole card as Markdown."""
+    parts = [
+        _front_matter(run),
+        f"# {_line(run.name)}",
+        _line(headline(run)),
+        _line(run.description),
+        _architecture(run),
+        _data(run),
+        _training(run),
+        _energy(run),
+        _evaluation(run),
+        _quantised(run),
+        _use(run),
+        _limitations(run),
+        f"## Licence\n\nWeights: {_line(run.config.licence)}. Training text: {_line(run.config.data_licence)}.",
+        _repeat(run),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(run: RunData) -> str:
+    licence = run.config.licence
+    known = re.fullmatch(r"[A-Za-z0-9.-]+", licence)
+    lines = [f"license: {licence.lower()}" if known else f"license: other\nlicense_name: {json.dumps(licence)}"]
+    lines += ["language:\n- en", "library_name: llama-herd", "pipeline_tag: text-generation", "tags:\n- llama\n- herd"]
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _architecture(run: RunData) -> str:
+    if run.model is None:
+        return ""
+    rows = [*shape_rows(run.model), ("parameters", f"{run.parameters:,}")]
+    return "## Architecture\n\n" + _table(["", ""], rows, right=(1,))
+
+
+def _data(run: RunData) -> str:
+    stats = run.result("corpus", "stats.json")
+    if not stats:
+        return ""
+    sources = ", ".join(f"`{source}`" for source in stats.get("config", {}).get("sources", []))
+    tokenizer = run.result("tokenizer", "results.json")
+    lines = [f"Sources: {_line(sources)}. " if sources else ""]
+    lines[0] += (
+        f"After cleaning and removal of duplicates {stats['train_documents']:,} documents "
+        f"({size(stats['train_bytes'])}) for training and {stats['heldout_documents']:,} "
+        f"({size(stats['heldout_bytes'])}) held out, split by {_line(stats.get('split', 'document'))}."
+    )
+    if tokenizer:
+        lines.append(
+            f"Tokenizer: byte-level byte-pair encoding with Llama 3's split rules, {tokenizer['vocab_size']:,} tokens, "
+            f"{tokenizer['heldout']['bytes_per_token']:.2f} bytes per token on the held-out text."
+        )
+    if "sft" in run.manifests:
+        lines.append(
+            "Instruction tuning: questions about Python and their answers in the Llama 3 chat format, both generated "
+            "by program; the answers come from running real Python, no person's conversation is in them."
+        )
+    return "## Data\n\n" + "\n\n".join(lines)
+
+
+def _training(run: RunData) -> str:
+    rows: list[Sequence[str]] = []
+    for name, training in run.training.items():
+        compute = training.compute
+        last = training.rows[-1]["step"] if training.rows else None
+        heldout, loss = training.curve("heldout_loss"), training.curve("loss")
+        shown = f"{heldout[-1][1]:.3f} held out" if heldout else f"{loss[-1][1]:.3f}" if loss else ""
+        rows.append(
+            (
+                name,
+                f"{int(last):,}" if last is not None else "",
+                f"{training.tokens:,}" if training.tokens else "",
+                shown,
+                duration(training.manifest["wall_seconds"]),
+                scientific(compute.flops) if compute else "",
+                f"{compute.pflop_days:.2e}" if compute else "",
+            )
+        )
+    if not rows:
+        return ""
+    first = next((training.compute for training in run.training.values() if training.compute), None)
+    parts = [
+        _table(
+            ["stage", "steps", "tokens", "last loss, nats/token", "time", "FLOPs", "petaFLOP-days"],
+            rows,
+            right=range(1, 7),
+        )
+    ]
+    if first:
+        parts.append(
+            f"FLOPs = 6·N·D + 6·L·H·K·S·D: N = {first.weights:,} multiplying weights, D tokens, L layers, H heads of "
+            "width K, S tokens in a row; forward and backward; an upper bound where documents are shorter than a row."
+        )
+    return "## Training\n\n" + "\n\n".join(parts)
+
+
+def _energy(run: RunData) -> str:
+    if not run.manifests:
+        return ""
+    energy = run.energy()
+    machine = list(run.manifests.values())[-1]["host"]
+    rows = [
+        ("hardware", f"{machine['cores']} cores of {_line(str(machine['cpu']))}"),
+        ("time, all stages", duration(run.wall_seconds)),
+        ("busy core-hours, h", f"{energy.hours:.3f}"),
+        ("watts per busy core, W", f"{energy.watts:g}"),
+        ("power usage effectiveness, PUE", f"{energy.pue:g}"),
+        ("kg CO2 per kWh", f"{energy.kg_per_kwh:g}"),
+        ("energy", f"{1000 * energy.kwh:.1f} Wh"),
+        ("carbon", f"{1e6 * energy.tonnes_co2:.1f} g CO2 ({scientific(energy.tonnes_co2)} t)"),
+    ]
+    return (
+        "## Energy and carbon\n\n"
+        + _table(["", ""], rows, right=(1,))
+        + "\n\ntCO2 = h × W × PUE × kg/kWh ÷ 10⁶, as in Meta's Llama cards. "
+        + f"The watts are {WATTS_REASON}. PUE and kg/kWh by default: {CARBON_REASON}."
+    )
+
+
+def _evaluation(run: RunData) -> str:
+    results = run.evaluation
+    if not results:
+        return ""
+    parts: list[str] = []
+    if run.bits:
+        some = next(iter(results["bits_per_byte"].values()))
+        both = [*run.bits.items(), *run.compressors.items()]
+        parts.append(
+            f"Bits per byte on {some['documents']:,} held-out documents ({size(some['bytes'])}); less is better:\n\n"
+            + _table(["", "bits per byte"], [(name, f"{value:.3f}") for name, value in both], right=(1,))
+        )
+    if models := results.get("exact_match"):
+        rows = [
+            (
+                f"**{row.name}**" if row.summary else row.name,
+                row.level,
+                f"{row.n:,}",
+                *(score_text(entry) for entry in row.entries),
+            )
+            for row in score_rows(models)
+        ]
+        parts.append(
+            "Exact match on held-out exercises, percent ± 95 % interval, CI95(S) = 1.96·√(S(1−S)/N):\n\n"
+            + _table(["kind", "level", "N", *models], rows, right=range(2, 3 + len(models)))
+        )
+        if sentence := comparison_text(results.get("comparison")):
+            parts.append(sentence)
+    return "## Evaluation\n\n" + "\n\n".join(parts)
+
+
+def _quantised(run: RunData) -> str:
+    results = run.quantised
+    if not results:
+        return ""
+    source = results["formats"][results["source"]]["bits_per_byte"]
+    rows = [
+        (
+            "as trained" if name == results["source"] else name,
+            f"`{entry['file']}`",
+            size(entry["bytes"]),
+            f"{entry['bits_per_byte']:.4f}",
+            f"{entry['bits_per_byte'] - source:+.4f}",
+        )
+        for name, entry in results["formats"].items()
+    ]
+    return "## Files\n\n" + _table(["format", "file", "size", "bits per byte", "cost"], rows, right=(2, 3, 4))
+
+
+def _use(run: RunData) -> str:
+    return "\n".join(
+        [
+            "## How to run it",
+            "",
+            "```",
+            "pip install llama-herd",
+            "herd chat RUN_DIRECTORY",
+            'herd generate RUN_DIRECTORY "def "',
+            "```",
+            "",
+            "The GGUF files also run in llama.cpp; the checkpoint directories have the Hugging Face layout.",
+        ]
+    )
+
+
+def _limitations(run: RunData) -> str:
+    said = [
+        "It knows its training text and nothing else: no facts about the world, and in a chat only the kinds of "
+        "questions listed under evaluation.",
+        "It states wrong answers as confidently as right ones. No safety training and no guard is part of this run.",
+        "It may repeat passages of its training text word for word.",
+    ]
+    if run.parameters and run.model:
+        said.insert(
+            0,
+            f"It is small ({count(run.parameters)} parameters, context of {run.model.context_length:,} tokens): meant "
+            "for learning how such models are made and for tests, not for use in products.",
+        )
+    results = run.evaluation.get("exact_match", {})
+    if results:
+        last = list(results.values())[-1]["by_kind"]
+        weak = [kind for kind, entry in sorted(last.items(), key=lambda item: item[1]["score"]) if entry["score"] < 0.5]
+        if weak:
+            said.append(f"It fails more often than not at: {', '.join(weak)}.")
+    return "## Limitations\n\n" + "\n".join(f"- {_line(sentence)}" for sentence in [*said, *run.config.limitations])
+
+
+def _repeat(run: RunData) -> str:
+    if not run.manifests:
+        return ""
+    versions = list(run.manifests.values())[-1]["packages"]
+    return (
+        f"## Repeat it\n\n`herd run {_line(run.source)}`, seed {run.seed}, with "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + "."
+    )
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> str:
+    """A Markdown table; columns in `right` are aligned to the right."""
+    numeric = frozenset(right)
+    rules = ["---:" if i in numeric else "---" for i in range(len(headings))]
+    lines = [headings, rules, *([_cell(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    """Text that cannot break out of its line, and that is not markup of HTML."""
+    return re.sub(r"\s+", " ", text).strip().replace("<", "&lt;")

@@ -1,0 +1,207 @@
+"""Run a recipe: skip what is done, run or resume the rest, keep run.json true.
+
+runs/<name>/run.json                  pointers: the model, the report, every stage's directory
+runs/<name>/<stage>-<hash8>/          one stage's result and its manifest, stage.json
+"""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from herd.errors import FileFormatError, HerdError, ResourceError, UsageError
+from herd.files import atomic_write, read_json, write_json
+from herd.recipe.loading import Recipe
+from herd.recipe.lock import run_lock
+from herd.recipe.manifest import ERROR_LOG, begin, decide, finish, read_manifest, stop
+from herd.recipe.measure import Meter
+from herd.recipe.planning import Placed, place
+from herd.recipe.stage import Stage, StageContext
+
+RUN_FILE = "run.json"
+_MODEL_STAGES = ("sft", "base")
+"""Stages whose checkpoint a run directory stands for, best first."""
+
+
+@dataclass(frozen=True)
+class StageEvent:
+    """One line of progress. `seconds` is the stage's wall time over all its attempts so far."""
+
+    kind: Literal["start", "done", "skip", "stop", "fail"]
+    stage: str
+    directory: Path
+    reason: str = ""
+    seconds: float = 0.0
+    summary: str = ""
+
+
+class StageFailed(HerdError):
+    """A stage raised. Has the exit code of the HerdError behind it, 4 when memory or disk ran out, else 1."""
+
+    def __init__(self, stage: str, cause: Exception, log: Path, command: str) -> None:
+        self.stage = stage
+        self.exit_code = _exit_code(cause)
+        reason, fix = f"{type(cause).__name__}: {cause}".strip(": "), f"{command} goes on with this stage"
+        details: dict[str, Any] = {}
+        if isinstance(cause, HerdError):
+            reason = cause.what
+            details = {"allowed": cause.allowed} | ({} if cause.value is None else {"value": cause.value})
+            fix = f"{cause.fix}; then {fix}" if cause.fix else fix
+        else:
+            fix = f"{fix} (the traceback is in {log})"
+        super().__init__(f"stage {stage!r} failed: {reason}", **details, fix=fix)
+
+
+def run(
+    recipe: Recipe,
+    table: Sequence[Stage],
+    run_dir: str | Path,
+    *,
+    redo_from: str | None = None,
+    only: str | None = None,
+    on_event: Callable[[StageEvent], None] = lambda event: None,
+    command: str = "herd run",
+) -> dict[str, Any]:
+    """Bring a run directory up to date with its recipe; return the content of its run.json.
+
+    `redo_from` runs that stage and all after it again even if they are done; `only` runs no other stage. Stages that
+    were stopped resume. `command` is quoted in errors as the way to go on. Raises UsageError before anything runs,
+    StageFailed when a stage fails, ResourceError when another run holds the directory. KeyboardInterrupt and
+    SystemExit pass through once the stage's manifest is written.
+    """
+    run_dir = Path(run_dir)
+    placed = place(recipe, table, run_dir, redo_from=redo_from, only=only)
+    with run_lock(run_dir):
+        state = _begin_state(recipe, run_dir, placed)
+        for position, item in enumerate(placed):
+            if item.wanted:
+                context = StageContext(
+                    recipe=recipe,
+                    configs={other.name: other.bound.config for other in placed},
+                    directories={other.name: other.directory for other in placed[:position]},
+                )
+                _run_stage(item, context, state, run_dir, on_event, command)
+            else:
+                _record(state, item, read_manifest(item.directory), run_dir)
+    return state
+
+
+def read_run(run_dir: str | Path) -> dict[str, Any]:
+    """The content of a run directory's run.json. Raises FileFormatError when it is not one."""
+    path = Path(run_dir) / RUN_FILE
+    if not path.is_file():
+        raise FileFormatError(
+            "is not a run directory: it has no run.json", file=run_dir, fix="herd run recipes/pocket.yaml makes one"
+        )
+    data = read_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("stages"), dict):
+        raise FileFormatError("is not a run's pointer file", file=path, field="stages")
+    return data
+
+
+def _run_stage(
+    item: Placed,
+    context: StageContext,
+    state: dict[str, Any],
+    run_dir: Path,
+    on_event: Callable[[StageEvent], None],
+    command: str,
+) -> None:
+    """Skip, run or resume one stage, and record it in `state`."""
+    stage, out, name = item.bound.stage, item.directory, item.name
+    inputs = _inputs(item, state)
+    decision = decide(
+        out,
+        item.hash,
+        {other: entry["digest"] for other, entry in inputs.items()},
+        resumes=stage.resumes,
+        redo=item.redo,
+    )
+    if decision.action == "skip":
+        manifest = read_manifest(out) or {}
+        _record(state, item, manifest, run_dir)
+        on_event(StageEvent("skip", name, out, decision.reason, manifest["wall_seconds"], manifest["summary"]))
+        return
+    manifest = begin(out, decision, item.key, item.hash, inputs)
+    on_event(StageEvent("start", name, out, decision.reason, manifest["wall_seconds"]))
+    meter = Meter()
+    try:
+        paths = {other: context.directories[other] for other in item.bound.inputs}
+        summary = stage.run(item.bound.config, paths, out, context)
+    except (KeyboardInterrupt, SystemExit):
+        manifest = stop(out, manifest, meter.read(), error=None)
+        _record(state, item, manifest, run_dir)
+        on_event(StageEvent("stop", name, out, seconds=manifest["wall_seconds"]))
+        raise
+    except Exception as error:
+        with atomic_write(out / ERROR_LOG, "w") as log:
+            log.write(traceback.format_exc())
+        manifest = stop(out, manifest, meter.read(), error=str(error) or type(error).__name__)
+        _record(state, item, manifest, run_dir)
+        on_event(StageEvent("fail", name, out, seconds=manifest["wall_seconds"]))
+        raise StageFailed(name, error, out / ERROR_LOG, command) from error
+    (out / ERROR_LOG).unlink(missing_ok=True)
+    manifest = finish(out, manifest, meter.read(), summary)
+    _record(state, item, manifest, run_dir)
+    on_event(StageEvent("done", name, out, decision.reason, manifest["wall_seconds"], summary))
+
+
+def _inputs(item: Placed, state: Mapping[str, Any]) -> dict[str, Any]:
+    """For the manifest: which results a stage reads. All are done, unless `--only` left one out."""
+    inputs: dict[str, Any] = {}
+    for name in item.bound.inputs:
+        entry = state["stages"].get(name)
+        if entry is None or entry["status"] != "done":
+            raise UsageError(
+                f"--only {item.name} needs the stage {name!r}, which is not done",
+                fix=f"the same command with --only {name}, or without --only",
+            )
+        inputs[name] = {key: entry[key] for key in ("directory", "hash", "digest")}
+    return inputs
+
+
+def _begin_state(recipe: Recipe, run_dir: Path, placed: Sequence[Placed]) -> dict[str, Any]:
+    """run.json as a run starts: the old run's model and report stay until this run has its own."""
+    try:
+        old = read_run(run_dir)
+    except FileFormatError:
+        old = {}
+    state: dict[str, Any] = {
+        "name": recipe.name,
+        "description": recipe.description,
+        "seed": recipe.seed,
+        "recipe": recipe.source,
+        "order": [item.name for item in placed],
+        "stages": {},
+    }
+    kept = {key: old[key] for key in ("model", "report") if key in old and (run_dir / str(old[key])).exists()}
+    return state | kept
+
+
+def _record(state: dict[str, Any], item: Placed, manifest: Mapping[str, Any] | None, run_dir: Path) -> None:
+    """Put one stage, if there is anything of it, into run.json."""
+    if manifest is None:
+        return
+    entry = {"directory": item.directory.name, "hash": item.hash}
+    entry |= {key: manifest[key] for key in ("status", "wall_seconds", "summary")}
+    if manifest["status"] == "done":
+        entry["digest"] = manifest["digest"]
+    state["stages"][item.name] = entry
+    done = [name for name in _MODEL_STAGES if state["stages"].get(name, {}).get("status") == "done"]
+    if done:
+        state["model"] = f"{state['stages'][done[0]]['directory']}/checkpoint"
+    if item.name == "report" and manifest["status"] == "done":
+        state["report"] = f"{item.directory.name}/report.html"
+    write_json(run_dir / RUN_FILE, state)
+
+
+def _exit_code(cause: Exception) -> int:
+    if isinstance(cause, HerdError):
+        return cause.exit_code
+    if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.ENOMEM)):
+        return ResourceError.exit_code
+    return 1

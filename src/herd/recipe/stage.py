@@ -1,0 +1,83 @@
+"""What a stage is: a config class, the earlier stages it reads, and one function from directories to a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from herd.config import Config, parse_config
+from herd.errors import UsageError
+from herd.recipe.loading import Recipe, nearest
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage may know about its run besides its own config and inputs."""
+
+    recipe: Recipe
+    configs: Mapping[str, Config]
+    directories: Mapping[str, Path]
+    """Directories of all stages before this one, also of those that are not its inputs."""
+
+
+RunFunction = Callable[[Any, Mapping[str, Path], Path, StageContext], str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage.
+
+    `run(config, inputs, out, context)` reads the input directories, writes its artefacts into `out` and returns one
+    line that says what came out. `version` is raised when the code's results change, so that old results are made
+    again. `fingerprint(config)` describes what the stage reads from outside the run (files named in its config).
+    A `resumes` stage continues from what it left in `out`; any other one starts in an empty directory.
+    """
+
+    name: str
+    config: type[Config]
+    run: RunFunction
+    inputs: tuple[str, ...] = ()
+    optional_inputs: tuple[str, ...] = ()
+    version: int = 1
+    resumes: bool = False
+    fingerprint: Callable[[Any], object] | None = None
+
+
+@dataclass(frozen=True)
+class BoundStage:
+    """A stage with its validated config and the names of the inputs that this recipe has."""
+
+    stage: Stage
+    config: Config
+    inputs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+
+def bind(recipe: Recipe, table: Sequence[Stage]) -> list[BoundStage]:
+    """Validate every stage of a recipe against the table of known stages. Raises UsageError."""
+    known = {stage.name: stage for stage in table}
+    bound: list[BoundStage] = []
+    earlier: list[str] = []
+    for name, values in recipe.stages.items():
+        where = f"{recipe.source}: {name}"
+        if name not in known:
+            raise UsageError(f"{where}: there is no such stage", value=name, allowed=nearest(name, known))
+        stage = known[name]
+        for needed in stage.inputs:
+            if needed not in earlier:
+                raise UsageError(
+                    f"{where}: this stage reads the stage {needed!r}, which does not come before it",
+                    fix=f"put {needed!r} before {name!r} in {recipe.source}",
+                )
+        filled = dict(values)
+        if "seed" in stage.config.model_fields:
+            filled.setdefault("seed", recipe.seed)
+        inputs = stage.inputs + tuple(other for other in stage.optional_inputs if other in earlier)
+        bound.append(BoundStage(stage, parse_config(stage.config, filled, where), inputs))
+        earlier.append(name)
+    return bound

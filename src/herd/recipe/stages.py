@@ -1,0 +1,120 @@
+"""The thin table that binds stage names to the rooms that do the work. Importing it imports PyTorch.
+
+corpus → tokenizer → base → sft → evaluate → quantise → report
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from herd import evaluate, pretrain, tokenizer
+from herd.align import sft
+from herd.corpus import CorpusConfig, curate, read_documents
+from herd.pretrain import PretrainConfig
+from herd.recipe.hashing import fingerprint_paths
+from herd.recipe.quantise import QuantiseConfig, quantise
+from herd.recipe.report import ReportConfig, RunData, read_metrics, write_report
+from herd.recipe.shape import ModelShape
+from herd.recipe.stage import Stage, StageContext
+from herd.recipe.tokenise import TokenizerConfig, train_tokenizer
+from herd.recipe.units import count, size
+
+Inputs = Mapping[str, Path]
+_STDLIB = "python-stdlib"
+
+
+class BaseConfig(PretrainConfig):
+    """Pretraining, and the shape of the model to train."""
+
+    model: ModelShape = Field(default_factory=ModelShape, description="the model's shape")
+
+
+def stage_table() -> list[Stage]:
+    """All known stages."""
+    return [
+        Stage("corpus", CorpusConfig, _corpus, fingerprint=_sources),
+        Stage("tokenizer", TokenizerConfig, _tokenizer, inputs=("corpus",)),
+        Stage("base", BaseConfig, _base, inputs=("corpus", "tokenizer"), resumes=True),
+        Stage("sft", sft.SftConfig, _sft, inputs=("corpus", "tokenizer", "base"), resumes=True),
+        Stage("evaluate", evaluate.EvaluateConfig, _evaluate, inputs=("corpus", "base"), optional_inputs=("sft",)),
+        Stage("quantise", QuantiseConfig, _quantise, inputs=("corpus", "base"), optional_inputs=("sft",)),
+        Stage("report", ReportConfig, _report, optional_inputs=_REPORTED),
+    ]
+
+
+_REPORTED = ("corpus", "tokenizer", "base", "sft", "evaluate", "quantise")
+
+
+def _sources(config: CorpusConfig) -> object:
+    """What stands behind the names of the sources now: this Python's version, the content of files and folders."""
+    paths = [source for source in config.sources if source != _STDLIB]
+    return {"paths": fingerprint_paths(paths), "python": sys.version if _STDLIB in config.sources else None}
+
+
+def _corpus(config: CorpusConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
+    stats = curate(config, out)
+    return f"{size(stats.train_bytes)} to train on, {size(stats.heldout_bytes)} held out"
+
+
+def _tokenizer(config: TokenizerConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
+    results = train_tokenizer(config, inputs["corpus"], out)
+    return f"{results['vocab_size']:,} tokens, {results['heldout']['bytes_per_token']:.2f} bytes per token"
+
+
+def _base(config: BaseConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
+    words = tokenizer.load(inputs["tokenizer"])
+    pretrain.run(config, config.model.to_llama(words.vocab_size), inputs["corpus"], words, out)
+    return _trained(out)
+
+
+def _sft(config: sft.SftConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
+    words = tokenizer.load(inputs["tokenizer"])
+    rehearsal = (document.text for document in read_documents(inputs["corpus"] / "train.jsonl"))
+    sft.run(config, inputs["base"] / "checkpoint", words, out, rehearsal=rehearsal)
+    return _trained(out)
+
+
+def _evaluate(config: evaluate.EvaluateConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
+    models = {name: inputs[name] / "checkpoint" for name in ("base", "sft") if name in inputs}
+    results = evaluate.run(config, models, _heldout(inputs), out)
+    bits = next(iter(results["bits_per_byte"].values()), None)
+    match = list(results["exact_match"].values())[-1:]
+    said = [f"{bits['bits_per_byte']:.3f} bits per byte"] if bits else []
+    said += [f"{100 * data['overall']['score']:.1f} % exact match" for data in match]
+    return ", ".join(said)
+
+
+def _quantise(config: QuantiseConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
+    model = inputs.get("sft", inputs["base"]) / "checkpoint"
+    formats = quantise(config, model, _heldout(inputs), out)["formats"]
+    return ", ".join(f"{name} {size(entry['bytes'])}" for name, entry in formats.items() if name != "source")
+
+
+def _report(config: ReportConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
+    recipe = context.recipe
+    run = RunData(
+        name=recipe.name,
+        seed=recipe.seed,
+        source=recipe.source,
+        description=recipe.description,
+        directories=inputs,
+        config=config,
+    )
+    return ", ".join(path.name for path in write_report(run, out))
+
+
+def _heldout(inputs: Inputs) -> list[str]:
+    return [document.text for document in read_documents(inputs["corpus"] / "heldout.jsonl")]
+
+
+def _trained(out: Path) -> str:
+    """A training stage in a few words, from the last of the metrics it wrote."""
+    last: dict[str, float] = {}
+    for row in read_metrics(out / "metrics.jsonl"):
+        last |= row
+    said = [f"{last['step']:,} steps", f"{count(last['tokens'])} tokens", f"loss {last['loss']:.3f}"]
+    return ", ".join([*said, f"held out {last['heldout_loss']:.3f}"] if "heldout_loss" in last else said)

@@ -1,0 +1,31 @@
+"""Learning rates as a pure function of the step, so that a schedule has no state to save."""
+
+from __future__ import annotations
+
+import math
+
+from herd.train.config import TrainConfig
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Learning rate of step `step` (from 0) as a share of the peak.
+
+    Warm-up over w steps: (step + 1) / w. Then from 1 to r = final_lr_ratio at the last step, with t in [0, 1]:
+    cosine r + (1 - r)·(1 + cos πt)/2 (Llama 1 to 3), linear 1 - (1 - r)·t, wsd 1 until the last share `decay` of the
+    steps and then linear (Hu et al. 2024, arXiv 2404.06395).
+    """
+    warmup, last, final = config.warmup_steps, config.steps - 1, config.final_lr_ratio
+    if step < warmup:
+        return (step + 1) / warmup
+    start = warmup
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "wsd":
+        start = max(warmup, config.steps - max(1, round(config.decay * config.steps)))
+        if step < start:
+            return 1.0
+    # `start - 1` is the last step at the peak, so that the first decaying step is already below it.
+    t = min(1.0, (step - start + 1) / max(1, last - start + 1))
+    if config.schedule == "cosine":
+        return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
+    return 1 - (1 - final) * t

@@ -1,0 +1,313 @@
+"""The one loop: batches in, better weights out, whatever the stage.
+
+A step is: micro-batches of the step's data → sum of their losses → gradients, summed over ranks and divided by the
+weight of all supervised targets → verdict of the callbacks → clipping → optimiser. Everything a run needs to continue
+is in its state, and everything else is a pure function of (seed, step): a killed run ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from herd.architecture import LlamaConfig, training_flops_per_token
+from herd.errors import HerdError, UsageError
+from herd.train import snapshot
+from herd.train.announce import announce, first_line
+from herd.train.averaging import WeightAverage
+from herd.train.batches import BatchSource, Movable
+from herd.train.callbacks import Callback, StepRecord, Verdict
+from herd.train.checkpoints import Checkpoints
+from herd.train.compilation import CompiledBlocks, compiler_failed, eager, worth_compiling
+from herd.train.config import TrainConfig
+from herd.train.guard import Guard
+from herd.train.memory import keep_freed_memory
+from herd.train.metrics import Metrics, MetricsFile
+from herd.train.optimizers import build_optimizer, matrix_dtype
+from herd.train.peak import matmul_peak
+from herd.train.schedule import lr_factor
+from herd.train.signals import StopSignals
+from herd.train.state import StateStore
+from herd.train.world import World, current_world
+
+B = TypeVar("B", bound=Movable)
+LossFunction = Callable[[Any, B], tuple[Tensor, Tensor]]
+RECENT = 20
+"""Steps whose mean loss is the loss of a result: one batch alone says little."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run. `loss` is the mean over the last steps; `seconds` and tokens count resumed runs together."""
+
+    steps: int
+    loss: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    tokens_per_second: float
+    mfu: float | None
+    resumed_from: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for result.json."""
+        return dataclasses.asdict(self)
+
+
+class Trainer(Generic[B]):
+    """Trains `model` on `source` by `loss_fn(model, batch) -> (sum of losses, sum of weights)`.
+
+    Writes `out_dir`/metrics.jsonl and checkpoints under `out_dir`/state; continues from them when they are there.
+    MFU and compile="auto" need `flops_per_token`, which is derived for a model whose `config` is a LlamaConfig.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction[B],
+        source: BatchSource[B],
+        config: TrainConfig,
+        out_dir: str | Path,
+        callbacks: Sequence[Callback] = (),
+        *,
+        flops_per_token: float | None = None,
+        world: World | None = None,
+    ) -> None:
+        keep_freed_memory()
+        self.config = config
+        self.world = world or current_world()
+        self.device = pick_device(config)
+        self.model = model.to(self.device)
+        self.loss_fn = loss_fn
+        self.source = source
+        self.out_dir = Path(out_dir)
+        self.flops_per_token = flops_per_token or _flops_per_token(model, config)
+        self.precision = matrix_dtype(self.device) if config.precision == "auto" else _DTYPES[config.precision]
+        self.blocks = CompiledBlocks(model)
+        self.optimizer = build_optimizer(model, config)
+        self.store = StateStore(self.out_dir / "state", config.keep)
+        self.callbacks: list[Callback] = [Guard(config), *callbacks]
+        if config.average != "none":
+            self.callbacks.append(WeightAverage(config))
+        # Last, so that a checkpoint holds what all others remember of the step.
+        self.callbacks += [Metrics(config.log_every), Checkpoints(config)]
+
+        self.step = 0
+        """Finished steps."""
+        self.cursor = 0
+        """Step of the data that comes next: ahead of `step` after the run went back."""
+        self.tokens = self.supervised = 0
+        self.seconds = 0.0
+        self.resumed_from: int | None = None
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
+        """(sum of losses, weight) of the last steps."""
+        self._peak: float | None = None
+        self._metrics = MetricsFile(self.out_dir / "metrics.jsonl")
+
+    def fit(self) -> TrainResult:
+        """Train to the end, from wherever the state is.
+
+        SIGTERM and SIGINT save the state between two steps and leave with exit code 0 or as KeyboardInterrupt. Raises
+        UsageError for a state of another configuration, HerdError for damaged checkpoints or a diverged run.
+        """
+        with StopSignals() as stop:
+            self.compile()
+            self._resume()
+            for callback in self.callbacks:
+                callback.on_start(self)
+            while self.step < self.config.steps:
+                if self.world.any(stop.received is not None):
+                    self.save()
+                    stop.leave()
+                self._train_step()
+            self.save()
+            result = self._result()
+            for callback in self.callbacks:
+                callback.on_finish(self, result)
+            return result
+
+    def compile(self) -> None:
+        """Compile the blocks if the configuration says so; compiling itself happens in the first step."""
+        if not self.blocks.active and worth_compiling(self.config, self.flops_per_token):
+            self.blocks.compile()
+
+    def gradients(self, cursor: int) -> tuple[float, float, int, float]:
+        """Leave the gradient of one step's summed losses in `.grad`; the weights' share of it is divided out later.
+
+        Returns (mean loss, norm of the mean gradient, tokens, sum of weights), over all micro-batches and ranks.
+        """
+        seed = (self.config.seed * 1_000_003 + cursor) % 2**63
+        torch.manual_seed(seed)
+        random.seed(seed)
+        batches = self.source.batch(cursor)
+        try:
+            sums = self._accumulate(batches)
+        except Exception as error:
+            if not (self.blocks.active and compiler_failed(error)):
+                raise
+            announce(f"compiling failed, going on without it ({type(error).__name__}: {first_line(error)})")
+            self.blocks.restore()
+            self.optimizer.zero_grad()
+            sums = self._accumulate(batches)
+        gradients = self._gradients()
+        tokens = torch.tensor(float(sum(batch.n_tokens for batch in batches)), device=self.device)
+        self.world.sum_([sums, tokens, *gradients])
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        loss_sum, weight, norm_of_sum, n_tokens = torch.stack([*sums, norm, tokens]).tolist()
+        if weight == 0:
+            return math.nan, math.nan, int(n_tokens), 0.0
+        return loss_sum / weight, norm_of_sum / weight, int(n_tokens), weight
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[B]) -> tuple[float, float]:
+        """(sum of losses, sum of weights) of batches under the current weights, in the precision of training.
+
+        Runs eagerly: few forward passes are not worth another compilation. Random generators are left as they were.
+        """
+        training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.random.fork_rng(enabled=self.device.type == "cpu", devices=[]), eager(), self._autocast():
+            for batch in batches:
+                loss, weight = self.loss_fn(self.model, batch.to(self.device))
+                sums += torch.stack([loss, weight]).double().cpu()
+        self.model.train(training)
+        loss_sum, weight_sum = sums.tolist()
+        return loss_sum, weight_sum
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append a line for the current step to metrics.jsonl."""
+        if self.world.rank == 0:
+            self._metrics.write(self.step, values)
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Share of the measured matmul peak that this speed uses for the model's own arithmetic."""
+        if self.flops_per_token is None:
+            return None
+        if self._peak is None:
+            self._peak = matmul_peak(self.precision, self.device)
+        return tokens_per_second / self.world.size * self.flops_per_token / self._peak
+
+    def save(self) -> None:
+        """Write a checkpoint of the whole state, once per step."""
+        if self.world.rank == 0 and self.step not in self.store.steps():
+            self.store.save(self.step, *snapshot.capture(self))
+        self.world.barrier()
+
+    def _train_step(self) -> None:
+        start = time.perf_counter()
+        factor = lr_factor(self.step, self.config)
+        loss, norm, tokens, weight = self.gradients(self.cursor)
+        self.step += 1
+        self.cursor += 1
+        record = StepRecord(self.step, loss, norm, self.config.lr * factor, tokens, weight, 0.0)
+        verdict = max(callback.on_gradients(self, record) for callback in self.callbacks)
+        if verdict is Verdict.APPLY:
+            clip = self.config.clip
+            clipped = clip / norm if clip and norm > clip else 1.0
+            # One pass over the gradients for both the mean and the clipping.
+            torch._foreach_mul_(self._gradients(), clipped / weight)
+            self.optimizer.set_lr(factor)
+            self.optimizer.step()
+            self.recent.append((loss * weight, weight))
+        self.optimizer.zero_grad()
+        if verdict is Verdict.ROLL_BACK:
+            self._roll_back()
+            return
+        record = dataclasses.replace(record, seconds=time.perf_counter() - start, verdict=verdict)
+        self.tokens += tokens
+        self.supervised += round(weight)
+        self.seconds += record.seconds
+        for callback in self.callbacks:
+            callback.on_step(self, record)
+
+    def _accumulate(self, batches: Sequence[B]) -> Tensor:
+        """Backward pass of every micro-batch; (sum of losses, sum of weights)."""
+        sums = torch.zeros(2, device=self.device)
+        # One autocast region for the whole step: weights are cast once, not once per micro-batch.
+        with self._autocast():
+            for batch in batches:
+                loss, weight = self.loss_fn(self.model, batch.to(self.device))
+                with torch.autocast(self.device.type, enabled=False):
+                    torch.autograd.backward(loss)
+                sums += torch.stack([loss.detach().float(), weight.detach().float()])
+        return sums
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision is torch.bfloat16)
+
+    def _gradients(self) -> list[Tensor]:
+        """Gradients of the trainable weights. Across ranks every weight has one, or the sums would not match up."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if self.world.size > 1:
+            for p in trainable:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return [p.grad for p in trainable if p.grad is not None]
+
+    def _roll_back(self) -> None:
+        """Back to the newest checkpoint, but on with the data behind the step that failed."""
+        failed, cursor = self.step, self.cursor
+        if not self._load():
+            raise HerdError("training diverged before its first checkpoint", fix="lower lr or lengthen warmup")
+        self.cursor = cursor
+        self._metrics.rewind(self.step)
+        self.log({"event": "rollback", "from_step": failed})
+        announce(f"went back from step {failed} to {self.step}; the data in between is left out")
+
+    def _resume(self) -> None:
+        self.store.sweep() if self.world.rank == 0 else None
+        if self._load():
+            self.resumed_from = self.step
+            self._metrics.rewind(self.step)
+        else:
+            self._metrics.rewind(-1)
+            self.save()
+        self.world.barrier()
+
+    def _load(self) -> bool:
+        """Take everything from the newest checkpoint; False when there is none."""
+        found = self.store.load_newest()
+        if found is not None:
+            snapshot.restore(self, *found)
+        return found is not None
+
+    def _result(self) -> TrainResult:
+        losses, weights = (sum(column) for column in zip(*self.recent, strict=True)) if self.recent else (0.0, 0.0)
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        return TrainResult(
+            steps=self.step,
+            loss=losses / weights if weights else math.nan,
+            tokens=self.tokens,
+            supervised_tokens=self.supervised,
+            seconds=self.seconds,
+            tokens_per_second=speed,
+            mfu=self.mfu(speed),
+            resumed_from=self.resumed_from,
+        )
+
+
+def _flops_per_token(model: nn.Module, config: TrainConfig) -> float | None:
+    shape = getattr(model, "config", None)
+    return float(training_flops_per_token(shape, config.seq_len)) if isinstance(shape, LlamaConfig) else None
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """The configured device; "auto" takes a GPU if there is one. Raises UsageError for a GPU that is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device", value="device=cuda", allowed="cpu, auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,250 @@
+"""`herd chat` in a real terminal (a pty) and in a pipe, with a real tiny model."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from herd import LLM
+from herd.cli import main
+
+pytest.importorskip("torch")
+
+COMMAND = [sys.executable, "-c", "from herd.cli import main; main()"]
+PROMPT = "› "
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Path]) -> Path:
+    """A model that never ends an answer by itself, with room for long ones."""
+    return make_model(context_length=20_000, talkative=True)
+
+
+@pytest.fixture(scope="module")
+def small(make_model: Callable[..., Path]) -> Path:
+    return make_model(context_length=96, talkative=True)
+
+
+class Terminal:
+    """A child process whose terminal we are."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONUTF8": "1"}
+            os.execve(sys.executable, [*COMMAND, *arguments], environment)
+
+    def expect(self, pattern: str, timeout: float = 60.0) -> str:
+        """Read until `pattern` appears; return everything before its end and forget it."""
+        end = time.monotonic() + timeout
+        while True:
+            if found := re.search(pattern, self.seen):
+                text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+                return text
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen[-500:]!r}"
+            self._read(0.2)
+
+    def send(self, text: str) -> None:
+        os.write(self.handle, text.encode())
+
+    def ctrl_c_at_the_prompt(self) -> None:
+        """As a person does: not in the microseconds between the prompt and the read that a signal interrupts."""
+        time.sleep(0.3)
+        self.send("\x03")
+
+    def exit_code(self) -> int:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            self._read(0.05)
+        os.kill(self.pid, 9)
+        raise AssertionError(f"did not leave; last seen {self.seen[-300:]!r}")
+
+    def _read(self, timeout: float) -> None:
+        if select.select([self.handle], [], [], timeout)[0]:
+            try:
+                self.seen = (self.seen + self._decoder.decode(os.read(self.handle, 65536))).replace("\r\n", "\n")
+            except OSError:  # the child has closed its side
+                time.sleep(0.01)
+
+
+@pytest.fixture
+def chat(model: Path) -> Iterator[Terminal]:
+    terminal = Terminal("chat", str(model), "--temperature", "0", "--max-tokens", "19000")
+    yield terminal
+    os.close(terminal.handle)
+
+
+def plain(text: str) -> str:
+    """What a person can read: the terminal's line ends and control characters do not count."""
+    return "".join(c for c in text if c.isprintable())
+
+
+def test_a_conversation_in_a_terminal(small: Path, tmp_path: Path) -> None:
+    """Answers equal the engine's, history is kept, /system, /reset, /save, /help and mistakes work, Ctrl-D leaves."""
+    terminal = Terminal("chat", str(small), "--temperature", "0", "--max-tokens", "6")
+    with LLM(small) as llm:
+        messages = [{"role": "user", "content": "hello"}]
+        first = llm.chat(messages, temperature=0, max_tokens=6).text
+        messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "and?"}]
+        second = llm.chat(messages, temperature=0, max_tokens=6).text
+        short = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
+        kind = llm.chat(short, temperature=0, max_tokens=6).text
+
+    terminal.expect(PROMPT)
+    for question, answer in (("hello", first), ("and?", second)):
+        terminal.send(question + "\n")
+        shown = terminal.expect(PROMPT)
+        assert plain(answer) in plain(shown)
+        assert "--max-tokens" in shown
+    terminal.send(f"/save {tmp_path}/talk.json\n")
+    terminal.expect("saved")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved["messages"] == [*messages, {"role": "assistant", "content": second}]
+
+    terminal.send("/sistem x\n")
+    terminal.expect("did you mean /system")
+    terminal.send("/help\n")
+    terminal.expect("/reset ")
+    terminal.send(f"/save {tmp_path}/talk.json/inside-a-file.json\n")
+    terminal.expect("could not write")
+    terminal.send("/system Be kind.\n")
+    terminal.expect("a new conversation")
+    terminal.expect(PROMPT)
+    terminal.send("hello\n")
+    assert plain(kind) in plain(terminal.expect(PROMPT))
+    terminal.send("/system\n")
+    terminal.expect("Be kind.")
+    terminal.send("\x04")
+    assert terminal.exit_code() == 0
+    os.close(terminal.handle)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(chat: Terminal, tmp_path: Path) -> None:
+    chat.expect(PROMPT)
+    chat.send("hello\n")
+    chat.expect("hello\n")
+    chat.expect(r"[^\n]{20}")
+    chat.send("\x03")
+    chat.expect(r"\(stopped\)")
+    chat.expect(PROMPT)
+    chat.send(f"/save {tmp_path}/talk.json\n")
+    chat.expect("saved")
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert len(messages[1]["content"]) >= 20, "what was shown belongs to the history"
+    chat.expect(PROMPT)
+    chat.ctrl_c_at_the_prompt()
+    chat.expect("again")
+    chat.expect(PROMPT)
+    chat.send("again\n")  # a message in between: the next Ctrl-C is a first one again
+    chat.expect(r"again\n")
+    chat.expect(r"[^\n]{20}")
+    chat.send("\x03")
+    chat.expect(r"\(stopped\)")
+    chat.expect(PROMPT)
+    chat.ctrl_c_at_the_prompt()
+    chat.expect("again")
+    chat.expect(PROMPT)
+    chat.ctrl_c_at_the_prompt()
+    assert chat.exit_code() == 130
+
+
+def test_full_context_is_said_and_nothing_is_dropped(small: Path, tmp_path: Path) -> None:
+    terminal = Terminal("chat", str(small), "--temperature", "0")
+    terminal.expect(PROMPT)
+    terminal.send("hello\n")
+    assert "the context of 96 tokens is full" in terminal.expect(PROMPT)
+    terminal.send("more\n")
+    assert "/reset begins anew" in terminal.expect("not sent; /reset begins anew")
+    terminal.expect(PROMPT)
+    terminal.send(f"/save {tmp_path}/talk.json\n")
+    terminal.expect("saved")
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert messages[0]["content"] == "hello" and len(messages) == 2
+    terminal.expect(PROMPT)
+    terminal.send("/reset\n")
+    terminal.expect(PROMPT)
+    terminal.send("hello\n")
+    shown = plain(terminal.expect(PROMPT))
+    assert plain(messages[1]["content"])[:40] in shown
+    terminal.send("/quit\n")
+    assert terminal.exit_code() == 0
+    os.close(terminal.handle)
+
+
+def test_chat_through_a_pipe(small: Path) -> None:
+    options = ["--temperature", "0", "--max-tokens", "5", "--json"]
+    result = subprocess.run(
+        [*COMMAND, "chat", str(small), *options],
+        input=b"hello\n\nand?\n/reset\nhello\n\xff\xfe\n/quit\nnever\n",
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    lines = [json.loads(line) for line in result.stdout.decode().splitlines()]
+    assert len(lines) == 4 and lines[0] == lines[2] and lines[0] != lines[1]
+    with LLM(small) as llm:
+        answer = llm.chat([{"role": "user", "content": "hello"}], temperature=0, max_tokens=5)
+    assert lines[0] == {"role": "assistant", "content": answer.text, "finish_reason": answer.finish_reason}
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as left:
+            main(list(arguments))
+        output = capsys.readouterr()
+        return int(left.value.code or 0), output.out, output.err
+
+    return run
+
+
+def test_generate_command(small: Path, run: Run) -> None:
+    with LLM(small) as llm:
+        expected = llm.generate("def f", temperature=0, max_tokens=9)
+    options = ["--temperature", "0", "--max-tokens", "9"]
+    assert run("generate", str(small), "def f", *options) == (0, expected.text + "\n", "")
+    assert run("generate", str(small), *options, stdin="def f") == (0, expected.text + "\n", "")
+    code, out, _ = run("generate", str(small), "def f", *options, "--json")
+    data = json.loads(out)
+    assert code == 0 and (data["text"], data["token_ids"]) == (expected.text, expected.token_ids)
+    assert data["usage"]["completion_tokens"] == 9 and data["finish_reason"] == "length"
+    stop = expected.text[3:5]
+    code, out, _ = run("generate", str(small), "def f", *options, "--stop", stop)
+    assert code == 0 and out == expected.text[: expected.text.index(stop)] + "\n"
+
+
+def test_errors_are_one_line_and_have_their_exit_code(small: Path, run: Run) -> None:
+    for code, word, arguments in (
+        (3, "96", ["generate", str(small), "def f", "--max-tokens", "900"]),
+        (2, "top_p", ["generate", str(small), "x", "--top-p", "2"]),
+        (2, "top_p", ["chat", str(small), "--top-p", "2"]),
+        (3, "no such model", ["generate", str(small) + "-not", "x"]),
+        (2, "bf16", ["chat", str(small), "--quant", "q9"]),
+    ):
+        left, out, err = run(*arguments, stdin="hello\n")
+        assert (left, out) == (code, "") and word in err and "Traceback" not in err, (arguments, err)

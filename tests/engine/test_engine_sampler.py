@@ -1,0 +1,295 @@
+"""The sampler against transformers' logits processors, the stated distribution, and itself in crowds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from herd.engine.request import Sampling
+from herd.engine.sampler import (
+    SamplerRow,
+    _candidates,
+    _truncate,
+    fold_seed,
+    log_softmax,
+    sample,
+    uniform,
+)
+from herd.errors import HerdError, UsageError
+
+
+def row(seed: int = 0, prompt: tuple[int, ...] = (), **options: object) -> SamplerRow:
+    return SamplerRow(Sampling.from_options(options), seed, prompt)
+
+
+def logits(n_rows: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, (n_rows, vocabulary)).astype(np.float32)
+
+
+def kept_by_transformers(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Independent oracle: transformers' warpers in transformers' order."""
+    import torch
+    from transformers.generation.logits_process import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    scores = torch.from_numpy(logits_V.astype(np.float64))[None]
+    warpers = [TemperatureLogitsWarper(float(temperature))]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    for warper in warpers:
+        scores = warper(None, scores)
+    return set(torch.isfinite(scores[0]).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("vocabulary", [50, 1000, 3001])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (0.6, 0, 0.9, 0.0),
+        (1.0, 40, 1.0, 0.0),
+        (1.3, 40, 0.8, 0.0),
+        (1.0, 0, 1.0, 0.05),
+        (2.0, 0, 0.99, 0.001),
+        (3.0, 700, 0.95, 0.0),
+        (0.6, 1, 0.5, 0.0),
+        (1.0, 0, 0.0, 0.0),
+        (1.0, 40, 1.0, 0.2),
+        (1.0, 0, 0.9, 0.2),
+        (200.0, 0, 0.05, 0.0),
+    ],
+)
+def test_support_and_distribution_equal_transformers(
+    vocabulary: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Over an even grid of random numbers, each kept token is drawn in proportion to its renormalised probability."""
+    logits_V = logits(1, vocabulary, seed=vocabulary)[0]
+    # transformers keeps at least one token for top_p=0; ours as well (the mass before the first is 0)
+    kept = kept_by_transformers(logits_V, temperature, min(top_k, vocabulary), max(top_p, 1e-9), min_p)
+    options = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    n = 2000
+    rows = [SamplerRow(options, seed, ()) for seed in range(n)]
+    ids = [choice.token_id for choice in sample(np.repeat(logits_V[None], n, axis=0), rows)]
+    assert set(ids) <= kept
+    kept_ids = sorted(kept)
+    p = np.exp(log_softmax(logits_V[None] / temperature)[0][kept_ids])
+    p /= p.sum()
+    counts = np.bincount(ids, minlength=vocabulary)[kept_ids]
+    spread = np.sqrt(n * p * (1 - p)) + 1e-9
+    assert np.all(np.abs(counts - n * p) < 5 * spread + 3)
+
+
+def test_truncation_is_the_reference_rule() -> None:
+    """Mask where cumsum - p > top_p (Meta's sample_top_p), computed here with torch as in the reference."""
+    import torch
+
+    for seed in range(20):
+        logits_BV = logits(1, 300, seed)
+        probs = torch.softmax(torch.from_numpy(logits_BV / np.float32(0.6)), dim=-1)
+        probs_sort, probs_idx = torch.sort(probs, dim=-1, descending=True)
+        mask = torch.cumsum(probs_sort, dim=-1) - probs_sort > 0.9
+        reference = set(probs_idx[~mask].tolist())
+        weights = np.exp((logits_BV - logits_BV.max()) / np.float32(0.6))
+        ids, candidates = _candidates(weights, np.zeros(1, np.float32))
+        kept = _truncate(candidates, weights.sum(1), np.array([300]), np.array([0.9]), np.array([0.0]), 300)
+        assert set(ids[kept].tolist()) == reference
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+def test_candidates_are_in_order_with_ties_by_id(threshold: float) -> None:
+    weights_RV = np.random.default_rng(1).integers(0, 6, (50, 64)).astype(np.float32) / 5
+    ids_RC, weights_RC = _candidates(weights_RV, np.full(50, threshold, np.float32))
+    for weights_V, ids_C, weights_C in zip(weights_RV, ids_RC, weights_RC, strict=True):
+        expected = [i for i in np.argsort(-weights_V, kind="stable") if weights_V[i] >= threshold]
+        np.testing.assert_array_equal(ids_C[: len(expected)], expected)
+        np.testing.assert_array_equal(weights_C[: len(expected)], weights_V[expected])
+        assert not weights_C[len(expected) :].any()
+
+
+def test_penalties_equal_transformers_and_the_openai_formula() -> None:
+    import torch
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    logits_BV = logits(1, 100, 5)
+    prompt, generated = (3, 4, 5, 5), [7, 7, 8]
+    state = row(prompt=prompt, repetition_penalty=1.3, temperature=0.0)
+    for token_id in generated:
+        state.commit(token_id)
+    mine = logits_BV[0].copy()
+    state.modify(mine)
+    ids = torch.tensor([[*prompt, *generated]])
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, torch.from_numpy(logits_BV.copy()))[0].numpy()
+    np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+
+    state = row(prompt=prompt, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={9: 2.0, 7: -1.0})
+    for token_id in generated:
+        state.commit(token_id)
+    mine = logits_BV[0].copy()
+    state.modify(mine)
+    expected = logits_BV[0].copy()
+    expected[7] -= 0.5 + 2 * 0.25 + 1.0
+    expected[8] -= 0.5 + 0.25
+    expected[9] += 2.0
+    np.testing.assert_allclose(mine, expected, rtol=1e-6)
+
+
+OPTIONS = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 1.0, "top_p": 1.0},
+    {"temperature": 1.5, "top_k": 7, "top_p": 1.0},
+    {"temperature": 2.0, "top_p": 0.97, "min_p": 0.01},
+    {"temperature": 4.0, "top_k": 300, "top_p": 0.9},
+    {"temperature": 0.7, "repetition_penalty": 1.2},
+    {"temperature": 1.0, "presence_penalty": 0.6, "frequency_penalty": 0.3},
+    {"temperature": 1.0, "logit_bias": {1: 5.0}, "top_logprobs": 3},
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), vocabulary=st.sampled_from([17, 255, 256, 257, 1031]))
+def test_a_row_decides_the_same_alone_and_in_any_crowd(data: st.DataObject, vocabulary: int) -> None:
+    """Same logits, options, seed and step: same token and log-probabilities, in any batch and order."""
+    n = data.draw(st.integers(1, 24))
+    picks = data.draw(st.lists(st.sampled_from(range(len(OPTIONS))), min_size=n, max_size=n))
+    seeds = data.draw(st.lists(st.integers(0, 2**63 - 1), min_size=n, max_size=n))
+    steps = data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))
+    logits_BV = logits(n, vocabulary, seed=n, scale=2.0)
+
+    def make(b: int) -> SamplerRow:
+        state = row(seeds[b], (0, 2, 3), **OPTIONS[picks[b]])
+        for token_id in range(steps[b]):
+            state.commit(token_id % vocabulary)
+        return state
+
+    order = data.draw(st.permutations(range(n)))
+    crowd = sample(logits_BV[order], [make(b) for b in order])
+    for b, choice in zip(order, crowd, strict=True):
+        assert sample(logits_BV[b : b + 1], [make(b)]) == [choice]
+
+
+def test_ties_and_extremes() -> None:
+    flat = np.zeros((1, 1000), np.float32)
+    assert sample(flat, [row(temperature=0.0)])[0].token_id == 0
+    assert sample(flat, [row(top_k=1)])[0].token_id == sample(flat, [row(seed=5, top_k=1)])[0].token_id
+    picks = {sample(flat, [row(seed=s, temperature=1.0, top_p=1.0)])[0].token_id for s in range(300)}
+    assert len(picks) > 200  # uniform over 1000
+    peak = np.full((1, 1000), -1e4, np.float32)
+    peak[0, 321] = 1e4
+    for options in OPTIONS[:6]:
+        assert sample(peak, [row(**options)])[0].token_id == 321
+    assert sample(logits(1, 50), [row(temperature=1e-6)])[0].token_id == logits(1, 50)[0].argmax()
+    banned = logits(1, 50)
+    banned[0, 10:] = -np.inf
+    assert all(sample(banned, [row(seed=s, temperature=50.0)])[0].token_id < 10 for s in range(100))
+
+
+def test_broken_logits_are_an_error() -> None:
+    broken = logits(2, 50)
+    broken[1, 3] = np.nan
+    for options in ({"temperature": 0.0}, {}, {"temperature": 1.0, "top_p": 1.0}):
+        with pytest.raises(HerdError, match="not numbers"):
+            sample(broken, [row(**options), row(**options)])
+
+
+def test_logprobs_are_the_models_own() -> None:
+    """Log-probabilities do not depend on temperature or penalties: they are the model's, as training computes them."""
+    import torch
+
+    logits_BV = logits(2, 500, 3)
+    rows = [row(temperature=0.1, top_logprobs=5), row(temperature=0.0, logprobs=True, logit_bias={4: 50.0})]
+    choices = sample(logits_BV, rows)
+    expected = torch.log_softmax(torch.from_numpy(logits_BV).double(), dim=-1)
+    for b, choice in enumerate(choices):
+        assert choice.logprob == pytest.approx(expected[b, choice.token_id].item(), abs=1e-9)
+    assert choices[1].token_id == 4
+    values, ids = expected[0].topk(5)
+    assert choices[0].top_logprobs is not None
+    assert [i for i, _ in choices[0].top_logprobs] == ids.tolist()
+    assert [p for _, p in choices[0].top_logprobs] == pytest.approx(values.tolist())
+
+
+def test_every_token_gets_a_fresh_random_number() -> None:
+    """Token i of a request uses random number i: over a flat distribution the tokens are spread evenly."""
+    state = row(seed=4, temperature=1.0, top_p=1.0)
+    ids = [sample(np.zeros((1, 16), np.float32), [state])[0].token_id for _ in range(800)]
+    counts = np.bincount(ids, minlength=16)
+    assert ((counts - 50) ** 2 / 50).sum() < 45  # chi-square, 15 degrees of freedom
+
+
+def test_random_numbers_are_splitmix64_and_uniform() -> None:
+    """Published SplitMix64 outputs for state 1234567 (Vigna's splitmix64.c), then evenness and independence."""
+
+    def reference(state: int) -> int:
+        mask = 2**64 - 1
+        z = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    assert reference(1234567) == 6457827717110365317
+    seed, counter = 99, 12
+    state = (reference(seed) + counter * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    ours = uniform(np.array([seed], np.uint64), np.array([counter], np.uint64))[0]
+    assert ours == (reference(state) >> 11) * 2.0**-53
+
+    seeds = np.repeat(np.arange(400, dtype=np.uint64), 400)
+    counters = np.tile(np.arange(400, dtype=np.uint64), 400)
+    u = uniform(seeds, counters).reshape(400, 400)
+    assert u.min() >= 0 and u.max() < 1
+    counts, _ = np.histogram(u, bins=100, range=(0, 1))
+    chi2 = ((counts - 1600) ** 2 / 1600).sum()
+    assert chi2 < 160  # 99 degrees of freedom
+    for other in (u[:, 1:], u[1:]):
+        same = u[:, :-1] if other.shape == u[:, :-1].shape else u[:-1]
+        assert abs(np.corrcoef(same.ravel(), other.ravel())[0, 1]) < 0.01
+
+
+def test_folded_seeds() -> None:
+    seeds = [fold_seed(7, j) for j in range(1000)]
+    assert seeds[0] == 7 and len(set(seeds)) == 1000 and all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"top_p": 1.01},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"max_tokens": 0},
+        {"seed": -1},
+        {"top_logprobs": 21},
+        {"logprobs": 5},
+        {"stop": ["", "x"]},
+        {"stop": ["x"] * 17},
+        {"stop": 5},
+        {"logit_bias": {1: float("inf")}},
+        {"logit_bias": [1]},
+        {"stop_token_ids": 3},
+        {"stop_token_ids": [-3]},
+        {"temprature": 1.0},
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(UsageError) as caught:
+        Sampling.from_options(options)
+    assert next(iter(options)).split("_")[0] in str(caught.value) or "temperature" in str(caught.value)
+
+
+def test_option_names_are_the_same_everywhere() -> None:
+    from dataclasses import fields
+
+    from herd.engine.request import SamplingOptions
+
+    assert set(SamplingOptions.__annotations__) == {f.name for f in fields(Sampling)}

@@ -1,0 +1,123 @@
+"""Every lowering of `attend` gives the dense oracle's numbers and gradients; the mask is a brute force's."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from herd.errors import UsageError  # noqa: E402
+from herd.model import AttentionMask, attend  # noqa: E402
+from herd.model import native_attention  # noqa: E402
+from herd.model.attention import choose_lowering  # noqa: E402
+
+SHAPES = [(3, 200, 4, 2, 16), (2, 64, 2, 2, 32), (1, 1, 2, 1, 16), (2, 150, 8, 1, 48), (2, 300, 4, 4, 64)]
+needs_native = pytest.mark.skipif(
+    not native_attention.available(torch.zeros(1, 1, 1, 16)), reason="the native module is not built"
+)
+
+
+def _documents(batch, length, seed=0):
+    return (torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.06).cumsum(1)
+
+
+def _masks(batch, length):
+    ids = _documents(batch, length)
+    return {
+        "causal": AttentionMask(),
+        "documents": AttentionMask(document_ids_BS=ids),
+        "same documents in every row": AttentionMask(document_ids_BS=ids[:1].expand(batch, -1)),
+        "chunks": AttentionMask(chunk=50),
+        "documents and chunks": AttentionMask(document_ids_BS=ids, chunk=7),
+        "chunks from given positions": AttentionMask(chunk=50, positions_BS=torch.arange(length)[None] + 33),
+        "both ways": AttentionMask(causal=False),
+        "documents, both ways": AttentionMask(causal=False, document_ids_BS=ids),
+    }
+
+
+def _run(lowering, mask, q, k, v, grad):
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*inputs, mask, lowering=lowering)
+    return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+
+
+def _inputs(batch, length, heads, kv_heads, width, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    sizes = (heads, kv_heads, kv_heads, heads)
+    return [torch.randn(batch, length, n, width, generator=generator).to(dtype) for n in sizes]
+
+
+def _lowerings(ranges, q):
+    names = ["per_document"] if ranges.causal else []
+    names += ["causal"] if ranges.plain_causal else []
+    return names + (["native"] if ranges.causal and native_attention.available(q) else [])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lowerings_agree_with_the_dense_oracle(shape):
+    batch, length, *_ = shape
+    q, k, v, grad = _inputs(*shape)
+    for name, mask in _masks(batch, length).items():
+        expected = _run("dense", mask, q, k, v, grad)
+        for lowering in [*_lowerings(mask.key_ranges(length), q), None]:
+            for got, wanted in zip(_run(lowering, mask, q, k, v, grad), expected, strict=True):
+                assert float((got - wanted).norm() / (wanted.norm() + 1e-6)) < 1e-5, (lowering, name)
+                torch.testing.assert_close(got, wanted, atol=5e-5, rtol=1e-4, msg=f"{lowering}, {name}")
+
+
+def test_the_dense_oracle_is_softmax_over_a_brute_force_mask():
+    batch, length, chunk = 2, 40, 7
+    q, k, v, _ = _inputs(batch, length, 4, 2, 8)
+    ids = _documents(batch, length)
+    got = attend(q, k, v, AttentionMask(document_ids_BS=ids, chunk=chunk), lowering="dense")
+    for b in range(batch):
+        for i in range(length):
+            start = next(s for s in range(i + 1) if len(set(ids[b, s : i + 1].tolist())) == 1)
+            seen = [j for j in range(start, i + 1) if (j - start) // chunk == (i - start) // chunk]
+            for h in range(4):
+                weights = (k[b, seen, h // 2] @ q[b, i, h] / 8**0.5).softmax(0)
+                torch.testing.assert_close(got[b, i, h], weights @ v[b, seen, h // 2], atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+def test_native_in_bfloat16_is_as_exact_as_torch():
+    q, k, v, grad = _inputs(2, 256, 8, 4, 32, torch.bfloat16)
+    mask = AttentionMask(document_ids_BS=_documents(2, 256))
+    exact = _run("dense", mask, q.double(), k.double(), v.double(), grad.double())
+    for lowering in ("per_document", "native"):
+        for got, wanted in zip(_run(lowering, mask, q, k, v, grad), exact, strict=True):
+            assert float((got.double() - wanted).norm() / wanted.norm()) < 0.008, lowering
+
+
+@needs_native
+def test_native_takes_views_and_does_not_depend_on_threads():
+    q, k, v, grad = _inputs(2, 130, 4, 2, 32)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad)]
+    mask = AttentionMask(chunk=50)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results += [_run("native", mask, q, k, v, grad), _run("native", mask, *strided)]
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_lowering_follows_device_width_and_mask():
+    q, k = torch.zeros(1, 8, 2, 4), torch.zeros(1, 8, 2, 4)
+    causal, documents = AttentionMask().key_ranges(8), AttentionMask(document_ids_BS=_documents(1, 8)).key_ranges(8)
+    cached = AttentionMask(cached=[3]).key_ranges(1, 4)
+    assert choose_lowering(q, k, causal) == "causal"  # 4 is no multiple of 16
+    assert choose_lowering(q, k, documents) == "per_document"
+    assert choose_lowering(q[:, :1], k[:, :4], cached) == "dense"
+    assert choose_lowering(q.to("meta"), k.to("meta"), documents) == "dense"
+    wide = torch.zeros(1, 8, 2, 16)
+    if native_attention.available(wide):
+        assert choose_lowering(wide, wide, documents) == "native"
+        assert choose_lowering(wide, wide, AttentionMask(causal=False).key_ranges(8)) == "dense"
+
+
+def test_a_cache_takes_no_documents():
+    with pytest.raises(UsageError, match="one causal document"):
+        AttentionMask(document_ids_BS=torch.zeros(1, 2), cached=[3]).key_ranges(2, 5)
