@@ -153,9 +153,9 @@ def _write_model(config: LlamaConfig, folder: Path) -> None:
 
     model = Llama(config)
     model.init_weights(0)
-    text = [Path(__file__).read_text(), Path(json.__file__).read_text(), Path(argparse.__file__).read_text()]
-    small = tokenizer.train(text, min(config.vocab_size, 1024))
-    checkpoint.save(folder / "model", config, state_arrays(model), format="hf", dtype="f32", tokenizer=small)
+    text = [path.read_text(errors="replace") for path in sorted(Path(json.__file__).parent.parent.glob("*.py"))]
+    vocabulary = tokenizer.train(text, config.vocab_size)
+    checkpoint.save(folder / "model", config, state_arrays(model), format="hf", dtype="f32", tokenizer=vocabulary)
     for file in (folder / "model").iterdir():
         file.rename(folder / file.name)
 

@@ -128,6 +128,10 @@ def test_values_are_written_as_python_writes_them_and_output_as_it_is_printed(tr
     assert printed and values and len(printed) + len(values) < len(upper), "all three forms occur"
     assert all(one.answer.isupper() and "'" not in one.answer for one in upper if one not in values)
     assert all(one.answer == repr(ast.literal_eval(one.answer)) for one in values)
+    greetings = [one for one in train if one.kind == "greet"]
+    for one in greetings:
+        assert one.answer.startswith(("'", '"')) == ("```" not in one.question), one
+    assert 0 < sum("```" in one.question for one in greetings) < len(greetings)
 
 
 def test_answers_are_short(train: list[Exercise]) -> None:

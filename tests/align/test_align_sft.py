@@ -118,5 +118,6 @@ def test_the_seed_of_the_stage_is_the_seed_of_all(base: Path, vocabulary: Tokeni
     for seed in (1, 2):
         config = _config(exercises=20, seed=seed, train={"steps": 1, "seq_len": 192, "batch_size": 1, "compile": "off"})
         sft.run(config, base, vocabulary, tmp_path / str(seed))
-        made.append((tmp_path / str(seed) / "dialogs.jsonl").read_text())
-    assert made[0] != made[1]
+        lines = (tmp_path / str(seed) / "dialogs.jsonl").read_text().splitlines()
+        made.append({message["content"] for line in lines for message in json.loads(line)["messages"]})
+    assert len(made[0] & made[1]) < len(made[0]) / 2, "other exercises, not the same ones in another order"

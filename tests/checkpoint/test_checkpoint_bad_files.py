@@ -556,6 +556,10 @@ def test_places_without_a_model_say_what_is_expected(tmp_path: Path, hf: Path) -
     (empty / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FileFormatError, match="safetensors"):
         open_checkpoint(empty)
+    (empty / "pytorch_model.bin").unlink()
+    (empty / "checkpoint").mkdir()
+    with pytest.raises(FileFormatError, match=r"to fix: use .*empty/checkpoint"):
+        open_checkpoint(empty)
     (hf / "config.json").rename(empty / "config.json")
     _refused(hf, "no such file", file="config.json")
     with pytest.raises(HerdError, match="not a GGUF file"):

@@ -254,7 +254,7 @@ def test_a_hub_that_is_not_there_is_explained(hub_with_model: StandIn) -> None:
         pull(REPO, endpoint="http://127.0.0.1:9")
 
 
-@pytest.mark.parametrize("name", ["../../evil.safetensors", "/tmp/evil.safetensors", "..json", "a\\b.json"])
+@pytest.mark.parametrize("name", ["../../evil.safetensors", "/evil.safetensors", "..json", "a\\b.json"])
 def test_a_repository_cannot_write_outside_its_directory(name: str, hub_with_model: StandIn, tmp_path: Path) -> None:
     hub_with_model.evil_name = name
     hub_with_model.files[name] = b"evil"

@@ -70,8 +70,9 @@ def test_repositories_in_the_hugging_face_cache_are_found(home: Path, small: Sma
 def test_a_miss_names_what_is_near_and_the_command(home: Path, small: Small) -> None:
     _run_directory(home, small)
     (home / "herd/models/meta-llama/Llama-3.2-1B-Instruct").mkdir(parents=True)
-    with pytest.raises(HerdError, match=r"near names: .*runs/pocket"):
+    with pytest.raises(HerdError, match=r"near names: .*runs/pocket") as caught:
         resolve("runs/pockt")
+    assert "runs/pockt" not in str(caught.value.fix)  # it is a mistyped path, not a repository
     with pytest.raises(HerdError, match=r"meta-llama/Llama-3.2-1B-Instruct") as caught:
         resolve("meta-llama/Llama-3.2-1B-Instrct")
     assert caught.value.fix == "herd pull meta-llama/Llama-3.2-1B-Instrct"

@@ -23,9 +23,11 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 
     `talkative`: under greedy decoding it never ends by itself, since the rows of its stop tokens are zero.
     """
-    small = tokenizer.train([TEXT], 600)
+    byte_level = tokenizer.train([TEXT], 600)
 
-    def make(*, seed: int = 0, talkative: bool = False, **changes: object) -> Path:
+    def make(
+        *, seed: int = 0, talkative: bool = False, small: tokenizer.Tokenizer = byte_level, **changes: object
+    ) -> Path:
         shape = LlamaConfig(
             dim=48,
             n_layers=2,

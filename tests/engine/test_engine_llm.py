@@ -112,6 +112,55 @@ def test_prompt_longer_than_a_piece(make_model: Callable[..., Path]) -> None:
             assert completion.token_ids == expected[0, len(prompt) :].tolist()
 
 
+def test_a_batch_that_grows_while_it_runs(make_model: Callable[..., Path]) -> None:
+    """A running stream keeps what it has when more and longer sequences force the cache into a new shape."""
+    path = make_model(context_length=1000, talkative=True)
+    with LLM(path, kv="f32") as llm:
+        expected = llm.generate("def ", temperature=0, max_tokens=30).text
+    with LLM(path, kv="f32") as llm:
+        stream = llm.stream("def ", temperature=0, max_tokens=30)
+        text = "".join(next(stream).text for _ in range(10))
+        others = llm.generate(["import " * 60] * 5, temperature=0, max_tokens=10)
+        assert text + "".join(chunk.text for chunk in stream) == expected
+        assert len({tuple(c.token_ids) for c in others}) == 1
+
+
+def test_spaces_of_sentencepiece(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A continuation keeps the space its first token begins with, an answer in a chat does not: as `decode` has it."""
+    import io
+
+    import sentencepiece
+
+    from herd import tokenizer
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path(herd.__file__).read_text().splitlines() * 3),
+        model_writer=written,
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
+    small = tokenizer.load(tmp_path / "tokenizer.model")
+    path = make_model(small=small, vocab_size=small.vocab_size, generation="llama2")
+    with LLM(path) as llm:
+        assert llm.tokenizer.chat_format == "llama2"
+        spaces = 0
+        for seed in range(30):
+            options = {"temperature": 1.0, "seed": seed, "max_tokens": 4, "ignore_eos": True}
+            completion = llm.generate("import herd", **options)
+            whole = llm.tokenizer.decode(llm.tokenizer.encode("import herd") + completion.token_ids)
+            assert whole == "import herd" + completion.text
+            spaces += completion.text.startswith(" ")
+            answer = llm.chat([{"role": "user", "content": "hello"}], **options)
+            assert answer.text == llm.tokenizer.decode(answer.token_ids)
+        assert spaces > 3
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompt=st.sampled_from(PROMPTS),

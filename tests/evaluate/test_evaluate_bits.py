@@ -58,8 +58,10 @@ def test_the_context_matters(llm: LLM, texts: list[str]) -> None:
     assert whole.bytes == halves.bytes and abs(whole.nats - halves.nats) > 0.1
 
 
-def test_documents_in_any_order_and_grouping(llm: LLM, texts: list[str]) -> None:
+def test_documents_in_any_order_and_grouping(llm: LLM, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     together = bits_per_byte(llm, texts)
+    monkeypatch.setattr("herd.evaluate.bits._CHUNK_BYTES", 50)
+    assert bits_per_byte(llm, texts).tokens == together.tokens
     assert bits_per_byte(llm, texts[::-1]).nats == pytest.approx(together.nats, rel=1e-6)
     assert sum(bits_per_byte(llm, [text]).nats for text in texts) == pytest.approx(together.nats, rel=1e-5)
     assert bits_per_byte(llm, [*texts, ""]).documents == len(texts)

@@ -288,7 +288,8 @@ def finished_run(tmp_path: Path) -> Path:
     for stage in ("base", "sft"):
         write_checkpoint(run_dir / names[stage] / "checkpoint")
     state = {
-        "name": "pocket", "seed": 0, "recipe": "recipes/pocket.yaml", "order": list(names), "description": "A test.",
+        "name": "pocket", "seed": 0, "recipe": "recipes/pocket.yaml", "command": "herd run recipes/pocket.yaml",
+        "order": list(names), "description": "A test.",
         "model": f"{names['sft']}/checkpoint",
         "stages": {name: {"directory": folder, "hash": "", "status": "done"} for name, folder in names.items()},
     }  # fmt: skip

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
@@ -160,7 +163,7 @@ def test_models_stand_in_the_order_of_the_run(finished_run: Path) -> None:
     for part in ("bits_per_byte", "exact_match", "samples"):
         results[part] = {label.replace("base", "zero"): entry for label, entry in results[part].items()}
     write_json(directory / "results.json", results | {"models": ["zero", "sft"], "comparison": None, "dialogs": []})
-    run = RunData("x", 0, "r.yaml", "", {"evaluate": directory}, ReportConfig())
+    run = RunData("x", 0, "herd run r.yaml", "", {"evaluate": directory}, ReportConfig())
     assert list(run.bits) == ["zero", "sft"]
     assert list(run.evaluation["exact_match"]) == ["zero", "zero, few-shot", "sft"]
     assert list(run.compressors) == ["xz -9e", "bzip2 -9", "zstd -19"]
@@ -232,3 +235,15 @@ def test_charts_of_odd_data_are_well_formed(points: list[tuple[float, float]]) -
     assert "nan" not in picture and "inf" not in picture
     assert bool(picture) == any(math.isfinite(y) for _, y in points)
     Reader(picture)
+
+
+def test_reports_need_no_torch(finished_run: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from herd.recipe import load_recipe, run\n"
+        "from herd.recipe.report import rebuild_report\n"
+        f"print(len(rebuild_report({str(finished_run)!r})))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "3", done.stderr

@@ -40,6 +40,7 @@ def test_first_run_does_everything_and_the_second_nothing(workshop, recipe_file:
     assert workshop.calls == ["words", "count", "square"]
     assert {event.kind for event in events} == {"skip"}
     assert second == first == read_run(run_dir)
+    assert first["command"] == f"herd run {recipe_file}"
 
 
 def test_the_manifest_tells_what_made_the_result(workshop, recipe_file: Path, run_dir: Path) -> None:

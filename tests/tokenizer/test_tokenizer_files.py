@@ -13,11 +13,13 @@ from typing import Any
 
 import gguf
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herd import tokenizer
 from herd.errors import FileFormatError, HerdError, UsageError
+from herd.tokenizer.spmodel import Piece, PieceType, write_model
 from herd.tokenizer.tokenizer import Tokenizer
 
 
@@ -368,6 +370,26 @@ def test_llama2_json_with_added_tokens(shared_data: Path, tmp_path: Path) -> Non
     assert 32_000 in ids and loaded.decode(ids) == "mail |||EMAIL_ADDRESS||| now"
     loaded.save(tmp_path)
     assert tokenizer.load(tmp_path).encode("mail |||EMAIL_ADDRESS||| now") == ids
+
+
+def test_code_llamas_marks_can_be_built_from_pieces_but_never_are(small_llama2: Tokenizer, tmp_path: Path) -> None:
+    """The released vocabulary has "▁<PRE" as a piece, and its tokenizer.json merges that with ">" to the mark."""
+    rows = [(piece.text, piece.score, piece.type) for piece in small_llama2.vocabulary.pieces]
+    chain = ["▁<", "▁<P", "▁<PR", "▁<PRE", "▁<PRE>"]
+    known = {row[0] for row in rows}
+    rows += [(text, -5000.0 - i, PieceType.NORMAL) for i, text in enumerate(chain) if text not in known]
+    (tmp_path / "tokenizer.model").write_bytes(write_model([Piece(*row) for row in rows], True))
+    loaded = tokenizer.load(tmp_path)
+    pre = loaded.specials["▁<PRE>"]
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert pre in raw.encode("x <PRE> y")
+    for change in ("", "▁<PRE >"):
+        loaded.save(tmp_path)
+        data = json.loads((tmp_path / "tokenizer.json").read_text())
+        data["model"]["merges"] += [change] if change else []
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+        for one in (loaded, tokenizer.load(tmp_path), tokenizer.from_gguf_metadata(loaded.gguf_metadata())):
+            assert pre not in one.encode("x <PRE> y") and one.decode(one.encode("x <PRE> y")) == "x <PRE> y"
 
 
 GGUF_CHANGES: dict[str, tuple[dict[str, object], str]] = {

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from herd.errors import UsageError
 from herd.config import parse_config
+from herd.errors import UsageError
 from herd.train import TrainConfig, lr_factor
 
 

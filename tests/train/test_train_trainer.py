@@ -97,7 +97,7 @@ def test_a_step_is_clipped_adamw_at_the_scheduled_rate(make: Make) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     for step, batch in enumerate(PackedSource(_rows(), 8).batch(step)[0] for step in range(3)):
-        trainer._train_step()
+        trainer.train_step()
         loss, weight = next_token_loss(reference, batch)
         (loss / weight).backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.01)

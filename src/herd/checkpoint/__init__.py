@@ -1,10 +1,16 @@
 """checkpoint: weights ⇄ files. Hugging Face safetensors, Meta's .pth and GGUF behind one mapping; without torch."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from herd.checkpoint.convert import convert, verify
-from herd.checkpoint.hub import pull
 from herd.checkpoint.locate import models_home, pulled_repositories, resolve
 from herd.checkpoint.reading import Checkpoint, RawTensor, open_checkpoint
 from herd.checkpoint.writing import save
+
+if TYPE_CHECKING:
+    from herd.checkpoint.hub import pull
 
 __all__ = [
     "Checkpoint",
@@ -18,3 +24,11 @@ __all__ = [
     "save",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "pull":  # brings the HTTP client, which reading a file does not need
+        from herd.checkpoint.hub import pull
+
+        return pull
+    raise AttributeError(f"module 'herd.checkpoint' has no attribute {name!r}")

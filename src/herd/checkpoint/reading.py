@@ -156,6 +156,8 @@ def detect_format(path: Path) -> tuple[Format, Path]:
     fix = None
     if any(path.glob("pytorch_model*.bin")):
         fix = "pickled Hugging Face weights are not read; get the repository's safetensors"
+    elif (path / "checkpoint").is_dir():  # a stage of a run
+        fix = f"use {path / 'checkpoint'}"
     raise FileFormatError(
         "no model is in this directory",
         file=path,

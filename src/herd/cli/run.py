@@ -20,7 +20,7 @@ def command(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one in recipes/.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[STAGE.FIELD=VALUE]…", help="Changed values, as YAML. STAGE=false leaves a stage out."),
+        typer.Argument(metavar="STAGE.FIELD=VALUE", help="Changed values, as YAML. STAGE=false leaves a stage out."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.  [default: runs/NAME]")] = None,
     redo_from: Annotated[
@@ -53,7 +53,7 @@ def command(
         decisions = preview(place(loaded, stages, run_dir, redo_from=redo_from, only=only))
         emit(_plan_data(run_dir, decisions), as_json, lambda: print(_plan_table(decisions)))
         return 0
-    again = shlex.join(["herd", "run", recipe, *(overrides or []), *(["--out", str(out)] if out else [])])
+    again = loaded.command + (f" --out {shlex.quote(str(out))}" if out else "")
     lines = _Lines(loaded, run_dir)
     try:
         state = run(loaded, stages, run_dir, redo_from=redo_from, only=only, on_event=lines, command=again)

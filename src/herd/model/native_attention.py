@@ -32,7 +32,9 @@ def available(q_BSHK: Tensor) -> bool:
 
 def attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, first_BS: Tensor, scale: float) -> Tensor:
     """Attention output [B, S, H, K] in the inputs' dtype. `first_BS` is int32 with 0 <= first_BS[b, s] <= s."""
-    return _forward(q_BSHK, k_BSGK, v_BSGK, first_BS, scale)[0]
+    o_BSHK, _ = _forward(q_BSHK, k_BSGK, v_BSGK, first_BS, scale)
+    assert isinstance(o_BSHK, Tensor)
+    return o_BSHK
 
 
 @torch.library.custom_op("herd::causal_attention", mutates_args=())
@@ -61,7 +63,7 @@ def _backward(
     lse_BHS: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = q_BSHK.contiguous(), k_BSGK.contiguous(), v_BSGK.contiguous()
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _native.attention_backward(
         _bits(q),
         _bits(k),
@@ -71,10 +73,12 @@ def _backward(
         _bits(o_BSHK.contiguous()),
         _bits(grad_o_BSHK.contiguous()),
         lse_BHS,
-        *map(_bits, grads),
+        _bits(grad_q),
+        _bits(grad_k),
+        _bits(grad_v),
         torch.get_num_threads(),
     )
-    return grads
+    return grad_q, grad_k, grad_v
 
 
 @_backward.register_fake

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import shlex
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,12 @@ class Recipe:
     seed: int = 0
     description: str = ""
     source: str = "recipe"
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command line that runs this recipe with these overrides."""
+        return shlex.join(["herd", "run", self.source, *self.overrides])
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -54,7 +61,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data["stages"] = _stage_mapping(data.get("stages"), file)
     for override in overrides:
         _apply(data, override)
-    return _checked(data, file)
+    return _checked(data, file, tuple(overrides))
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -180,7 +187,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     target[path[-1]] = value
 
 
-def _checked(data: dict[str, Any], file: Path) -> Recipe:
+def _checked(data: dict[str, Any], file: Path, overrides: tuple[str, ...]) -> Recipe:
     name, seed, description = data.get("name", file.stem), data.get("seed", 0), data.get("description") or ""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"{file}: name", value=name, allowed="1 to 64 letters, digits and . _ - (it names a folder)")
@@ -195,4 +202,6 @@ def _checked(data: dict[str, Any], file: Path) -> Recipe:
         if values is not None and not isinstance(values, dict):
             raise UsageError(f"{file}: stage {stage!r}", value=values, allowed="a mapping of its fields, or false")
         stages[stage] = copy.deepcopy(values or {})
-    return Recipe(name=name, stages=stages, seed=seed, description=description.strip(), source=str(file))
+    return Recipe(
+        name=name, stages=stages, seed=seed, description=description.strip(), source=str(file), overrides=overrides
+    )

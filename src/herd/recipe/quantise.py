@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from herd.architecture import parameter_count
-from herd.checkpoint import convert, open_checkpoint
+from herd.checkpoint import open_checkpoint, save
 from herd.config import Config
 from herd.engine import LLM
 from herd.evaluate import bits_per_byte
@@ -28,19 +28,21 @@ class QuantiseConfig(Config):
     )
 
 
-def quantise(config: QuantiseConfig, checkpoint: Path, heldout: list[str], out: Path) -> dict[str, Any]:
+def quantise(config: QuantiseConfig, checkpoint: Path, heldout: list[str], out: Path, *, name: str) -> dict[str, Any]:
     """Write model-<format>.gguf for every format and results.json, whose data is returned.
 
-    Every file is loaded back and scored; the source is scored on the same text.
+    Every file is loaded back and scored, and the source on the same text. `name` is the model's name in the files.
     """
     documents = _first(heldout, config.heldout_bytes)
-    with open_checkpoint(checkpoint) as opened:
-        parameters = parameter_count(opened.config)
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    formats = {"source": _entry(checkpoint, weights, parameters, documents)}
-    for name in dict.fromkeys(config.formats):
-        file = convert(checkpoint, out / f"model-{name}.gguf", to="gguf", dtype=name)
-        formats[name] = _entry(file, file.stat().st_size, parameters, documents)
+    with open_checkpoint(checkpoint) as model:
+        parameters = parameter_count(model.config)
+        formats = {"source": _entry(checkpoint, weights, parameters, documents)}
+        for dtype in dict.fromkeys(config.formats):
+            file = out / f"model-{dtype}.gguf"
+            metadata = {"name": name}
+            save(file, model.config, model, format="gguf", dtype=dtype, tokenizer=model.tokenizer, metadata=metadata)
+            formats[dtype] = _entry(file, file.stat().st_size, parameters, documents)
     results = {
         "source": "source",
         "documents": len(documents),

@@ -64,14 +64,14 @@ def run(
     redo_from: str | None = None,
     only: str | None = None,
     on_event: Callable[[StageEvent], None] = lambda event: None,
-    command: str = "herd run",
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Bring a run directory up to date with its recipe; return the content of its run.json.
 
     `redo_from` runs that stage and all after it again even if they are done; `only` runs no other stage. Stages that
-    were stopped resume. `command` is quoted in errors as the way to go on. Raises UsageError before anything runs,
-    StageFailed when a stage fails, ResourceError when another run holds the directory. KeyboardInterrupt and
-    SystemExit pass through once the stage's manifest is written.
+    were stopped resume. `command`, by default the recipe's, is quoted in errors as the way to go on. Raises UsageError
+    before anything runs, StageFailed when a stage fails, ResourceError when another run holds the directory.
+    KeyboardInterrupt and SystemExit pass through once the stage's manifest is written.
     """
     run_dir = Path(run_dir)
     placed = place(recipe, table, run_dir, redo_from=redo_from, only=only)
@@ -84,7 +84,7 @@ def run(
                     configs={other.name: other.bound.config for other in placed},
                     directories={other.name: other.directory for other in placed[:position]},
                 )
-                _run_stage(item, context, state, run_dir, on_event, command)
+                _run_stage(item, context, state, run_dir, on_event, command or recipe.command)
             else:
                 _record(state, item, read_manifest(item.directory), run_dir)
     return state
@@ -175,6 +175,7 @@ def _begin_state(recipe: Recipe, run_dir: Path, placed: Sequence[Placed]) -> dic
         "description": recipe.description,
         "seed": recipe.seed,
         "recipe": recipe.source,
+        "command": recipe.command,
         "order": [item.name for item in placed],
         "stages": {},
     }

@@ -17,7 +17,7 @@ class ModelShape(Config):
     n_kv_heads: int | None = Field(default=None, ge=1, description="key and value heads G; null: as many as n_heads")
     head_dim: int | None = Field(default=None, ge=2, description="width K of a head, even; null: dim / n_heads")
     ffn_dim: int | None = Field(
-        default=None, ge=1, description="feed-forward width F; null: 8/3 of dim, rounded up to a multiple of 16"
+        default=None, ge=1, description="feed-forward width F; null: 8/3 of dim, rounded up to a multiple of 64"
     )
     context_length: int = Field(default=512, ge=1, description="tokens of context")
     rope_theta: float = Field(default=500_000.0, gt=0, description="base of the rotary frequencies")
@@ -39,7 +39,7 @@ class ModelShape(Config):
             n_heads=self.n_heads,
             n_kv_heads=self.n_kv_heads or self.n_heads,
             head_dim=self.head_dim or self.dim // self.n_heads,
-            ffn_dim=self.ffn_dim or ffn_width(self.dim, None, 16),
+            ffn_dim=self.ffn_dim or ffn_width(self.dim, None, 64),
             vocab_size=vocab_size,
             context_length=self.context_length,
             rope_theta=self.rope_theta,

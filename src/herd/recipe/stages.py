@@ -90,7 +90,7 @@ def _evaluate(config: evaluate.EvaluateConfig, inputs: Inputs, out: Path, contex
 
 def _quantise(config: QuantiseConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
     model = inputs.get("sft", inputs["base"]) / "checkpoint"
-    formats = quantise(config, model, _heldout(inputs), out)["formats"]
+    formats = quantise(config, model, _heldout(inputs), out, name=context.recipe.name)["formats"]
     return ", ".join(f"{name} {size(entry['bytes'])}" for name, entry in formats.items() if name != "source")
 
 
@@ -99,7 +99,7 @@ def _report(config: ReportConfig, inputs: Inputs, out: Path, context: StageConte
     run = RunData(
         name=recipe.name,
         seed=recipe.seed,
-        source=recipe.source,
+        command=recipe.command,
         description=recipe.description,
         directories=inputs,
         config=config,

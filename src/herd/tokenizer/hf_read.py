@@ -17,7 +17,7 @@ from herd.errors import FileFormatError, HerdError
 from herd.tokenizer.bytechars import ranks_say_the_same, to_bytes
 from herd.tokenizer.bytelevel import ByteLevelVocabulary
 from herd.tokenizer.pieces import SPACE, SentencePieceVocabulary
-from herd.tokenizer.specials import LLAMA3_PATTERN, LLAMA4_PATTERN
+from herd.tokenizer.specials import CODE_LLAMA_CONTROLS, LLAMA3_PATTERN, LLAMA4_PATTERN
 from herd.tokenizer.spmodel import Piece, PieceType
 from herd.tokenizer.vocabulary import Vocabulary
 
@@ -101,7 +101,7 @@ class _Reader:
         def kind(token: str) -> PieceType:
             if token == unknown:
                 return PieceType.UNKNOWN
-            if token in self.special:
+            if token in self.special or token in CODE_LLAMA_CONTROLS:
                 return PieceType.CONTROL
             if token in self.added:
                 return PieceType.USER_DEFINED
@@ -118,7 +118,9 @@ class _Reader:
         first = min(normal.values(), default=0)
         scores: dict[str, float] = {}
         lowest = 1.0
-        for left, right in self.merges:
+        # Code Llama's list builds up its marks ("▁<PRE" and ">"); text must not become one.
+        merges = [pair for pair in self.merges if types.get("".join(pair)) is not PieceType.CONTROL]
+        for left, right in merges:
             token = left + right
             if token not in normal or left not in normal or right not in normal:
                 self.fail("model.merges", [left, right], "pairs of tokens that together are a token")
@@ -128,8 +130,8 @@ class _Reader:
             elif scores[token] != lowest:
                 self.fail("model.merges", [left, right], "all merges that make the same token in one place")
         possible = sum(t[:i] in normal and t[i:] in normal for t in normal for i in range(1, len(t)))
-        if possible != len(set(self.merges)):
-            self.fail("model.merges", f"{len(self.merges)} merges", f"the {possible} that the vocabulary allows")
+        if possible != len(set(merges)):
+            self.fail("model.merges", f"{len(merges)} merges", f"the {possible} that the vocabulary allows")
         return {token: float(first - number) for token, number in normal.items()} | scores
 
     def dummy_prefix(self, steps: list[dict[str, Any]]) -> bool:

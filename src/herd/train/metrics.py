@@ -39,6 +39,7 @@ class MetricsFile:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line; numbers that JSON cannot hold (NaN, infinity) become null."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")

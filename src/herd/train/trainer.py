@@ -129,7 +129,7 @@ class Trainer(Generic[B]):
                 if self.world.any(stop.received is not None):
                     self.save()
                     stop.leave()
-                self._train_step()
+                self.train_step()
             self.save()
             result = self._result()
             for callback in self.callbacks:
@@ -140,6 +140,34 @@ class Trainer(Generic[B]):
         """Compile the blocks if the configuration says so; compiling itself happens in the first step."""
         if not self.blocks.active and worth_compiling(self.config, self.flops_per_token):
             self.blocks.compile()
+
+    def train_step(self) -> None:
+        """One optimiser step, with everything the callbacks do around it. `fit` is this in a loop."""
+        start = time.perf_counter()
+        factor = lr_factor(self.step, self.config)
+        loss, norm, tokens, weight = self.gradients(self.cursor)
+        self.step += 1
+        self.cursor += 1
+        record = StepRecord(self.step, loss, norm, self.config.lr * factor, tokens, weight, 0.0)
+        verdict = max(callback.on_gradients(self, record) for callback in self.callbacks)
+        if verdict is Verdict.APPLY:
+            clip = self.config.clip
+            clipped = clip / norm if clip and norm > clip else 1.0
+            # One pass over the gradients for both the mean and the clipping.
+            torch._foreach_mul_(self._gradients(), clipped / weight)
+            self.optimizer.set_lr(factor)
+            self.optimizer.step()
+            self.recent.append((loss * weight, weight))
+        self.optimizer.zero_grad()
+        if verdict is Verdict.ROLL_BACK:
+            self._roll_back()
+            return
+        record = dataclasses.replace(record, seconds=time.perf_counter() - start, verdict=verdict)
+        self.tokens += tokens
+        self.supervised += round(weight)
+        self.seconds += record.seconds
+        for callback in self.callbacks:
+            callback.on_step(self, record)
 
     def gradients(self, cursor: int) -> tuple[float, float, int, float]:
         """Leave the gradient of one step's summed losses in `.grad`; the weights' share of it is divided out later.
@@ -203,33 +231,6 @@ class Trainer(Generic[B]):
         if self.world.rank == 0 and self.step not in self.store.steps():
             self.store.save(self.step, *snapshot.capture(self))
         self.world.barrier()
-
-    def _train_step(self) -> None:
-        start = time.perf_counter()
-        factor = lr_factor(self.step, self.config)
-        loss, norm, tokens, weight = self.gradients(self.cursor)
-        self.step += 1
-        self.cursor += 1
-        record = StepRecord(self.step, loss, norm, self.config.lr * factor, tokens, weight, 0.0)
-        verdict = max(callback.on_gradients(self, record) for callback in self.callbacks)
-        if verdict is Verdict.APPLY:
-            clip = self.config.clip
-            clipped = clip / norm if clip and norm > clip else 1.0
-            # One pass over the gradients for both the mean and the clipping.
-            torch._foreach_mul_(self._gradients(), clipped / weight)
-            self.optimizer.set_lr(factor)
-            self.optimizer.step()
-            self.recent.append((loss * weight, weight))
-        self.optimizer.zero_grad()
-        if verdict is Verdict.ROLL_BACK:
-            self._roll_back()
-            return
-        record = dataclasses.replace(record, seconds=time.perf_counter() - start, verdict=verdict)
-        self.tokens += tokens
-        self.supervised += round(weight)
-        self.seconds += record.seconds
-        for callback in self.callbacks:
-            callback.on_step(self, record)
 
     def _accumulate(self, batches: Sequence[B]) -> Tensor:
         """Backward pass of every micro-batch; (sum of losses, sum of weights)."""

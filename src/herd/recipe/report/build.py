@@ -48,14 +48,14 @@ def rebuild_report(run_dir: str | Path) -> list[Path]:
         raise FileFormatError(
             "no stage of this run is done, so there is nothing to report",
             file=run_dir,
-            fix=f"herd run {state.get('recipe', 'recipes/pocket.yaml')} --out {run_dir}",
+            fix=f"{state.get('command', 'herd run recipes/pocket.yaml')} --out {run_dir}",
         )
     manifest = read_manifest(report) if report else None
     config = ReportConfig.model_validate(manifest["key"]["config"]) if manifest else ReportConfig()
     run = RunData(
-        name=str(state["name"]),
-        seed=int(state["seed"]),
-        source=str(state["recipe"]),
+        name=str(state.get("name", run_dir.name)),
+        seed=int(state.get("seed", 0)),
+        command=str(state.get("command", "herd run")),
         description=str(state.get("description", "")),
         directories=directories,
         config=config,

@@ -229,7 +229,7 @@ def _repeat(run: RunData) -> str:
         return ""
     versions = list(run.manifests.values())[-1]["packages"]
     return (
-        f"## Repeat it\n\n`herd run {_line(run.source)}`, seed {run.seed}, with "
+        f"## Repeat it\n\n`{_line(run.command)}`, seed {run.seed}, with "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + "."
     )

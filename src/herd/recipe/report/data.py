@@ -29,7 +29,7 @@ class RunData:
 
     name: str
     seed: int
-    source: str
+    command: str
     description: str
     directories: Mapping[str, Path]
     config: ReportConfig

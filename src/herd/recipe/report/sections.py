@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,7 +243,6 @@ def repeat_section(run: RunData) -> Section:
     last = list(run.manifests.values())[-1] if run.manifests else {}
     machine: dict[str, Any] = last.get("host", {})
     facts: list[list[Child]] = [
-        ["recipe", tag("code", run.source)],
         ["seed", str(run.seed)],
         ["processor", str(machine.get("cpu", ""))],
         ["cores used", str(machine.get("cores", ""))],
@@ -262,7 +260,7 @@ def repeat_section(run: RunData) -> Section:
         for name, manifest in run.manifests.items()
     ]
     body = [
-        tag("pre", f"herd run {shlex.quote(run.source)}", class_="formula"),
+        tag("pre", run.command, class_="formula"),
         table(["", ""], facts, class_="facts"),
         tag("h3", "Every value, stage by stage"),
         configs,

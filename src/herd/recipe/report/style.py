@@ -51,6 +51,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14.5px; line-height: 
 th { text-align: left; font-weight: 600; font-size: 12.5px; color: var(--muted); padding: 0 18px 8px 0;
   vertical-align: bottom; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td { padding: 8px 18px 8px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td:first-child { white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
 tbody tr:last-child td { border-bottom: 0; }
 td.n, th.n { text-align: right; white-space: nowrap; }

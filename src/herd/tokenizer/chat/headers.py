@@ -131,7 +131,9 @@ class HeaderFormat:
     @property
     def template(self) -> str:
         content = "message['content']" + (" | trim" if self.strips_content else "")
-        end_of_tool = self.end_of_message if self.messages_end_calls else self.end_of_turn
+        end = f"'{self.end_of_turn}'"
+        if self.messages_end_calls:
+            end = f"'{self.end_of_message}' if is_tool else {end}"
         return (
             "{{- bos_token }}"
             "{%- if tools %}{{- raise_exception('This template writes plain dialogues, without tools') }}{%- endif %}"
@@ -142,7 +144,7 @@ class HeaderFormat:
             "{%- set role = 'ipython' if is_tool else message['role'] %}"
             f"{{{{- '{self.header_start}' + role + '{self.header_end}\\n\\n' }}}}"
             f"{{{{- {content} }}}}"
-            f"{{{{- '{end_of_tool}' if is_tool else '{self.end_of_turn}' }}}}"
+            f"{{{{- {end} }}}}"
             "{%- endfor %}"
             "{%- if add_generation_prompt %}"
             f"{{{{- '{self.header_start}assistant{self.header_end}\\n\\n' }}}}"

@@ -1,0 +1,100 @@
+"""metrics.jsonl tells one story, whatever happened; measurements are what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from herd.errors import UsageError
+from herd.train.memory import keep_freed_memory, memory_bytes
+from herd.train.metrics import MetricsFile, _clock
+from herd.train.peak import matmul_peak
+
+
+def test_rewind_drops_later_and_broken_lines(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.rewind(3)  # nothing there yet
+    for step in range(1, 6):
+        file.write(step, {"loss": 1 / step})
+    with open(file.path, "a") as stream:
+        stream.write('{"step": 2, "lo')
+    file.rewind(3)
+    assert [json.loads(line) for line in file.path.read_text().splitlines()] == [
+        {"step": step, "loss": 1 / step} for step in (1, 2, 3)
+    ]
+    file.write(4, {"loss": float("nan"), "norm": float("inf"), "lr": 0.1})
+    assert json.loads(file.path.read_text().splitlines()[-1]) == {"step": 4, "loss": None, "norm": None, "lr": 0.1}
+
+
+def test_a_whole_last_line_without_an_end_is_repaired(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.path.write_text('{"step": 1}\n{"step": 2}')
+    file.rewind(2)
+    file.write(3, {})
+    assert file.path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_the_peak_is_at_least_what_an_independent_clock_finds() -> None:
+    import time
+
+    x = torch.randn(512, 512)
+    torch.mm(x, x)
+    start = time.perf_counter()
+    for _ in range(5):
+        torch.mm(x, x)
+    mean = 5 * 2 * 512**3 / (time.perf_counter() - start)
+    peak = matmul_peak(torch.float32, shape=(512, 512, 512))
+    assert 0.3 * mean < peak < 1e15
+    with pytest.raises(UsageError, match="floating-point"):
+        matmul_peak(torch.int8)
+
+
+def test_memory_is_the_resident_set() -> None:
+    before = memory_bytes(torch.device("cpu"))
+    block = torch.ones(50_000_000 // 4)
+    if not before:
+        pytest.skip("this system has no /proc/self/statm")
+    assert memory_bytes(torch.device("cpu")) - before > 30_000_000
+    del block
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_memory_is_kept() -> None:
+    """Page faults of allocating and freeing the same 64 MB again and again, with and without."""
+    code = (
+        "import resource, sys, torch\n"
+        "from herd.train.memory import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep' and not keep_freed_memory(): print('no glibc'); sys.exit()\n"
+        "for _ in range(4): torch.ones(16_000_000).add_(1)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(5): torch.ones(16_000_000).add_(1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    found = {}
+    for name in ("keep", "default"):
+        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True)
+        if "no glibc" in done.stdout:
+            pytest.skip("the C library is not glibc")
+        found[name] = int(done.stdout)
+    assert found["keep"] < 2_000 < found["default"]
+    assert keep_freed_memory() == keep_freed_memory()
+
+
+def test_time_left_reads_like_a_clock() -> None:
+    assert [_clock(seconds) for seconds in (5, 65, 3599, 7265)] == ["0:05", "1:05", "59:59", "2 h 01 min"]
+
+
+def test_the_config_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from herd.train import TrainConfig\n"
+        "from herd.pretrain import PretrainConfig\n"
+        "assert PretrainConfig(train=TrainConfig(steps=3)).train.steps == 3\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
