@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -29,14 +30,26 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str) -> C:
         path = ".".join(str(part) for part in first["loc"])
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         if first["type"] == "extra_forbidden":
+            known = _fields_at(cls, first["loc"][:-1])
             raise UsageError(
-                f"{where}: there is no field {path!r}{more}", allowed=_near(str(first["loc"][-1]), cls)
+                f"{where}: there is no field {path!r}{more}", allowed=_near(str(first["loc"][-1]), known)
             ) from None
         message = first["msg"][0].lower() + first["msg"][1:]
         raise UsageError(f"{where}: field {path!r} is not valid{more}", value=first["input"], allowed=message) from None
 
 
-def _near(name: str, cls: type[Config]) -> str:
-    known = sorted(cls.model_fields)
+def _fields_at(cls: type[pydantic.BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model that lies at `path` inside `cls`."""
+    for part in path:
+        inner = cls.model_fields[str(part)].annotation if str(part) in cls.model_fields else None
+        candidates = [inner, *typing.get_args(inner)]
+        found = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]
+        if not found:
+            return []
+        cls = found[0]
+    return sorted(cls.model_fields)
+
+
+def _near(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else ", ".join(known)

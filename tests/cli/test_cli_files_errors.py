@@ -62,6 +62,15 @@ class Example(Config):
     steps: int = Field(10, ge=1, description="number of steps")
 
 
+class Outer(Config):
+    inner: Example | None = Field(None, description="a nested model")
+
+
+def test_advice_comes_from_the_nested_model() -> None:
+    with pytest.raises(UsageError, match=r"'inner\.stpes'.*did you mean 'steps'"):
+        parse_config(Outer, {"inner": {"stpes": 1}}, "x.yaml")
+
+
 def test_config_errors_are_advice() -> None:
     with pytest.raises(UsageError, match="did you mean 'steps'"):
         parse_config(Example, {"stesp": 3}, "x.yaml: base")

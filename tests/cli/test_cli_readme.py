@@ -1,0 +1,79 @@
+"""The README's commands run as they are printed, on a small finished run that stands where `make pocket` puts its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def blocks(repository: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (repository / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def herd(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "herd", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+
+
+@pytest.fixture(scope="module")
+def newcomer(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a newcomer has it after `make pocket`: recipes, docs and a finished (here: tiny) runs/pocket."""
+    home = tmp_path_factory.mktemp("newcomer")
+    for name in ("recipes", "docs"):
+        shutil.copytree(repository / name, home / name)
+    source = home / "text"
+    source.mkdir()
+    for room in ("corpus", "train", "engine", "tokenizer"):
+        for file in (repository / "src" / "herd" / room).glob("*.py"):
+            shutil.copy(file, source / f"{room}_{file.name}")
+    tiny = repository / "tests" / "recipe" / "tiny.yaml"
+    result = herd(["run", str(tiny), f"corpus.sources=[{source}]", "--out", "runs/pocket"], home)
+    assert result.returncode == 0, result.stderr
+    return home
+
+
+def test_the_commands_run(repository: Path, newcomer: Path) -> None:
+    ran = 0
+    for line in "\n".join(blocks(repository, "sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] == "make":
+            makefile = (repository / "Makefile").read_text()
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
+            continue
+        assert words[0] == "herd", line
+        result = herd(words[1:], newcomer)
+        assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+        ran += 1
+    assert ran >= 10
+
+
+def test_the_python_runs(repository: Path, newcomer: Path) -> None:
+    for block in blocks(repository, "python"):
+        result = subprocess.run(
+            [sys.executable, "-c", block], cwd=newcomer, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+
+
+def test_links_and_benchmarks_exist(repository: Path) -> None:
+    text = (repository / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (repository / target).exists(), target
+    for script in re.findall(r"benchmarks/\w+\.py", text):
+        assert (repository / script).exists(), script
