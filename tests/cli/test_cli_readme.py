@@ -1,4 +1,4 @@
-"""The README's commands run as they are printed, on a small finished run that stands where `make pocket` puts its own."""
+"""The README's commands run as they are printed, on a small finished run where `make pocket` would put its own."""
 
 from __future__ import annotations
 

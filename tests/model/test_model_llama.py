@@ -16,7 +16,7 @@ from herd.errors import ContextLengthExceeded, HerdError, UsageError  # noqa: E4
 from herd.model import KVCache, Llama, from_arrays, load, state_arrays, to_array, to_tensor  # noqa: E402
 from herd.model.moe import MixtureOfExperts, grouped_linear  # noqa: E402
 
-DENSE = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, vocab_size=64)
+DENSE = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, vocab_size=64)
 LLAMA4 = dataclasses.replace(
     DENSE,
     n_layers=4,
