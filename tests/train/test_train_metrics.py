@@ -81,7 +81,8 @@ def test_freed_memory_is_kept() -> None:
         if "no glibc" in done.stdout:
             pytest.skip("the C library is not glibc")
         found[name] = int(done.stdout)
-    assert found["keep"] < 2_000 < found["default"]
+    # By how much depends on the kernel's page size: 78,000 small pages, or some 150 huge ones and their leftovers.
+    assert found["keep"] < found["default"] / 2
     assert keep_freed_memory() == keep_freed_memory()
 
 

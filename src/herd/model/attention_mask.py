@@ -25,8 +25,8 @@ class KeyRanges:
     `self_attention` that queries and keys are the same tokens (no cache), so that a causal query's last key is itself.
     """
 
-    first_BS: Tensor  # noqa: N815 - shape suffix
-    last_BS: Tensor  # noqa: N815 - shape suffix
+    first_BS: Tensor
+    last_BS: Tensor
     causal: bool
     plain_causal: bool
     self_attention: bool
@@ -49,9 +49,9 @@ class AttentionMask:
     """
 
     causal: bool = True
-    document_ids_BS: Tensor | None = None  # noqa: N815 - shape suffix
+    document_ids_BS: Tensor | None = None
     chunk: int | None = None
-    positions_BS: Tensor | None = None  # noqa: N815 - shape suffix
+    positions_BS: Tensor | None = None
     cached: Sequence[int] | None = None
 
     def key_ranges(self, n_queries: int, n_keys: int | None = None, device: torch.device | None = None) -> KeyRanges:

@@ -34,7 +34,7 @@ class Places(NamedTuple):
     """Visible keys on layers with RoPE (inside a chunk, where the model has chunks)."""
     everywhere: KeyRanges
     """Visible keys on layers without RoPE."""
-    temperature_BS: Tensor | None  # noqa: N815 - shape suffix
+    temperature_BS: Tensor | None
     """Factor on the queries of layers without RoPE."""
 
 

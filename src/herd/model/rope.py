@@ -18,8 +18,8 @@ from herd.architecture import LlamaConfig, attention_scale, rope_frequencies
 class Rotation(NamedTuple):
     """Cosine and sine of every pair's angle at every position, float32."""
 
-    cos_BSJ: Tensor  # noqa: N815 - shape suffix
-    sin_BSJ: Tensor  # noqa: N815 - shape suffix
+    cos_BSJ: Tensor
+    sin_BSJ: Tensor
 
 
 def rotation(config: LlamaConfig, positions_BS: Tensor) -> Rotation:

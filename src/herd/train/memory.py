@@ -2,8 +2,7 @@
 
 A training step frees and allocates the same large blocks over and over. By default glibc returns each of them to the
 kernel, which then hands out zeroed 4 KiB pages one fault at a time: 9,000 faults a step on a 5M model, 6 to 9 % of its
-time. Keeping freed memory in the process costs nothing, as the next step needs it again. (Huge pages, which torch can
-ask for, made whole steps slower: docs/lab-log-train.md.)
+time. Keeping freed memory in the process costs nothing, as the next step needs it again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,227 @@
+"""The stage on a tiny corpus, end to end: data, training, held-out bits per byte, checkpoint, resumption, budget."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from herd import checkpoint, tokenizer
+from herd import model as models
+from herd.architecture import LlamaConfig, parameter_count, training_flops_per_token
+from herd.corpus import Document, EvaluationWindows, PackedDataset, read_documents
+from herd.corpus.document import write_documents
+from herd.errors import FileFormatError, ResourceError, UsageError
+from herd.pretrain import HeldOut, PretrainConfig, run
+from herd.pretrain.budget import fitting_steps, step_seconds
+from herd.pretrain.data import prepare, spread
+from herd.train import Batch, PackedSource, StepRecord, TrainConfig, Trainer, next_token_loss
+
+
+def _text(n: int) -> str:
+    lines = [f"def add_{n + i}(a, b):\n    return a + b + {(n * i) % 10}\n" for i in range(1 + n % 7)]
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_documents(folder / "train.jsonl", [Document(_text(n), f"train/{n}") for n in range(80)])
+    write_documents(folder / "heldout.jsonl", [Document(_text(n), f"heldout/{n}") for n in range(200, 220)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(corpus: Path) -> tokenizer.Tokenizer:
+    texts = [document.text for document in read_documents(corpus / "train.jsonl")]
+    return tokenizer.train(texts, 300, n_specials=16)
+
+
+def _shape(words: tokenizer.Tokenizer, **more: Any) -> LlamaConfig:
+    shape: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 64}
+    return LlamaConfig(**shape | {"vocab_size": words.vocab_size, "context_length": 64} | more)
+
+
+def _config(**fields: Any) -> PretrainConfig:
+    train = {"steps": 30, "seq_len": 32, "batch_size": 8, "lr": 0.01, "precision": "fp32", "compile": "off"}
+    train |= {"checkpoint_seconds": 0, "log_every": 5} | fields.pop("train", {})
+    return PretrainConfig.model_validate({"evaluations": 3, "probe_tokens": 300, "train": train} | fields)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, words: tokenizer.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base")
+    run(_config(), _shape(words), corpus, words, out)
+    return out
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_says_what_it_did(finished: Path, words: tokenizer.Tokenizer) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    shape = _shape(words)
+    assert result["loss"] < 0.6 * math.log(words.vocab_size)
+    assert result["steps"] == 30 and result["tokens"] == 30 * 8 * 32
+    assert result["parameters"] == parameter_count(shape)
+    assert result["training_flops"] == training_flops_per_token(shape, 32) * result["tokens"]
+    probes = [line for line in _lines(finished) if "heldout_bits_per_byte" in line]
+    assert [line["step"] for line in probes] == [0, 10, 20, 30]
+    assert probes[0]["heldout_loss"] == pytest.approx(math.log(words.vocab_size), rel=0.05)
+    assert probes[-1]["heldout_bits_per_byte"] == result["heldout_bits_per_byte"] < probes[0]["heldout_bits_per_byte"]
+
+
+def test_the_saved_model_scores_what_the_stage_said(finished: Path, corpus: Path) -> None:
+    """Bits per byte again, one document at a time with the loaded checkpoint and no packing."""
+    result = json.loads((finished / "result.json").read_text())
+    llama = models.load(finished / "checkpoint")
+    with checkpoint.open_checkpoint(finished / "checkpoint") as saved:
+        words = saved.tokenizer
+    nats = n_bytes = 0.0
+    for document in read_documents(corpus / "heldout.jsonl"):
+        ids = torch.tensor(words.encode_document(document.text))
+        n_bytes += document.n_bytes
+        # As the stage: windows of 32 that start 16 apart, each scoring what the one before did not.
+        scored = start = 0
+        while scored < len(ids) - 1:
+            end = min(start + 32, len(ids) - 1)
+            with torch.no_grad():
+                logits = llama(ids[None, start:end])[0]
+            losses = functional.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none")
+            nats += losses[scored - start :].sum().item()
+            scored, start = end, start + 16
+    assert nats / math.log(2) / n_bytes == pytest.approx(result["heldout_bits_per_byte"], rel=1e-4)
+
+
+def test_a_second_call_returns_the_same_without_training(
+    finished: Path, corpus: Path, words: tokenizer.Tokenizer
+) -> None:
+    before = json.loads((finished / "result.json").read_text())
+    metrics = (finished / "metrics.jsonl").read_text()
+    again = run(_config(), _shape(words), corpus, words, finished)
+    assert again["resumed_from"] == 30
+    same = ("loss", "tokens", "heldout_loss", "heldout_bits_per_byte", "seconds")
+    assert {key: again[key] for key in same} == {key: before[key] for key in same}
+    assert (finished / "metrics.jsonl").read_text() == metrics
+
+
+def test_an_interrupted_stage_ends_in_the_same_weights(
+    finished: Path, corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def stop_at_17(self: Trainer[Any]) -> None:
+        if self.step == 17:
+            raise RuntimeError("the power fails")
+        step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", stop_at_17)
+    config = _config(train={"checkpoint_every": 5})
+    with pytest.raises(RuntimeError, match="power"):
+        run(config, _shape(words), corpus, words, tmp_path)
+    monkeypatch.undo()
+    assert run(config, _shape(words), corpus, words, tmp_path)["resumed_from"] == 15
+    paths = tmp_path / "checkpoint", finished / "checkpoint"
+    with checkpoint.open_checkpoint(paths[0]) as one, checkpoint.open_checkpoint(paths[1]) as other:
+        assert all((one[name] == other[name]).all() for name in other)
+
+
+def test_the_budget_fixes_the_steps_once(
+    corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(max_minutes=2.0, evaluations=0, train={"steps": 10**6, "log_every": 1000})
+    # As if a step took a second: about 110 of them fit, depending on how long the tokens took.
+    monkeypatch.setattr("herd.pretrain.stage.step_seconds", lambda *_: 1.0)
+    result = run(config, _shape(words), corpus, words, tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert 30 <= plan["steps"] == result["steps"] <= 114
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])["lr"] == pytest.approx(0.001)
+    # A slower machine, or a slower day, must not change a plan that training has begun to follow.
+    monkeypatch.setattr("herd.pretrain.stage.step_seconds", lambda *_: pytest.fail("measured again"))
+    assert run(config, _shape(words), corpus, words, tmp_path)["resumed_from"] == result["steps"]
+    (tmp_path / "plan.json").write_text('{"steps": -4, "compile": "off"}')
+    with pytest.raises(FileFormatError, match="not a plan"):
+        run(config, _shape(words), corpus, words, tmp_path)
+
+
+def test_measuring_leaves_no_trace(corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path) -> None:
+    files = prepare(corpus, words, tmp_path / "tokens", 100)
+    for name in ("adamw", "muon"):
+        llama = models.Llama(_shape(words))
+        llama.init_weights(0)
+        before = {key: value.clone() for key, value in llama.state_dict().items()}
+        config = TrainConfig.model_validate({"optimizer": name, "seq_len": 16, "batch_size": 4, "compile": "off"})
+        source = PackedSource(PackedDataset(files.train, 16, 4), 4)
+        trainer: Trainer[Batch] = Trainer(llama, next_token_loss, source, config, tmp_path / name)
+        assert 0 < step_seconds(trainer, 2) < 10
+        assert all(torch.equal(before[key], value) for key, value in llama.state_dict().items())
+        assert trainer.step == trainer.cursor == 0
+        assert not trainer.optimizer.state(llama) and all(p.grad is None for p in llama.parameters())
+
+
+def test_steps_that_fit() -> None:
+    assert fitting_steps(100.0, 0.5, 10**6) == 190
+    assert fitting_steps(100.0, 0.5, 50) == 50
+    with pytest.raises(ResourceError, match=r"only 4 training steps of 20.0 s fit.*max_minutes"):
+        fitting_steps(100.0, 20.0, 10**6)
+    with pytest.raises(ResourceError, match="only 0 training steps"):
+        fitting_steps(-5.0, 1.0, 100)
+
+
+def test_the_probe_is_spread_over_the_held_out_text() -> None:
+    assert spread([10] * 100, 200) == set(range(0, 100, 5))
+    assert spread([10] * 5, 1000) == set(range(5))
+    assert spread([500, 10, 10, 500, 10], 20) == {1, 2}
+    assert 0 not in spread([5000, *[10] * 50], 200)
+    assert spread([900], 10) == {0}
+
+
+def test_token_files_are_made_again_when_the_text_changes(words: tokenizer.Tokenizer, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    write_documents(corpus / "train.jsonl", [Document("one two", "a")])
+    files = prepare(corpus, words, tmp_path / "tokens", 100)
+    assert files.heldout is None and files.probe is None and files.scored_tokens(8) == 0
+    made = (tmp_path / "tokens" / "train" / "tokens.bin").stat().st_mtime_ns
+    prepare(corpus, words, tmp_path / "tokens", 100)
+    assert (tmp_path / "tokens" / "train" / "tokens.bin").stat().st_mtime_ns == made
+    write_documents(corpus / "train.jsonl", [Document("one two three", "a")])
+    changed = prepare(corpus, words, tmp_path / "tokens", 100)
+    assert changed.train[0].tolist() == words.encode_document("one two three")
+
+
+def test_contradictions_are_named(corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"rows are longer than the model's context; got 32"):
+        run(_config(), _shape(words, context_length=16), corpus, words, tmp_path)
+    with pytest.raises(UsageError, match="vocabulary is smaller"):
+        run(_config(), _shape(words, vocab_size=128), corpus, words, tmp_path)
+    with pytest.raises(UsageError, match=r"has no train\.jsonl"):
+        run(_config(), _shape(words), tmp_path, words, tmp_path)
+
+
+def test_evaluations_are_at_equal_distances(corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path) -> None:
+    shards = prepare(corpus, words, tmp_path, 100).probe
+    assert shards is not None
+    for times, steps in ((1, 10), (4, 10), (3, 7), (10, 10), (20, 10)):
+        seen: list[int] = []
+
+        class Recorder(HeldOut):
+            def _score(self, trainer: Any) -> None:
+                seen.append(trainer.step)  # noqa: B023
+
+        class Stub:
+            step = 0
+            config = TrainConfig(steps=steps)
+
+        recorder, stub = Recorder(EvaluationWindows(shards, 16, 2), times), Stub()
+        recorder.on_start(stub)  # type: ignore[arg-type]
+        for stub.step in range(1, steps + 1):
+            recorder.on_step(stub, StepRecord(stub.step, 1.0, 1.0, 1.0, 1, 1.0, 1.0))  # type: ignore[arg-type]
+        assert seen[0] == 0 and seen[-1] < steps
+        assert len(seen) == min(times, steps)
+        assert seen == [math.ceil(i * steps / times) for i in range(times)] or times > steps
