@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,25 +56,26 @@ def test_the_peak_is_at_least_what_an_independent_clock_finds() -> None:
 
 
 def test_memory_is_the_resident_set() -> None:
-    before = memory_bytes(torch.device("cpu"))
-    block = torch.ones(50_000_000 // 4)
-    if not before:
-        pytest.skip("this system has no /proc/self/statm")
-    assert memory_bytes(torch.device("cpu")) - before > 30_000_000
-    del block
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("this system has no /proc/self/status")
+    kilobytes = int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text()).group(1))  # type: ignore[union-attr]
+    assert memory_bytes(torch.device("cpu")) == pytest.approx(1024 * kilobytes, rel=0.02)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 def test_freed_memory_is_kept() -> None:
-    """Page faults of allocating and freeing the same 64 MB again and again, with and without."""
+    """Page faults of allocating and freeing the same 64 MB again and again; the fewest, as the system may swap."""
     code = (
         "import resource, sys, torch\n"
         "from herd.train.memory import keep_freed_memory\n"
         "if sys.argv[1] == 'keep' and not keep_freed_memory(): print('no glibc'); sys.exit()\n"
         "for _ in range(4): torch.ones(16_000_000).add_(1)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(5): torch.ones(16_000_000).add_(1)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "faults = []\n"
+        "for _ in range(5):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(16_000_000).add_(1)\n"
+        "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "print(min(faults))\n"
     )
     found = {}
     for name in ("keep", "default"):
