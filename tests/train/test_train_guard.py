@@ -105,6 +105,18 @@ def test_zero_means_never_for_spikes() -> None:
     assert guard.on_gradients(trainer, StepRecord(3, 1.0, math.nan, 1e-3, 1, 1.0, 0.1)) is Verdict.SKIP
 
 
+def test_bad_steps_with_good_ones_between_do_not_roll_back(tmp_path: Path) -> None:
+    trainer, source = _run(tmp_path, {step: math.nan for step in (12, 14, 16, 18, 20, 22)}, steps=30, max_skips=2)
+    trainer.fit()
+    assert source.asked == list(range(30))
+
+
+def test_an_infinite_loss_counts_even_with_a_finite_gradient() -> None:
+    trainer: Any = None
+    record = StepRecord(1, math.inf, 1.0, 1e-3, 1, 1.0, 0.1)
+    assert Guard(TrainConfig()).on_gradients(trainer, record) is Verdict.SKIP
+
+
 def test_a_step_without_supervised_tokens_is_skipped(tmp_path: Path) -> None:
     trainer, _ = _run(tmp_path, {}, steps=2)
     trainer.loss_fn = lambda model, batch: (model.weight.sum() * 0, torch.zeros(()))
