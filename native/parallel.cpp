@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 namespace herd {
@@ -73,14 +74,39 @@ Pool& pool() {
   return *instance;
 }
 
+// GNU OpenMP's entry point, if something in this process (torch) has loaded it. Its threads keep spinning for a while
+// after each of their loops, so threads of our own would share the cores with them: attention beside torch's operators
+// got 1.15 times faster on two cores that way, and 1.9 times on OpenMP's own threads.
+// A forked child inherits the entry point but no threads, and would wait for them forever.
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Team openmp_team() {
+  static const pid_t owner = getpid();
+  return owner == getpid() ? reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel")) : nullptr;
+}
+
+struct Shared {
+  const std::function<void(int)>& task;
+  const int count;
+  std::atomic<int> next{0};
+};
+
+void drain(void* data) {
+  auto& shared = *static_cast<Shared*>(data);
+  for (int i = shared.next++; i < shared.count; i = shared.next++) shared.task(i);
+}
+
 }  // namespace
 
 void parallel_for(int count, int threads, const std::function<void(int)>& task) {
-  if (threads <= 1 || count <= 1) {
+  threads = std::min(threads, count);
+  if (threads <= 1) {
     for (int i = 0; i < count; ++i) task(i);
-    return;
+  } else if (const Team team = openmp_team()) {
+    Shared shared{task, count};
+    team(&drain, &shared, static_cast<unsigned>(threads), 0);
+  } else {
+    pool().run(count, threads, task);
   }
-  pool().run(count, threads, task);
 }
 
 }  // namespace herd

@@ -17,6 +17,7 @@ from herd.architecture import (
     kv_cache_bytes,
     parameter_count,
     releases,
+    rope_frequencies,
     training_flops_per_token,
     weight_bytes,
 )
@@ -96,6 +97,10 @@ def test_weight_and_cache_sizes() -> None:
         ({"vocab_size": 1.5}, "vocab_size"),
         ({"norm_eps": math.nan}, "norm_eps"),
         ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_theta": 1.0}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"norm_eps": 10**400}, "norm_eps"),
+        ({"head_dim": 2, "rope_scaling": RopeScaling("dynamic", 2.0)}, "head_dim"),
         ({"generation": "llama9"}, "generation"),
         ({"qk_norm": True}, "qk_norm"),
         ({"moe": MoeConfig(4, 8)}, "moe"),
@@ -106,7 +111,9 @@ def test_contradictions_are_errors_that_name_the_field(change: dict[str, object]
         dataclasses.replace(SMALL, **change)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("arguments", [{"factor": 0.5}, {"factor": 8, "high_freq_factor": 0.5}, {"factor": math.inf}])
+@pytest.mark.parametrize(
+    "arguments", [{"factor": 0.5}, {"factor": 8, "high_freq_factor": 0.5}, {"factor": math.inf}, {"factor": 1e7}]
+)
 def test_bad_rope_scaling(arguments: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="rope_scaling"):
         RopeScaling("llama3", **arguments)
@@ -133,3 +140,15 @@ def test_layer_kinds_of_llama4() -> None:
     assert not scout.uses_rope(3) and scout.uses_rope(0)
     assert [maverick.is_moe_layer(i) for i in range(4)] == [False, True, False, True]
     assert all(scout.is_moe_layer(i) for i in range(48))
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("theta", [1.0000001, 1e4, 1e15])
+@pytest.mark.parametrize("factor", [1.0, 1e6])
+@pytest.mark.parametrize("head_dim", [4, 256])
+def test_every_allowed_rope_gives_usable_frequencies(kind: str, theta: float, factor: float, head_dim: int) -> None:
+    scaling = RopeScaling(kind, factor)  # type: ignore[arg-type]
+    config = dataclasses.replace(SMALL, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
+    frequencies = rope_frequencies(config, 1 << 40)
+    assert len(frequencies) == head_dim // 2
+    assert all(0 < frequency <= 1 for frequency in frequencies)

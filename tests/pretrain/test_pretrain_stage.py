@@ -70,7 +70,8 @@ def test_it_learns_and_says_what_it_did(finished: Path, words: tokenizer.Tokeniz
     assert result["loss"] < 0.6 * math.log(words.vocab_size)
     assert result["steps"] == 30 and result["tokens"] == 30 * 8 * 32
     assert result["parameters"] == parameter_count(shape)
-    assert result["training_flops"] == training_flops_per_token(shape, 32) * result["tokens"]
+    share = result["supervised_tokens"] / result["tokens"]
+    assert result["training_flops"] == training_flops_per_token(shape, 32, share) * result["tokens"]
     probes = [line for line in _lines(finished) if "heldout_bits_per_byte" in line]
     assert [line["step"] for line in probes] == [0, 10, 20, 30]
     assert probes[0]["heldout_loss"] == pytest.approx(math.log(words.vocab_size), rel=0.05)

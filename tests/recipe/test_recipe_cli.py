@@ -68,6 +68,8 @@ def test_a_stop_by_sigterm_leaves_with_zero(herd_command, workshop) -> None:
     workshop.fail_with = SystemExit(0)
     code, _, err = herd_command("run", "small.yaml")
     assert code == 0 and "continues where it was" in err
+    workshop.fail_with = SystemExit(5)
+    assert herd_command("run", "small.yaml")[0] == 5, "any other exit keeps its code"
 
 
 def test_failures_have_their_codes_and_the_next_command(herd_command, workshop) -> None:

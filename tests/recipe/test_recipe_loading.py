@@ -89,6 +89,8 @@ def test_yaml_exponents_are_numbers(tmp_path: Path) -> None:
         ("stages: {a: ", ["not valid YAML", "line"]),
         ("stages: {a: !!python/object/apply:os.getcwd []}", ["not valid YAML"]),
         ("stages: {? [1, 2] : {}}", ["not valid YAML"]),
+        ("stages: {a: {day: 2024-99-99}}", ["not valid YAML", "month"]),
+        ("stages: " + "[" * 1200, ["not valid YAML"]),
     ],
 )
 def test_wrong_recipes_are_refused_with_the_place(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -112,6 +114,7 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("base..lr=3", ["stage.field=value"]),
         ("bose.lr=3", ["bose.lr=3", "did you mean 'base'"]),
         ("base.lr=[1", ["not valid YAML", "base.lr"]),
+        ("base.lr=2024-99-99", ["not valid YAML", "base.lr"]),
         ("base.steps.x=1", ["base.steps", "'x'"]),
         ("base=3", ["'base'"]),
     ],

@@ -8,14 +8,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
 
-from herd.errors import FileFormatError
+from herd.errors import FileFormatError, UsageError
 from herd.files import read_json, write_json
 from herd.recipe.report import ReportConfig, RunData, rebuild_report
 from herd.recipe.report.charts import Series, line_chart, smooth, thin, tick_text, ticks
@@ -67,7 +68,7 @@ def test_the_page_shows_every_part_of_the_run(page: str) -> None:
         "The run", "Text", "Tokens", "Model", "Pretraining", "Instruction tuning", "Evaluation", "Samples", "Quantised",
         "Cost", "Repeat it", "7 min 58 s", "10.5 MB", "code.max_digits (87)", "1.312", "xz -9e", "1.920", "McNemar",
         "69.3 ± 5.2", "98.0 ± 2.7", "3.670", "model-q4_0.gguf", "+0.0379", "what base made",
-        "herd run recipes/pocket.yaml",
+        "herd run recipes/pocket.yaml", "MFU counts 6·N + 6·L·H·K·S FLOPs for every token",
     ):  # fmt: skip
         assert expected in text, expected
 
@@ -132,6 +133,76 @@ def test_the_card_says_what_the_run_measured(finished_run: Path) -> None:
     ):
         assert f"\n## {heading}\n" in card
     assert "It fails more often than not at: functions." in card
+
+
+def _rewrite(run_dir: Path, stage: str, file: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change one JSON file of a stage in place."""
+    path = run_dir / read_json(run_dir / "run.json")["stages"][stage]["directory"] / file
+    data = read_json(path)
+    change(data)
+    write_json(path, data)
+
+
+def _texts(run_dir: Path) -> tuple[str, str]:
+    """The report's text and the card, made anew."""
+    page, card = rebuild_report(run_dir)[:2]
+    return " ".join(Reader(page.read_text(encoding="utf-8")).text), card.read_text(encoding="utf-8")
+
+
+def test_headline_and_tile_say_which_model_is_meant(finished_run: Path) -> None:
+    page, card = _texts(finished_run)
+    for text in (page, card):
+        assert "After pretraining it needs 1.31 bits for a byte of text it has not seen; xz -9e needs 1.92." in text
+    assert "Held-out text, base model 1.312" in page
+
+
+def test_the_card_claims_nothing_that_nobody_measured(finished_run: Path) -> None:
+    _, card = _texts(finished_run)
+    assert "language:" not in card, "nothing in a run tells the language of its text"
+    assert "pip install 'llama-herd[train]'" in card, "the only backend needs torch"
+    assert "25 (411 kB) held out, split by module." in card and "which is 0 at both ends" in card
+    assert "small talk excepted" in card and "also run in llama.cpp" not in card
+    figures = {"loss": 1.0981, "dialogs": 7011, "dialog_tokens": 1_200_300, "rehearsal_tokens": 60_001}
+    _rewrite(finished_run, "sft", "result.json", lambda data: data.update(figures))
+    metrics = finished_run / read_json(finished_run / "run.json")["stages"]["sft"]["directory"] / "metrics.jsonl"
+    metrics.write_text('{"step": 200, "loss": 0.1}\n')
+    card = _texts(finished_run)[1]
+    assert "7,011 dialogues (1,200,300 tokens), and 60,001 tokens of the training text again" in card
+    assert "| sft | 200 | 1,638,400 | 1.098 |" in card, "the mean over the last steps, not the last line of the metrics"
+
+
+def test_a_run_without_held_out_text(finished_run: Path) -> None:
+    def unscored(data: dict[str, Any]) -> None:
+        data.update(bytes=0, documents=0)
+        for entry in data["formats"].values():
+            entry["bits_per_byte"] = None
+
+    _rewrite(finished_run, "quantise", "results.json", unscored)
+    nothing = {"bytes": 0, "tokens": 0, "bytes_per_token": 0.0}
+    _rewrite(finished_run, "tokenizer", "results.json", lambda data: data.update(heldout=nothing))
+    _rewrite(finished_run, "corpus", "stats.json", lambda data: data.update(heldout_documents=0, split="none"))
+    page, card = _texts(finished_run)
+    assert "880 documents (10.5 MB) for training." in card
+    assert "The final model as GGUF files." in page and "bytes per token, held-out text" not in page
+    assert (
+        "| q8_0 | `model-q8_0.gguf` | 5.60 MB |  |  |" in card and "3.75 bytes per token on the training text" in card
+    )
+
+
+def test_gpus_are_named_and_their_energy_is_said_to_be_missing(finished_run: Path) -> None:
+    for text in _texts(finished_run):
+        assert "GPU" not in text
+    _rewrite(finished_run, "base", "stage.json", lambda data: data["host"].update(gpus=["NVIDIA H100"]))
+    page, card = _texts(finished_run)
+    for text in (page, card):
+        assert "The energy of the GPU (NVIDIA H100) is not counted." in text
+    assert "; GPU: NVIDIA H100 |" in card
+
+
+def test_a_report_of_another_version_is_an_error_with_its_field(finished_run: Path) -> None:
+    _rewrite(finished_run, "report", "stage.json", lambda data: data["key"]["config"].update(wats=3))
+    with pytest.raises(UsageError, match=r"stage\.json: there is no field 'wats'"):
+        rebuild_report(finished_run)
 
 
 def test_rebuilding_keeps_the_stage_valid(finished_run: Path) -> None:

@@ -82,6 +82,10 @@ def test_changed_sources_and_changed_code_rerun(workshop, recipe_file: Path, run
     (workshop.root / "notes" / "a.txt").touch()
     run(recipe, workshop.table(), run_dir)
     assert len(workshop.calls) == 3, "a new modification time alone changes nothing"
+    (workshop.root / "notes" / ".git").mkdir()
+    (workshop.root / "notes" / ".git" / "index").write_text("what no stage reads")
+    run(recipe, workshop.table(), run_dir)
+    assert len(workshop.calls) == 3, "hidden files are not read, so they change nothing"
     (workshop.root / "notes" / "a.txt").write_text("the cat and the dog and the bat ")
     run(recipe, workshop.table(), run_dir)
     assert len(workshop.calls) == 6
@@ -176,6 +180,23 @@ def test_the_cause_decides_the_exit_code(workshop, recipe_file: Path, run_dir: P
     workshop.fail_with = next(iter(causes))
     with pytest.raises(StageFailed, match="no such thing; got 3; allowed: 4; to fix: herd list; then herd run"):
         run(load_recipe(recipe_file), workshop.table(), run_dir)
+
+
+def test_a_full_disk_does_not_hide_the_failure(
+    workshop, recipe_file: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("herd.recipe.runner.atomic_write", full)
+    workshop.fail_with = OSError(28, "No space left on device")
+    with pytest.raises(StageFailed, match=r"'count' failed: OSError.*No space left") as caught:
+        run(load_recipe(recipe_file), workshop.table(), run_dir)
+    assert caught.value.exit_code == 4
+    workshop.fail_with = None
+    monkeypatch.undo()
+    run(load_recipe(recipe_file), workshop.table(), run_dir)
+    assert workshop.calls == ["words", "count", "count", "square"]
 
 
 @pytest.mark.parametrize("signal_like", [KeyboardInterrupt(), SystemExit(0)])

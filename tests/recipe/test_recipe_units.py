@@ -36,12 +36,19 @@ def test_carbon_of_llama_1_and_2_as_published(hours: float, watts: float, tonnes
 
 def test_flops_of_llama_3_405b_as_published() -> None:
     """The Llama 3 paper gives 3.8e25 FLOPs for 15.6T tokens (§3.2); most of them in rows of 8,192."""
-    compute = training_compute(releases["llama3.1-405b"].config, 15_600_000_000_000, 8192)
+    compute = training_compute(releases["llama3.1-405b"].config, 15_600_000_000_000, 15_600_000_000_000, 8192)
     assert compute.flops == pytest.approx(3.8e25, rel=0.06)
     assert compute.weights == 405_853_388_800 - 128_256 * 16_384
     assert compute.weight_flops == pytest.approx(6 * compute.weights * compute.tokens)
     assert compute.attention_flops == pytest.approx(6 * 126 * 128 * 128 * 8192 * compute.tokens)
     assert compute.pflop_days == pytest.approx(compute.flops / (1e15 * 86400))
+
+
+def test_the_output_matrix_counts_for_supervised_tokens_only() -> None:
+    config = releases["llama3-8b"].config
+    whole, part = training_compute(config, 1000, 1000, 8192), training_compute(config, 1000, 200, 8192)
+    assert whole.flops - part.flops == pytest.approx(6 * 128_256 * 4096 * 800)
+    assert whole.attention_flops == pytest.approx(part.attention_flops)
 
 
 def test_the_meter_sees_cpu_time_and_memory() -> None:

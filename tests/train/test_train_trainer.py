@@ -216,7 +216,7 @@ def test_compile_auto_is_for_long_runs_only(make: Make) -> None:
     assert not trainer.blocks.active
     trainer = make(compile="auto", steps=10**7)
     trainer.compile()
-    assert trainer.blocks.active == bool(trainer_module.worth_compiling(trainer.config, trainer.flops_per_token))
+    assert trainer.blocks.active == bool(trainer_module.worth_compiling(trainer.config, trainer.flops_per_token()))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from herd import checkpoint, model
 from herd.align.dialogs import Dialog, dialogs
 from herd.align.examples import encode, rehearse
 from herd.align.exercises import generate
-from herd.architecture import parameter_count, training_flops_per_token
+from herd.architecture import parameter_count
 from herd.config import Config
 from herd.corpus import PackedExamples, pack_examples
 from herd.errors import UsageError
@@ -111,7 +111,6 @@ def run(
         "rehearsal_tokens": sum(len(ids) for ids, _ in repeated),
         "epochs": train.steps * train.batch_size / rows.rows_per_epoch,
         "parameters": parameter_count(llama.config),
-        "training_flops": training_flops_per_token(llama.config, train.seq_len) * outcome.tokens,
         "batch_tokens": train.batch_tokens,
         "precision": str(loop.precision).removeprefix("torch."),
         "compiled": loop.blocks.active,

@@ -13,6 +13,7 @@ from herd.architecture.releases import Release, releases
 from herd.architecture.size import (
     active_parameter_count,
     kv_cache_bytes,
+    multiplying_parameter_count,
     parameter_count,
     training_flops_per_token,
     weight_bytes,
@@ -32,6 +33,7 @@ __all__ = [
     "attention_scale",
     "ffn_width",
     "kv_cache_bytes",
+    "multiplying_parameter_count",
     "parameter_count",
     "releases",
     "rope_frequencies",

@@ -27,12 +27,19 @@ def active_parameter_count(config: LlamaConfig) -> int:
 
 
 def weight_bytes(config: LlamaConfig, dtype: str) -> int:
-    """Bytes of the weights when all matrices are stored as `dtype`; vectors stay in 32 bits in block formats."""
-    bits = BITS_PER_WEIGHT[dtype]
-    vector_bits = 32.0 if dtype.startswith("q") else bits
+    """Bytes of the weights stored as `dtype`.
+
+    In block formats as GGUF files have them: vectors and routers in 32 bits, and embedding and output in q8_0 where
+    the rest is q4_0.
+    """
     total = 0.0
-    for shape in tensor_shapes(config).values():
-        total += math.prod(shape) * (bits if len(shape) > 1 else vector_bits) / 8
+    for name, shape in tensor_shapes(config).items():
+        bits = BITS_PER_WEIGHT[dtype]
+        if dtype.startswith("q") and (len(shape) == 1 or ".router." in name):
+            bits = 32.0
+        elif dtype == "q4_0" and name in ("embed.weight", "output.weight"):
+            bits = BITS_PER_WEIGHT["q8_0"]
+        total += math.prod(shape) * bits / 8
     return math.ceil(total)
 
 
@@ -41,11 +48,18 @@ def kv_cache_bytes(config: LlamaConfig, tokens: int, bytes_per_value: int = 2) -
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim * tokens * bytes_per_value
 
 
-def training_flops_per_token(config: LlamaConfig, sequence: int) -> int:
+def multiplying_parameter_count(config: LlamaConfig) -> int:
+    """Active parameters that multiply: all but the embedding, which is only looked up (unless it is the output too)."""
+    return active_parameter_count(config) - (0 if config.tied_embeddings else config.vocab_size * config.dim)
+
+
+def training_flops_per_token(config: LlamaConfig, sequence: int, supervised: float = 1.0) -> float:
     """Floating-point operations to train on one token: 6 per active weight of a matrix, plus causal attention.
 
     6·N (PaLM appendix B, arXiv 2204.02311) with N without the embedding look-up, plus 6·L·H·K·S for scores and values
-    over an average of S/2 visible positions, forward and backward.
+    over an average of S/2 visible positions, forward and backward. supervised: share of the tokens whose prediction is
+    learnt; the output matrix multiplies no others.
     """
-    matrices = active_parameter_count(config) - (0 if config.tied_embeddings else config.vocab_size * config.dim)
-    return 6 * matrices + 6 * config.n_layers * config.n_heads * config.head_dim * sequence
+    spared = (1.0 - supervised) * config.vocab_size * config.dim
+    attention = config.n_layers * config.n_heads * config.head_dim * sequence
+    return 6.0 * (multiplying_parameter_count(config) - spared + attention)

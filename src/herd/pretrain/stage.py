@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from herd import checkpoint
 from herd import model as models
-from herd.architecture import LlamaConfig, parameter_count, training_flops_per_token
+from herd.architecture import LlamaConfig, parameter_count
 from herd.corpus import EvaluationWindows, PackedDataset, TokenShards
 from herd.errors import UsageError
 from herd.files import write_json
@@ -68,7 +68,6 @@ def run(
     result: dict[str, Any] = {
         **outcome.to_dict(),
         "parameters": parameter_count(shape),
-        "training_flops": training_flops_per_token(shape, train.seq_len) * outcome.tokens,
         "epochs": train.steps * train.batch_size / rows.rows_per_epoch,
         "corpus_tokens": files.train.n_tokens,
         "batch_tokens": train.batch_tokens,

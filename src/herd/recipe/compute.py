@@ -1,6 +1,7 @@
 """What a run cost: floating-point operations, energy and carbon, each with its formula.
 
-FLOPs per token: `herd.architecture.training_flops_per_token`, 6·N for the weights and 6·L·H·K·S for causal attention.
+FLOPs per token: `herd.architecture.training_flops_per_token`, 6·N for the weights and 6·L·H·K·S for causal attention;
+the output matrix, V·D of the N, counts for supervised tokens only.
 Carbon as in Meta's model cards: tCO2 = hours × W × PUE × kgCO2/kWh / 10⁶.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from herd.architecture import LlamaConfig, active_parameter_count, training_flops_per_token
+from herd.architecture import LlamaConfig, multiplying_parameter_count, training_flops_per_token
 
 PFLOP_DAY = 1e15 * 86_400
 """Floating-point operations in one petaFLOP/s-day."""
@@ -32,12 +33,14 @@ class TrainingCompute:
         return self.flops / PFLOP_DAY
 
 
-def training_compute(config: LlamaConfig, tokens: int, seq_len: int) -> TrainingCompute:
-    """FLOPs of training on `tokens` tokens in rows of `seq_len`; an upper bound where documents are shorter."""
-    weights = active_parameter_count(config) - (0 if config.tied_embeddings else config.vocab_size * config.dim)
-    total = float(training_flops_per_token(config, seq_len)) * tokens
-    weight_flops = 6.0 * weights * tokens
-    return TrainingCompute(tokens, weights, weight_flops, total - weight_flops)
+def training_compute(config: LlamaConfig, tokens: int, supervised: int, seq_len: int) -> TrainingCompute:
+    """FLOPs of training on `tokens` tokens, of which `supervised` are predicted, in rows of `seq_len`.
+
+    An upper bound where documents are shorter than a row.
+    """
+    total = training_flops_per_token(config, seq_len, supervised / tokens) * tokens
+    attention = (training_flops_per_token(config, seq_len) - training_flops_per_token(config, 0)) * tokens
+    return TrainingCompute(tokens, multiplying_parameter_count(config), total - attention, attention)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from herd.corpus import source_files
 from herd.files import sha256_file
 from herd.recipe.stage import BoundStage
 
@@ -42,7 +43,8 @@ def fingerprint_paths(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """A description of files and folders that changes when their content does.
 
     Per path: number of files, bytes and one SHA-256 over the sorted relative names with, for each file, its content
-    (when all paths together hold at most CONTENT_LIMIT bytes) or its size and modification time.
+    (when all paths together hold at most CONTENT_LIMIT bytes) or its size and modification time. What the corpus does
+    not read (hidden entries such as .git, caches) does not count.
     """
     listings = [(Path(path), sorted(_files(Path(path)))) for path in paths]
     total = sum(file.stat().st_size for _, files in listings for file in files)
@@ -62,12 +64,7 @@ def fingerprint_paths(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """All regular files below a path; unreadable ones are left to the reader's own error."""
-    if path.is_file():
-        yield path
-        return
-    for folder, _, names in os.walk(path):
-        for name in names:
-            file = Path(folder) / name
-            if file.is_file() and os.access(file, os.R_OK):
-                yield file
+    """The files that are read below a path; missing and unreadable ones are left to the reader's own error."""
+    for file in source_files(path):
+        if os.access(file, os.R_OK) and file.is_file():
+            yield file

@@ -123,19 +123,25 @@ _Loader.add_implicit_resolver(
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    """Plain data of a YAML text. Raises YAMLError, also where PyYAML itself would let another exception out."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:  # a date such as 2024-99-99; a thousand brackets
+        raise yaml.YAMLError(str(error)) from None
 
 
 def _read_yaml(file: Path) -> Any:
     try:
         return _parse_yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(f"cannot be read ({error.strerror})", file=file) from None
     except UnicodeDecodeError as error:
         raise FileFormatError("is not UTF-8 text", file=file, offset=error.start) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise FileFormatError(f"is not valid YAML{where}: {error.problem}", file=file) from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise FileFormatError(f"is not valid YAML: {error}", file=file) from None
 
 

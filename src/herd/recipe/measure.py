@@ -43,10 +43,11 @@ class Meter:
 
 
 def host() -> dict[str, object]:
-    """The machine, without names that identify it: CPU model, cores this process may use, memory, system, Python."""
+    """The machine, without names that identify it: CPU, cores this process may use, GPUs, memory, system, Python."""
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
+        "gpus": gpu_names(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -65,6 +66,14 @@ def cpu_name() -> str:
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """Models of the GPUs that PyTorch sees; none where it is not loaded, as nothing else here computes on one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def packages() -> dict[str, str]:

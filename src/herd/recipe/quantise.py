@@ -11,7 +11,7 @@ from herd.architecture import parameter_count
 from herd.checkpoint import open_checkpoint, save
 from herd.config import Config
 from herd.engine import LLM
-from herd.evaluate import bits_per_byte
+from herd.evaluate import bits_per_byte, first_documents
 from herd.files import write_json
 
 Format = Literal["f32", "bf16", "f16", "q8_0", "q4_0"]
@@ -31,9 +31,10 @@ class QuantiseConfig(Config):
 def quantise(config: QuantiseConfig, checkpoint: Path, heldout: list[str], out: Path, *, name: str) -> dict[str, Any]:
     """Write model-<format>.gguf for every format and results.json, whose data is returned.
 
-    Every file is loaded back and scored, and the source on the same text. `name` is the model's name in the files.
+    Every file is loaded back and scored, and the source on the same text; where nothing was held out, bits_per_byte
+    is None. `name` is the model's name in the files.
     """
-    documents = _first(heldout, config.heldout_bytes)
+    documents = first_documents(heldout, config.heldout_bytes)
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     with open_checkpoint(checkpoint) as model:
         parameters = parameter_count(model.config)
@@ -55,18 +56,8 @@ def quantise(config: QuantiseConfig, checkpoint: Path, heldout: list[str], out: 
 
 
 def _entry(path: Path, size: int, parameters: int, documents: list[str]) -> dict[str, Any]:
-    with LLM(path) as llm:
-        bits = bits_per_byte(llm, documents).bits_per_byte
+    bits = None
+    if documents:
+        with LLM(path) as llm:
+            bits = bits_per_byte(llm, documents).bits_per_byte
     return {"file": path.name, "bytes": size, "bits_per_weight": 8 * size / parameters, "bits_per_byte": bits}
-
-
-def _first(documents: list[str], limit: int) -> list[str]:
-    """Whole documents from the start until `limit` bytes are passed."""
-    chosen: list[str] = []
-    size = 0
-    for text in documents:
-        if size >= limit:
-            break
-        chosen.append(text)
-        size += len(text.encode())
-    return chosen

@@ -6,6 +6,7 @@ runs/<name>/<stage>-<hash8>/          one stage's result and its manifest, stage
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -138,10 +139,12 @@ def _run_stage(
         on_event(StageEvent("stop", name, out, seconds=manifest["wall_seconds"]))
         raise
     except Exception as error:
-        with atomic_write(out / ERROR_LOG, "w") as log:
-            log.write(traceback.format_exc())
-        manifest = stop(out, manifest, meter.read(), error=str(error) or type(error).__name__)
-        _record(state, item, manifest, run_dir)
+        message = str(error) or type(error).__name__
+        with contextlib.suppress(OSError):  # a disk that is full must not hide what went wrong
+            with atomic_write(out / ERROR_LOG, "w") as log:
+                log.write(traceback.format_exc())
+            manifest = stop(out, manifest, meter.read(), error=message)
+            _record(state, item, manifest, run_dir)
         on_event(StageEvent("fail", name, out, seconds=manifest["wall_seconds"]))
         raise StageFailed(name, error, out / ERROR_LOG, command) from error
     (out / ERROR_LOG).unlink(missing_ok=True)

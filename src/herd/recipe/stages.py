@@ -14,10 +14,11 @@ from pydantic import Field
 from herd import evaluate, pretrain, tokenizer
 from herd.align import sft
 from herd.corpus import CorpusConfig, curate, read_documents
+from herd.files import read_json
 from herd.pretrain import PretrainConfig
 from herd.recipe.hashing import fingerprint_paths
 from herd.recipe.quantise import QuantiseConfig, quantise
-from herd.recipe.report import ReportConfig, RunData, read_metrics, write_report
+from herd.recipe.report import ReportConfig, RunData, write_report
 from herd.recipe.shape import ModelShape
 from herd.recipe.stage import Stage, StageContext
 from herd.recipe.tokenise import TokenizerConfig, train_tokenizer
@@ -62,7 +63,8 @@ def _corpus(config: CorpusConfig, inputs: Inputs, out: Path, context: StageConte
 
 def _tokenizer(config: TokenizerConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
     results = train_tokenizer(config, inputs["corpus"], out)
-    return f"{results['vocab_size']:,} tokens, {results['heldout']['bytes_per_token']:.2f} bytes per token"
+    text = results["heldout"] if results["heldout"]["tokens"] else results["train"]
+    return f"{results['vocab_size']:,} tokens, {text['bytes_per_token']:.2f} bytes per token"
 
 
 def _base(config: BaseConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
@@ -112,9 +114,7 @@ def _heldout(inputs: Inputs) -> list[str]:
 
 
 def _trained(out: Path) -> str:
-    """A training stage in a few words, from the last of the metrics it wrote."""
-    last: dict[str, float] = {}
-    for row in read_metrics(out / "metrics.jsonl"):
-        last |= row
-    said = [f"{last['step']:,} steps", f"{count(last['tokens'])} tokens", f"loss {last['loss']:.3f}"]
-    return ", ".join([*said, f"held out {last['heldout_loss']:.3f}"] if "heldout_loss" in last else said)
+    """A training stage in a few words. The loss is the mean over its last steps: the last line of metrics says less."""
+    result = read_json(out / "result.json")
+    said = [f"{result['steps']:,} steps", f"{count(result['tokens'])} tokens", f"loss {result['loss']:.3f}"]
+    return ", ".join([*said, f"held out {result['heldout_loss']:.3f}"] if "heldout_loss" in result else said)

@@ -57,6 +57,7 @@ class TrainResult:
     seconds: float
     tokens_per_second: float
     mfu: float | None
+    training_flops: float | None
     resumed_from: int | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class Trainer(Generic[B]):
     """Trains `model` on `source` by `loss_fn(model, batch) -> (sum of losses, sum of weights)`.
 
     Writes `out_dir`/metrics.jsonl and checkpoints under `out_dir`/state; continues from them when they are there.
-    MFU and compile="auto" need `flops_per_token`, which is derived for a model whose `config` is a LlamaConfig.
+    MFU and compile="auto" are for models whose `config` is a LlamaConfig: their arithmetic is known.
     """
 
     def __init__(
@@ -80,7 +81,6 @@ class Trainer(Generic[B]):
         out_dir: str | Path,
         callbacks: Sequence[Callback] = (),
         *,
-        flops_per_token: float | None = None,
         world: World | None = None,
     ) -> None:
         keep_freed_memory()
@@ -91,7 +91,6 @@ class Trainer(Generic[B]):
         self.loss_fn = loss_fn
         self.source = source
         self.out_dir = Path(out_dir)
-        self.flops_per_token = flops_per_token or _flops_per_token(model, config)
         self.precision = matrix_dtype(self.device) if config.precision == "auto" else _DTYPES[config.precision]
         self.blocks = CompiledBlocks(model)
         self.optimizer = build_optimizer(model, config)
@@ -138,7 +137,7 @@ class Trainer(Generic[B]):
 
     def compile(self) -> None:
         """Compile the blocks if the configuration says so; compiling itself happens in the first step."""
-        if not self.blocks.active and worth_compiling(self.config, self.flops_per_token):
+        if not self.blocks.active and worth_compiling(self.config, self.flops_per_token()):
             self.blocks.compile()
 
     def train_step(self) -> None:
@@ -219,12 +218,23 @@ class Trainer(Generic[B]):
             self._metrics.write(self.step, values)
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Share of the measured matmul peak that this speed uses for the model's own arithmetic."""
-        if self.flops_per_token is None:
+        """Share of the measured matmul peak that this speed uses for the model's own arithmetic.
+
+        An upper bound where documents are shorter than a row: attention counts as over whole rows.
+        """
+        if (flops := self.flops_per_token()) is None:
             return None
         if self._peak is None:
             self._peak = matmul_peak(self.precision, self.device)
-        return tokens_per_second / self.world.size * self.flops_per_token / self._peak
+        return tokens_per_second / self.world.size * flops / self._peak
+
+    def flops_per_token(self) -> float | None:
+        """Floating-point operations to train on one token, a mean over those seen so far; None where unknown."""
+        shape = getattr(self.model, "config", None)
+        if not isinstance(shape, LlamaConfig):
+            return None
+        supervised = self.supervised / self.tokens if self.tokens else 1.0
+        return training_flops_per_token(shape, self.config.seq_len, supervised)
 
     def save(self) -> None:
         """Write a checkpoint of the whole state, once per step."""
@@ -293,13 +303,9 @@ class Trainer(Generic[B]):
             seconds=self.seconds,
             tokens_per_second=speed,
             mfu=self.mfu(speed),
+            training_flops=None if (flops := self.flops_per_token()) is None else flops * self.tokens,
             resumed_from=self.resumed_from,
         )
-
-
-def _flops_per_token(model: nn.Module, config: TrainConfig) -> float | None:
-    shape = getattr(model, "config", None)
-    return float(training_flops_per_token(shape, config.seq_len)) if isinstance(shape, LlamaConfig) else None
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from herd.config import parse_config
 from herd.errors import FileFormatError, MissingDependency
 from herd.files import atomic_write
 from herd.recipe.lock import run_lock
@@ -51,7 +52,9 @@ def rebuild_report(run_dir: str | Path) -> list[Path]:
             fix=f"{state.get('command', 'herd run recipes/pocket.yaml')} --out {run_dir}",
         )
     manifest = read_manifest(report) if report else None
-    config = ReportConfig.model_validate(manifest["key"]["config"]) if manifest else ReportConfig()
+    config = (
+        parse_config(ReportConfig, manifest["key"]["config"], f"{report}/stage.json") if manifest else ReportConfig()
+    )
     run = RunData(
         name=str(state.get("name", run_dir.name)),
         seed=int(state.get("seed", 0)),

@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+from herd.evaluate.table import score_text
 from herd.recipe.report.config import CARBON_REASON, WATTS_REASON
 from herd.recipe.report.data import RunData
-from herd.recipe.report.results import comparison_text, score_rows, score_text
-from herd.recipe.report.sections import headline, shape_rows
+from herd.recipe.report.results import bits_and_cost, comparison_text, score_rows
+from herd.recipe.report.sections import headline, shape_rows, uncounted
 from herd.recipe.units import count, duration, scientific, size
 
 
@@ -42,7 +43,7 @@ def _front_matter(run: RunData) -> str:
     licence = run.config.licence
     known = re.fullmatch(r"[A-Za-z0-9.-]+", licence)
     lines = [f"license: {licence.lower()}" if known else f"license: other\nlicense_name: {json.dumps(licence)}"]
-    lines += ["language:\n- en", "library_name: llama-herd", "pipeline_tag: text-generation", "tags:\n- llama\n- herd"]
+    lines += ["library_name: llama-herd", "pipeline_tag: text-generation", "tags:\n- llama\n- herd"]
     return "---\n" + "\n".join(lines) + "\n---"
 
 
@@ -62,18 +63,30 @@ def _data(run: RunData) -> str:
     lines = [f"Sources: {_line(sources)}. " if sources else ""]
     lines[0] += (
         f"After cleaning and removal of duplicates {stats['train_documents']:,} documents "
-        f"({size(stats['train_bytes'])}) for training and {stats['heldout_documents']:,} "
-        f"({size(stats['heldout_bytes'])}) held out, split by {_line(stats.get('split', 'document'))}."
+        f"({size(stats['train_bytes'])}) for training"
     )
+    if stats["heldout_documents"]:
+        lines[0] += f" and {stats['heldout_documents']:,} ({size(stats['heldout_bytes'])}) held out"
+        lines[0] += f", split by {_line(stats.get('split', 'document'))}"
+    lines[0] += "."
     if tokenizer:
+        part, text = ("heldout", "held-out") if tokenizer["heldout"]["tokens"] else ("train", "training")
         lines.append(
             f"Tokenizer: byte-level byte-pair encoding with Llama 3's split rules, {tokenizer['vocab_size']:,} tokens, "
-            f"{tokenizer['heldout']['bytes_per_token']:.2f} bytes per token on the held-out text."
+            f"{tokenizer[part]['bytes_per_token']:.2f} bytes per token on the {text} text."
         )
     if "sft" in run.manifests:
+        tuned = run.result("sft", "result.json")
+        seen = ""
+        if {"dialogs", "dialog_tokens", "rehearsal_tokens"} <= tuned.keys():
+            seen = (
+                f" {tuned['dialogs']:,} dialogues ({tuned['dialog_tokens']:,} tokens), and "
+                f"{tuned['rehearsal_tokens']:,} tokens of the training text again."
+            )
         lines.append(
             "Instruction tuning: questions about Python and their answers in the Llama 3 chat format, both generated "
-            "by program; the answers come from running real Python, no person's conversation is in them."
+            "by program; the answers were checked by running real Python (small talk excepted), no person's "
+            f"conversation is in them.{seen}"
         )
     return "## Data\n\n" + "\n\n".join(lines)
 
@@ -83,8 +96,9 @@ def _training(run: RunData) -> str:
     for name, training in run.training.items():
         compute = training.compute
         last = training.rows[-1]["step"] if training.rows else None
-        heldout, loss = training.curve("heldout_loss"), training.curve("loss")
-        shown = f"{heldout[-1][1]:.3f} held out" if heldout else f"{loss[-1][1]:.3f}" if loss else ""
+        # The trainer's own figure is a mean over its last steps; the last line of the metrics is one batch or few.
+        heldout, loss = training.total("heldout_loss"), training.total("loss")
+        shown = f"{heldout:.3f} held out" if heldout is not None else f"{loss:.3f}" if loss is not None else ""
         rows.append(
             (
                 name,
@@ -119,8 +133,9 @@ def _energy(run: RunData) -> str:
         return ""
     energy = run.energy()
     machine = list(run.manifests.values())[-1]["host"]
+    gpus = f"; GPU: {', '.join(run.gpus)}" if run.gpus else ""
     rows = [
-        ("hardware", f"{machine['cores']} cores of {_line(str(machine['cpu']))}"),
+        ("hardware", f"{machine['cores']} cores of {machine['cpu']}{gpus}"),
         ("time, all stages", duration(run.wall_seconds)),
         ("busy core-hours, h", f"{energy.hours:.3f}"),
         ("watts per busy core, W", f"{energy.watts:g}"),
@@ -133,7 +148,7 @@ def _energy(run: RunData) -> str:
         "## Energy and carbon\n\n"
         + _table(["", ""], rows, right=(1,))
         + "\n\ntCO2 = h × W × PUE × kg/kWh ÷ 10⁶, as in Meta's Llama cards. "
-        + f"The watts are {WATTS_REASON}. PUE and kg/kWh by default: {CARBON_REASON}."
+        + f"The watts are {WATTS_REASON}. PUE and kg/kWh by default: {CARBON_REASON}. {uncounted(run)}".rstrip()
     )
 
 
@@ -160,7 +175,8 @@ def _evaluation(run: RunData) -> str:
             for row in score_rows(models)
         ]
         parts.append(
-            "Exact match on held-out exercises, percent ± 95 % interval, CI95(S) = 1.96·√(S(1−S)/N):\n\n"
+            "Exact match on held-out exercises, percent ± 95 % interval, CI95(S) = 1.96·√(S(1−S)/N), which is 0 at "
+            "both ends (`results.json` has Wilson's interval as well):\n\n"
             + _table(["kind", "level", "N", *models], rows, right=range(2, 3 + len(models)))
         )
         if sentence := comparison_text(results.get("comparison")):
@@ -172,14 +188,12 @@ def _quantised(run: RunData) -> str:
     results = run.quantised
     if not results:
         return ""
-    source = results["formats"][results["source"]]["bits_per_byte"]
     rows = [
         (
             "as trained" if name == results["source"] else name,
             f"`{entry['file']}`",
             size(entry["bytes"]),
-            f"{entry['bits_per_byte']:.4f}",
-            f"{entry['bits_per_byte'] - source:+.4f}",
+            *bits_and_cost(results, name),
         )
         for name, entry in results["formats"].items()
     ]
@@ -192,20 +206,20 @@ def _use(run: RunData) -> str:
             "## How to run it",
             "",
             "```",
-            "pip install llama-herd",
+            "pip install 'llama-herd[train]'",
             "herd chat RUN_DIRECTORY",
             'herd generate RUN_DIRECTORY "def "',
             "```",
             "",
-            "The GGUF files also run in llama.cpp; the checkpoint directories have the Hugging Face layout.",
+            "The GGUF files follow llama.cpp's conventions; the checkpoint directories have the Hugging Face layout.",
         ]
     )
 
 
 def _limitations(run: RunData) -> str:
+    tuned = ", and in a chat only the kinds of questions it was tuned on" if "sft" in run.manifests else ""
     said = [
-        "It knows its training text and nothing else: no facts about the world, and in a chat only the kinds of "
-        "questions listed under evaluation.",
+        f"It knows its training text and nothing else: no facts about the world{tuned}.",
         "It states wrong answers as confidently as right ones. No safety training and no guard is part of this run.",
         "It may repeat passages of its training text word for word.",
     ]

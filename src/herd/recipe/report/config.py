@@ -7,7 +7,7 @@ from pydantic import Field
 from herd.config import Config
 
 WATTS_REASON = (
-    "an assumption, not a measurement: server processors of 250 to 350 W with 32 to 64 cores draw 5 to 11 W per busy "
+    "an assumption, not a measurement: server processors of 250 to 350 W with 32 to 64 cores draw 4 to 11 W per busy "
     "core, and memory and board come on top"
 )
 CARBON_REASON = (

@@ -84,6 +84,11 @@ class RunData:
     def cpu_seconds(self) -> float:
         return float(sum(manifest["cpu_seconds"] for manifest in self.manifests.values()))
 
+    @property
+    def gpus(self) -> list[str]:
+        """Names of the GPUs that stages had at hand."""
+        return sorted({name for manifest in self.manifests.values() for name in manifest["host"].get("gpus", [])})
+
     def energy(self, stage: str | None = None) -> Energy:
         """Of one stage or of the whole run: core-hours that were busy, at the configured watts."""
         seconds = self.manifests[stage]["cpu_seconds"] if stage else self.cpu_seconds
@@ -157,8 +162,13 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Tokens that went through the model, padding left out where the trainer counts it apart."""
+        """Tokens that went through the model, padding included."""
         return int(self.total("tokens") or 0)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Those of them whose prediction was learnt."""
+        return int(self.total("supervised_tokens") or self.tokens)
 
     @property
     def seq_len(self) -> int:
@@ -170,7 +180,9 @@ class Training:
     def compute(self) -> TrainingCompute | None:
         """FLOPs by the formula; None without a model or tokens."""
         model = self._run.model
-        return training_compute(model, self.tokens, self.seq_len) if model and self.tokens and self.seq_len else None
+        if not (model and self.tokens and self.seq_len):
+            return None
+        return training_compute(model, self.tokens, self.supervised_tokens, self.seq_len)
 
 
 def _find(config: Mapping[str, Any], name: str) -> Any:

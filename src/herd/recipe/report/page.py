@@ -79,7 +79,7 @@ def _tiles(run: RunData) -> Html:
         name, value = run.best_compressor
         tiles.append(
             _tile(
-                "Held-out text",
+                "Held-out text, base model",
                 f"{next(iter(run.bits.values())):.3f}",
                 "bits/byte",
                 f"{name}: {value:.3f}" if name else "",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from herd.evaluate.table import LEVELS, kinds_in_order, score_text
 from herd.recipe.report.charts import Interval, Series, bars, interval_rows, line_chart, smooth
 from herd.recipe.report.data import RunData, Training
 from herd.recipe.report.html import Child, Html, join, table, tag
@@ -13,6 +14,10 @@ from herd.recipe.report.sections import Section
 from herd.recipe.units import count, duration, size
 
 _ROLES = ("s2", "s1", "s3", "s4")
+_MFU_NOTE = (
+    "MFU counts 6·N + 6·L·H·K·S FLOPs for every token, and the output matrix for supervised ones only: an upper bound "
+    "where documents are shorter than a row."
+)
 _TITLES = {"base": "Pretraining", "sft": "Instruction tuning"}
 
 
@@ -40,6 +45,7 @@ def training_section(run: RunData, stage: str) -> Section | None:
             tag("h3", "Loss, nats per token"),
             line_chart(series, label=f"Loss over the steps of the stage {stage}", height=340),
             tag("div", pictures, class_="pair"),
+            tag("p", _MFU_NOTE, class_="note") if training.curve("mfu") else None,
         ]
     )
     return Section(stage, _TITLES.get(stage, stage), body)
@@ -177,33 +183,36 @@ def quantised_section(run: RunData) -> Section | None:
         return None
     rows: list[list[Child]] = []
     for name, entry in results["formats"].items():
-        cost = entry["bits_per_byte"] - results["formats"][results["source"]]["bits_per_byte"]
         rows.append(
             [
                 "as trained" if name == results["source"] else name,
                 entry["file"],
                 size(entry["bytes"]),
                 f"{entry['bits_per_weight']:.2f}",
-                f"{entry['bits_per_byte']:.4f}",
-                "" if name == results["source"] else f"{cost:+.4f}",
+                *bits_and_cost(results, name),
             ]
         )
+    scored = f", each scored again on {size(results['bytes'])} of held-out text" if results["bytes"] else ""
     return Section(
         "quantised",
         "Quantised",
         join(
             [
-                tag(
-                    "p",
-                    "The tuned model as files for llama.cpp and others, each scored again on "
-                    f"{size(results['bytes'])} of held-out text.",
-                ),
+                tag("p", f"The final model as GGUF files{scored}."),
                 table(
                     ["format", "file", "size", "bits per weight", "bits per byte", "cost"], rows, numeric=(2, 3, 4, 5)
                 ),
             ]
         ),
     )
+
+
+def bits_and_cost(results: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Bits per byte of a format, and what it adds to the source's; empty where no text was held out."""
+    own, source = (results["formats"][key]["bits_per_byte"] for key in (name, results["source"]))
+    if own is None or source is None:
+        return "", ""
+    return f"{own:.4f}", "" if name == results["source"] else f"{own - source:+.4f}"
 
 
 @dataclass(frozen=True)
@@ -223,25 +232,16 @@ class ScoreRow:
 
 def score_rows(models: Mapping[str, Any]) -> list[ScoreRow]:
     """All exercises, each level, then each kind: easy ones first, within a level the best learnt first."""
-    order = {"easy": 0, "medium": 1, "hard": 2}
     last = list(models.values())[-1]["by_kind"]
-    kinds = sorted(last, key=lambda kind: (order.get(last[kind]["difficulty"], 3), -last[kind]["score"], kind))
-    levels = sorted(
-        {level for data in models.values() for level in data["by_difficulty"]}, key=lambda x: order.get(x, 3)
-    )
+    levels = [level for level in LEVELS if any(level in data["by_difficulty"] for data in models.values())]
     rows = [ScoreRow("all", "", [data["overall"] for data in models.values()], summary=True)]
     for level in levels:
         entries = [data["by_difficulty"].get(level) for data in models.values()]
         rows.append(ScoreRow(f"all {level}", "", entries, summary=True))
-    for kind in kinds:
+    for kind in kinds_in_order(last):
         entries = [data["by_kind"].get(kind) for data in models.values()]
         rows.append(ScoreRow(kind, last[kind]["difficulty"], entries))
     return rows
-
-
-def score_text(entry: Mapping[str, Any] | None) -> str:
-    """`93.2 ± 1.4`, in percent."""
-    return "" if entry is None else f"{100 * entry['score']:.1f} ± {100 * entry['ci95']:.1f}"
 
 
 def comparison_text(data: Mapping[str, Any] | None) -> str:

@@ -95,8 +95,9 @@ def tokenizer_section(run: RunData) -> Section | None:
         ["tokens in the vocabulary", f"{facts['vocab_size']:,}"],
         ["of these special", f"{facts['specials']:,}"],
         ["bytes per token, training text", f"{facts['train']['bytes_per_token']:.3f}"],
-        ["bytes per token, held-out text", f"{facts['heldout']['bytes_per_token']:.3f}"],
     ]
+    if facts["heldout"]["tokens"]:
+        rows.append(["bytes per token, held-out text", f"{facts['heldout']['bytes_per_token']:.3f}"])
     longest = [tag("code", repr(text)[1:-1].replace(" ", "·")) for text in facts.get("longest", [])[:12]]
     spaced: list[Child] = []
     for item in longest:
@@ -205,8 +206,8 @@ def cost_section(run: RunData) -> Section | None:
             tag(
                 "p",
                 f"N = {first.weights:,} weights that multiply (the embedding look-up multiplies nothing), D tokens, L "
-                "layers, H heads of width K, S tokens in a row. Forward and backward together; an upper bound, since "
-                "documents are mostly shorter than a row and the output matrix meets supervised tokens only.",
+                "layers, H heads of width K, S tokens in a row. Forward and backward together; the output matrix "
+                "counts for supervised tokens only. An upper bound, since documents are mostly shorter than a row.",
                 class_="note",
             ),
             table(heads, rows, numeric=range(1, 6)),
@@ -230,7 +231,7 @@ def cost_section(run: RunData) -> Section | None:
         tag(
             "p",
             f"h: busy core-hours, measured. W = {energy.watts:g} per core: {WATTS_REASON}. PUE = {energy.pue:g} and "
-            f"{energy.kg_per_kwh:g} kg/kWh by default: {CARBON_REASON}.",
+            f"{energy.kg_per_kwh:g} kg/kWh by default: {CARBON_REASON}. {uncounted(run)}",
             class_="note",
         ),
         table(["stage", "core-hours", "Wh", "g CO2"], lines, numeric=(1, 2, 3)),
@@ -268,6 +269,11 @@ def repeat_section(run: RunData) -> Section:
     return Section("repeat", "Repeat it", join(body))
 
 
+def uncounted(run: RunData) -> str:
+    """A sentence on GPUs, whose energy CPU time says nothing about; empty where none was there."""
+    return f"The energy of the GPU ({', '.join(run.gpus)}) is not counted." if run.gpus else ""
+
+
 def headline(run: RunData) -> str:
     """The run in two sentences."""
     parameters = run.parameters
@@ -278,7 +284,7 @@ def headline(run: RunData) -> str:
     first = f"A Llama of {count(parameters)} parameters, trained from scratch{text}{time}." if parameters else "A run."
     if not run.bits:
         return first
-    second = f" It needs {next(iter(run.bits.values())):.2f} bits for a byte of text it has not seen"
+    second = f" After pretraining it needs {next(iter(run.bits.values())):.2f} bits for a byte of text it has not seen"
     compressor, value = run.best_compressor
     return first + second + (f"; {compressor} needs {value:.2f}." if compressor else ".")
 
