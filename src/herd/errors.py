@@ -6,7 +6,7 @@ prints the message without a traceback and exits with the class's code: 2 wrong 
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 _ABSENT = object()
 
@@ -98,5 +98,7 @@ class MissingDependency(HerdError):
 
 def _shorten(value: object, limit: int = 160) -> str:
     """A value for a message: untrusted text is quoted, so control characters cannot reach a terminal."""
+    if isinstance(value, PurePath):
+        value = str(value)
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,6 +1,7 @@
 """Files are written once: into a temporary neighbour, flushed to disk, then renamed over the target.
 
 A reader therefore sees the old file or the new one, never half of one, whatever happens to the writer.
+JSON is read without surprises: no repeated keys, no endless numbers, errors that name the file and the place.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from herd.errors import FileFormatError
+
+MAX_JSON_FILE = 100_000_000  # bytes; configurations are kilobytes, the index of the largest Llama under a megabyte
+MAX_DIGITS = 100  # of a whole number; the state of a random generator has 39
 
 
 @contextlib.contextmanager
@@ -51,17 +56,28 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
+        _sync_directory(temporary)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
+            _replace_directory(temporary, path)
         else:
             os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_directory(path.parent)
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`; the old directory comes back when that fails."""
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    os.replace(path, old / path.name)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old / path.name, path)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -78,33 +94,63 @@ def write_json(path: str | Path, data: object) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; duplicate keys and broken JSON raise FileFormatError with the place."""
+    """Read one of our own JSON files, where numbers may be NaN or infinite; FileFormatError names the place."""
+    return parse_json(_json_bytes(Path(path)), Path(path), finite=False)
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file of anyone's, which must hold an object of strict JSON."""
+    data = parse_json(_json_bytes(Path(path)), Path(path))
+    if not isinstance(data, dict):
+        raise FileFormatError("must be a JSON object", file=path, value=type(data).__name__)
+    return data
+
+
+def parse_json(raw: bytes, file: Path, field: str | None = None, offset: int = 0, *, finite: bool = True) -> Any:
+    """Parse `raw`, which stands at byte `offset` of `file`. FileFormatError for anything that is not strict JSON.
+
+    `finite` False allows the words NaN, Infinity and -Infinity, which are not JSON.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise FileFormatError("a key appears twice", file=file, field=twice, offset=offset)
+        return result
+
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:  # such numbers break arithmetic and messages long after they were read
+            fail("has an endless number", offset, value=digits[:20] + "…", allowed=f"up to {MAX_DIGITS} digits")
+        return int(digits)
+
+    def constant(word: str) -> float:
+        if finite:
+            fail("is not a JSON number", offset, value=word)
+        return float(word)
+
+    def fail(what: str, place: int, **details: Any) -> NoReturn:
+        raise FileFormatError(what, file=file, field=field, offset=place, **details)
+
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except _DuplicateKey as error:
-        raise FileFormatError("a key appears twice", file=path, field=str(error)) from None
+        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=constant, parse_int=whole)
     except UnicodeDecodeError as error:
-        raise FileFormatError("is not UTF-8 text", file=path, offset=error.start) from None
+        fail("is not UTF-8 text", offset + error.start)
     except json.JSONDecodeError as error:
-        raise FileFormatError(f"is not valid JSON ({error.msg})", file=path, offset=error.pos) from None
+        fail(f"is not valid JSON ({error.msg})", offset + len(error.doc[: error.pos].encode()))
     except RecursionError:
-        raise FileFormatError("JSON is nested too deeply", file=path) from None
-    except FileNotFoundError:
-        raise FileFormatError("no such file", file=path) from None
+        fail("JSON is nested too deeply", offset)
 
 
-class _DuplicateKey(Exception):
-    pass
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise _DuplicateKey(key)
-        result[key] = value
-    return result
+def _json_bytes(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise FileFormatError("no such file", file=path)
+        if path.stat().st_size > MAX_JSON_FILE:
+            raise FileFormatError("is far too large for JSON", file=path, value=path.stat().st_size)
+        return path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(f"cannot be read ({error.strerror})", file=path) from None
 
 
 def _umask() -> int:

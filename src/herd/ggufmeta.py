@@ -28,6 +28,8 @@ MetadataValue: TypeAlias = Scalar | list[int] | list[float] | list[bool] | list[
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_KEY_BYTES = 65_535  # the specification's limit
+# Llama 4's vocabulary takes 12 million bytes. A list of small numbers takes 16 times its bytes in the file.
+MAX_METADATA = 100_000_000
 
 # Value type numbers of the specification -> struct code. 7 (bool), 8 (string) and 9 (array) are read by hand.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
@@ -199,6 +201,10 @@ class _Reader:
                 "the file ends too early" if count == 1 else "the count cannot be true: the file is too short for it",
                 value=count,
                 allowed=f"at most {left // width:,} {of_what} in the {left:,} bytes that are left",
+            )
+        if self.position + count * width > MAX_METADATA:
+            self.fail(
+                "the metadata is far too large for a Llama", value=count, allowed=f"{MAX_METADATA:,} bytes in all"
             )
 
     def fail(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from herd import FileFormatError
 from herd.architecture import AttentionTemperature, LlamaConfig, MoeConfig, RopeScaling, tensor_shapes
+from herd.checkpoint import open_checkpoint, save
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
@@ -71,3 +74,28 @@ def same_bits() -> Callable[[np.ndarray, np.ndarray], bool]:
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
     return check
+
+
+@pytest.fixture
+def refused() -> Callable[..., FileFormatError]:
+    """refused(path, match, file=…, field=…, offset=…): opening and reading fails with an error about that place."""
+
+    def check(path: Path, match: str, *, file: str, field: str | None = None, offset: bool = False) -> FileFormatError:
+        with pytest.raises(FileFormatError, match=match) as caught, open_checkpoint(path) as checkpoint:
+            for name in checkpoint:
+                checkpoint[name]
+        error = caught.value
+        assert error.file is not None and Path(error.file).name == file
+        if field is not None:
+            assert error.field == field
+        assert not offset or isinstance(error.offset, int)
+        return error
+
+    return check
+
+
+@pytest.fixture
+def hf(tmp_path: Path, small: Callable[..., tuple[LlamaConfig, dict[str, np.ndarray]]]) -> Path:
+    """A small Hugging Face directory."""
+    config, weights = small("llama3")
+    return save(tmp_path / "hf", config, weights)

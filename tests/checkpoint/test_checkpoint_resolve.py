@@ -86,6 +86,12 @@ def test_a_miss_names_what_is_near_and_the_command(home: Path, small: Small) -> 
         resolve("../../etc/passwd/x")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/y", "~no_such_user/model"])
+def test_names_that_cannot_be_paths_are_explained(name: str) -> None:
+    with pytest.raises(HerdError, match="this path cannot be used"):
+        resolve(name)
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [

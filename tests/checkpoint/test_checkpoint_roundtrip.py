@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from herd import HerdError, UsageError
-from herd.architecture import LlamaConfig
+from herd.architecture import LlamaConfig, weight_bytes
 from herd.checkpoint import convert, open_checkpoint, save
 
 ROWS = [
@@ -116,6 +116,17 @@ def test_quantised_files_hold_the_conventional_types(dtype: str, tmp_path: Path,
         assert raw.data.nbytes == 64 * 64 // 32 * (34 if dtype == "q8_0" else 18)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "q8_0", "q4_0"])
+@pytest.mark.parametrize("row", ["llama3", "llama3.2", "llama4-odd"])
+def test_the_size_that_herd_list_prints_is_the_size_of_the_weights(
+    tmp_path: Path, small: Small, row: str, dtype: str
+) -> None:
+    config, weights = small(row)
+    path = save(tmp_path / "m.gguf", config, weights, format="gguf", dtype=dtype)
+    with open_checkpoint(path) as checkpoint:
+        assert sum(checkpoint.raw(name).data.nbytes for name in checkpoint) == weight_bytes(config, dtype)
+
+
 def test_quantising_twice_changes_nothing(tmp_path: Path, small: Small) -> None:
     config, weights = small("llama3", "f32")
     first = save(tmp_path / "1.gguf", config, weights, format="gguf", dtype="q8_0")
@@ -173,8 +184,9 @@ def test_a_target_that_is_no_checkpoint_is_left_alone(tmp_path: Path, small: Sma
     for to in ("hf", "meta", "gguf"):
         with pytest.raises(UsageError):
             save(home, config, weights, format=to)
-    with pytest.raises(UsageError):
-        save(home / "thesis.txt", config, weights, format="hf")
+    for to in ("hf", "meta", "gguf"):
+        with pytest.raises(UsageError):
+            save(home / "thesis.txt", config, weights, format=to)
     assert (home / "thesis.txt").read_text() == "ten years of work"
     save(tmp_path / "m", config, weights)
     save(tmp_path / "m", config, weights, dtype="f32")  # a checkpoint is replaced
@@ -182,6 +194,12 @@ def test_a_target_that_is_no_checkpoint_is_left_alone(tmp_path: Path, small: Sma
         assert checkpoint.type_name("norm.weight") == "f32"
     with pytest.raises(UsageError, match="onto itself"):
         convert(tmp_path / "m", tmp_path / "m", to="hf")
+    inside = convert(tmp_path / "m", tmp_path / "m" / "x.gguf", to="gguf")
+    with pytest.raises(UsageError, match="onto itself"):  # replacing the directory would delete the source
+        convert(inside, tmp_path / "m", to="hf")
+    convert(tmp_path / "m", inside, to="gguf", dtype="q8_0")  # a GGUF file is replaced
+    with open_checkpoint(inside) as checkpoint:
+        assert checkpoint.type_name("embed.weight") == "q8_0"
 
 
 def test_what_a_format_cannot_express_is_said(tmp_path: Path, small: Small) -> None:

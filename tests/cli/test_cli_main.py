@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from herd.cli import VERBS
+from herd.cli.output import speak
 
 
 def herd(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -52,10 +55,67 @@ def test_torch_free_rooms_import_without_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_a_models_words_cannot_steer_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "tab\there\n\x1b]0;title\x07\x1b[2J\r\x9b1m é"
+    for terminal, expected in ((False, words), (True, "tab\there\n␛]0;title␇␛[2J␍\ufffd1m é")):
+        out = io.StringIO()
+        monkeypatch.setattr(out, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stdout", out)
+        speak(words)
+        monkeypatch.undo()
+        assert out.getvalue() == expected
+
+
 def test_unknown_verb_is_a_usage_error_with_advice() -> None:
     result = herd("chta")
     assert result.returncode == 2
     assert "herd chat" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_and_doctor_need_no_torch() -> None:
+    for arguments in (["--help"], ["list"], ["doctor"]):
+        code = f"import sys; sys.modules['torch'] = None\nfrom herd.cli import main; main({arguments!r})"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+
+
+def test_a_system_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from herd import checkpoint
+    from herd.cli import main
+
+    for error, words in (
+        (OSError(28, "No space left on device", "/disk/x"), "the system refused at /disk/x: No space left"),
+        (MemoryError(), "not enough memory"),
+    ):
+
+        def fail(*arguments: object, error: BaseException = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(checkpoint, "convert", fail)
+        with pytest.raises(SystemExit) as ended:
+            main(["convert", "a", "no-such-target", "--to", "hf"])
+        assert ended.value.code == 4
+        assert words in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = "from herd.cli import main; main(['list', '--json'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stderr is not None
+        writer.stdout.read(10)
+        writer.stdout.close()
+        errors = writer.stderr.read()
+        assert (writer.wait(timeout=60), errors) == (0, b"")
+
+
+def test_output_survives_any_encoding() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "herd", "list", "405b"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+    )
+    assert result.returncode == 0 and b"\\u2500" in result.stdout
 
 
 def test_unknown_option_is_a_usage_error() -> None:
@@ -72,11 +132,26 @@ def test_list_as_json_is_the_releases_table() -> None:
 def test_list_as_table_shows_whole_numbers() -> None:
     result = herd("list", "405b")
     assert "405,853,388,800" in result.stdout and "131,072" in result.stdout
+    assert herd("list", "LLAMA3.1-405B").stdout == herd("list", "llama3.1-405b").stdout != ""
+    missing = herd("list", "gpt")
+    assert missing.returncode == 2 and "no release" in missing.stderr
 
 
 def test_doctor_reports_the_compiled_part() -> None:
     found = json.loads(herd("doctor", "--json").stdout)
     assert found["packages"]["torch"] and isinstance(found["native"]["built"], bool)
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_doctor_says_what_is_missing_without_the_compiled_part(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from herd.cli import doctor
+
+    monkeypatch.setitem(sys.modules, "herd._native", None)  # what an installation without a compiler looks like
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++" if compiler else None)
+    found = doctor.examine()
+    assert found["native"]["built"] is False
+    advice = next(line for line in found["advice"] if "compiled part" in line)
+    assert "pip install" in advice and ("install a C++20 compiler" in advice) is not compiler
 
 
 def test_native_features_agree_with_the_kernel() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sysconfig
+import time
 import tokenize
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herd import HerdError, UsageError
-from herd.corpus import Document, SourceReport, read_documents, read_sources, write_documents
+from herd.corpus import Document, SourceReport, read_documents, read_sources, source_files, write_documents
 from herd.corpus.decode import BinaryData, decode
 from herd.corpus.normalise import normalise
 
@@ -115,11 +116,42 @@ def test_corpus_truncated_gzip_keeps_what_came_before(tmp_path: Path) -> None:
 def test_corpus_wrong_sources_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no such source.*missing"):
         read(tmp_path / "missing")
+    with pytest.raises(UsageError, match="no such source"):
+        read("x" * 300)  # longer than any file name
     with pytest.raises(UsageError, match="no source"):
         read()
     (tmp_path / "x.bin").write_bytes(b"\0\1\2")
     with pytest.raises(HerdError, match="gave no document: 1 binary"):
         read(tmp_path)
+
+
+def test_corpus_names_and_texts_that_are_not_unicode_do_no_harm(tmp_path: Path) -> None:
+    lines = [
+        '{"text": "a \\ud800 b"}',
+        '{"text": "t", "url": "\\udc80", "language": "\\ud800", "meta": {"group": "\\udfff"}}',
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    (tmp_path / "in").mkdir()
+    for name, content in ((b"caf\xe9.txt", b"fine"), (b"\xe9.bin", b"\0\1")):
+        with open(os.path.join(os.fsencode(tmp_path / "in"), name), "wb") as file:  # noqa: PTH118
+            file.write(content)
+    documents, report = read(tmp_path / "r.jsonl", tmp_path / "in")
+    assert [(d.text, d.url, d.language, d.group) for d in documents] == [
+        ("a ? b", "r.jsonl:1", "en", "r.jsonl:1"),
+        ("t", "?", "?", "?"),
+        ("fine", "in/caf?.txt", "en", "in/caf?"),
+    ]
+    assert report.examples == {"binary": ["in/?.bin"]}
+    write_documents(tmp_path / "out.jsonl", documents)
+    assert list(read_documents(tmp_path / "out.jsonl")) == documents
+
+
+def test_corpus_source_files_are_those_that_are_read(tmp_path: Path) -> None:
+    for name in ("b/two.md", "a.py", ".git/index", "__pycache__/a.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert list(source_files(tmp_path)) == [tmp_path / "a.py", tmp_path / "b/two.md"]
+    assert list(source_files(tmp_path / ".git/index")) == [tmp_path / ".git/index"]
 
 
 def test_corpus_same_names_from_two_folders_stay_apart(tmp_path: Path) -> None:
@@ -174,6 +206,14 @@ def test_corpus_normalise_keeps_code_and_composes_prose() -> None:
     assert normalise("page one\x0cpage two", code=False) == "page one\npage two\n"
     assert normalise("\tindented  \n\n\n\n\n\nb\x00", code=True) == "\tindented\n\n\nb\n"
     assert normalise(" \n\t", code=False) == ""
+    assert normalise("caf\udce9", code=True) == "caf?\n"
+
+
+def test_corpus_normalise_takes_long_runs_of_blanks_in_stride() -> None:
+    blanks = " \t" * 250_000
+    started = time.process_time()
+    assert normalise(f"a{blanks}b{blanks}\nc\n", code=True) == f"a{blanks}b\nc\n"
+    assert time.process_time() - started < 5  # CPU seconds; quadratic work would take hours
 
 
 @given(st.lists(st.builds(Document, st.text(st.characters(exclude_categories=["Cs"])), st.text(max_size=9))))

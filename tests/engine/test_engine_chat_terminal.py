@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 
 from herd import LLM
 from herd.cli import main
+from herd.cli.chat import _Terminal
 
 pytest.importorskip("torch")
 
@@ -189,6 +191,60 @@ def test_full_context_is_said_and_nothing_is_dropped(small: Path, tmp_path: Path
     terminal.send("/quit\n")
     assert terminal.exit_code() == 0
     os.close(terminal.handle)
+
+
+def test_ctrl_c_ends_a_conversation_through_a_pipe(model: Path) -> None:
+    child = subprocess.Popen(
+        [*COMMAND, "chat", str(model), "--max-tokens", "19000", "--temperature", "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+    )
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(b"hello\n" * 100)
+    child.stdin.flush()
+    assert child.stdout.read(20), "the first answer streams"
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 130 and b"Traceback" not in error, error.decode()
+
+
+def test_ctrl_c_beside_an_answer_does_not_end_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    class Session:
+        def say(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    terminal = _Terminal(Session(), 100, None, False)  # type: ignore[arg-type]
+    terminal._person = True
+    lines = iter(["hello", "/quit"])
+    terminal._read = lambda: next(lines)  # type: ignore[method-assign]
+    assert terminal.run("title") == 0
+    assert "(stopped)" in capsys.readouterr().err
+
+
+def test_an_answer_that_cannot_fit_names_the_option(small: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, "chat", str(small), "--max-tokens", "95"],
+        input=b"hello\n",
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        timeout=120,
+    )
+    assert result.returncode == 0 and result.stdout == b""
+    assert "this message with an answer of up to 95 (--max-tokens) would make it" in result.stderr.decode()
+
+
+def test_generate_takes_a_pipe_that_is_not_utf_8(small: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, "generate", str(small), "--max-tokens", "2", "--json"],
+        input=b"caf\xe9",
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:strict"},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert json.loads(result.stdout)["prompt"] == "caf\ufffd"
 
 
 def test_chat_through_a_pipe(small: Path) -> None:

@@ -263,6 +263,7 @@ def test_scores_equal_transformers(tiny: Path, llm: LLM) -> None:
         assert score.token_ids == ids[0, 1:].tolist() and score.n_bytes == len(text.encode())
         if text:
             assert score.bits_per_byte == pytest.approx(-expected.sum().item() / np.log(2) / len(text.encode()))
+    assert llm.score("a\ud800").n_bytes == 4, "a lone surrogate counts as the U+FFFD that is scored in its place"
     by_ids = llm.score([ids_of(llm, text) for text in texts])
     assert [s.n_bytes for s in by_ids] == [s.n_bytes for s in llm.score(texts)]
 

@@ -95,3 +95,7 @@ def test_command_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert _herd("evaluate", str(tmp_path / "nothing"), "--exercises", "3") != 0
     assert _herd("evaluate", "model", "--exercises", "-3") == 2
     assert "exercises" in capsys.readouterr().err
+    assert _herd("evaluate", "model", "--exercises", "0") == 2
+    assert "nothing to measure" in capsys.readouterr().err
+    assert _herd("evaluate", "model", "--before", "model") == 2
+    assert "nothing to compare" in capsys.readouterr().err

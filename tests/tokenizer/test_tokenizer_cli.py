@@ -29,8 +29,8 @@ class Herd:
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.capsys, self.monkeypatch = capsys, monkeypatch
 
-    def run(self, *arguments: str | Path, stdin: str = "") -> tuple[object, str, str]:
-        self.monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    def run(self, *arguments: str | Path, stdin: bytes = b"") -> tuple[object, str, str]:
+        self.monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as ended:
             main(["tokenize", *map(str, arguments)])
         return ended.value.code, *self.capsys.readouterr()
@@ -54,7 +54,7 @@ def test_text_as_json_and_for_people(herd: Herd, saved: Path, small_llama3: Toke
     assert len(data["tokens"]) == len(ids) and data["tokens"][0] == small_llama3.token_bytes(ids[0]).decode()
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     assert herd.json(saved, "--file", tmp_path / "text.txt")["ids"] == ids
-    lines = herd.run(saved, "-", stdin=text)[1].splitlines()
+    lines = herd.run(saved, "-", stdin=text.encode())[1].splitlines()
     assert [int(line.split()[0]) for line in lines[:-1]] == ids
     assert lines[-1].startswith(f"{len(ids)} tokens, {len(text.encode())} bytes")
 

@@ -139,6 +139,8 @@ def test_a_template_from_elsewhere_is_kept_word_for_word(small_llama3: Tokenizer
 def test_paths_that_hold_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(HerdError, match=r"no such tokenizer file.*nothing.*allowed: tokenizer.json"):
         tokenizer.load(tmp_path / "nothing")
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        tokenizer.load("x" * 300)
     with pytest.raises(HerdError, match="no tokenizer in this directory"):
         tokenizer.load(tmp_path)
 
@@ -194,8 +196,34 @@ def test_a_bad_tiktoken_line_is_named(tmp_path: Path, name: str) -> None:
 
 def test_a_tiktoken_file_without_some_byte_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines_of(*BYTES[:255])))
-    with pytest.raises(HerdError, match="0xff"):
+    with pytest.raises(FileFormatError, match=r"tokenizer\.model: .*0xff"):
         tokenizer.load(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("tokenizer_config.json", b"9" * 5000, "endless number"),
+        ("tokenizer_config.json", b"[]", "must be a JSON object"),
+        ("tokenizer_config.json", b'{"a": 1, "a": 2}', "twice"),
+        ("original/params.json", b"[]", "must be a JSON object"),
+        ("original/params.json", b'{"vocab_size": 270}', "no room for special tokens"),
+    ],
+)
+def test_bad_files_beside_a_vocabulary_are_named(
+    small_llama3: Tokenizer, tmp_path: Path, name: str, content: bytes, match: str
+) -> None:
+    small_llama3.save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileFormatError, match=match) as caught:
+        tokenizer.load(tmp_path / "original" / "tokenizer.model" if "original" in name else tmp_path)
+    assert caught.value.file == str(tmp_path / name)
+
+
+def test_a_template_that_is_no_text_does_not_stop_a_tokenizer(small_llama3: Tokenizer, tmp_path: Path) -> None:
+    small_llama3.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ x }}")
+    assert tokenizer.load(tmp_path).chat_template == "\ufffd{{ x }}"
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +307,8 @@ BAD_JSON: dict[str, tuple[str, Change, str]] = {
     "huge id": ("small_llama3", setting("model.vocab.a", 2**40), "model.vocab"),
     "not byte-level": ("small_llama3", setting("model.vocab.日本", 1000), "model.vocab"),
     "merge of one": ("small_llama3", setting("model.merges.0", "a"), "model.merges[0]"),
+    "merge is a number": ("small_llama3", setting("model.merges.0", 5), "model.merges[0]"),
+    "endless token": ("small_llama3", setting("model.vocab", {"a" * 5000: 0}), "model.vocab"),
     "normaliser": ("small_llama3", setting("normalizer", NFKC), "normalizer"),
     "other pattern": (
         "small_llama3",
@@ -401,6 +431,7 @@ GGUF_CHANGES: dict[str, tuple[dict[str, object], str]] = {
     "too few types": ({"tokenizer.ggml.token_type": [1]}, "tokenizer.ggml.token_type"),
     "type 9": ({"tokenizer.ggml.token_type": [9] * 1000}, "tokenizer.ggml.token_type"),
     "merge of one": ({"tokenizer.ggml.merges": ["ab"]}, "tokenizer.ggml.merges[0]"),
+    "endless token": ({"tokenizer.ggml.tokens": ["a" * 9000]}, "tokenizer.ggml.tokens"),
     "merge not bytes": ({"tokenizer.ggml.merges": ["日 b"]}, "tokenizer.ggml.merges[0]"),
 }
 
@@ -411,6 +442,14 @@ def test_gguf_metadata_that_is_no_llamas_names_the_key(small_llama3: Tokenizer, 
     with pytest.raises(FileFormatError) as caught:
         tokenizer.from_gguf_metadata(small_llama3.gguf_metadata() | change)
     assert caught.value.field == field
+
+
+def test_scores_that_a_model_file_cannot_hold_are_refused(small_llama2: Tokenizer) -> None:
+    metadata = copy.copy(small_llama2.gguf_metadata())
+    for score in (1e300, float("nan"), float("-inf")):  # GGUF has 64-bit floats too
+        metadata["tokenizer.ggml.scores"] = [score] * small_llama2.vocab_size
+        with pytest.raises(FileFormatError, match="score that is not a number"):
+            tokenizer.from_gguf_metadata(metadata)
 
 
 def test_gguf_without_types_or_scores(small_llama2: Tokenizer) -> None:

@@ -132,6 +132,20 @@ def test_a_number_of_strings_that_cannot_be_takes_no_memory(tmp_path: Path) -> N
     assert peak < 1_000_000
 
 
+def test_metadata_of_the_size_of_a_model_is_refused(tmp_path: Path) -> None:
+    """Bytes of the file become Python numbers of many times their size, so the file's size is no bound."""
+    path = tmp_path / "large.gguf"
+    path.write_bytes(file_with(entry(b"a", 9, struct.pack("<IQ", 0, 200_000_000))))
+    with path.open("r+b") as file:
+        file.truncate(300_000_000)  # a sparse file
+    tracemalloc.start()
+    with pytest.raises(FileFormatError, match="far too large") as caught:
+        read_metadata(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.field == "a" and peak < 1_000_000
+
+
 @pytest.mark.parametrize("cut", range(0, 700, 7))
 def test_every_truncation_is_an_error(written: bytes, tmp_path: Path, cut: int) -> None:
     with pytest.raises(FileFormatError):

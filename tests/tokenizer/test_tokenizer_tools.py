@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from typing import Any
 
 import pytest
@@ -173,7 +174,7 @@ def test_functions_of_3_1_are_json(small_llama3: Tokenizer) -> None:
 def test_what_a_format_cannot_say_is_refused(small_llama3: Tokenizer, small_llama4: Tokenizer) -> None:
     first = small_llama3.with_chat_format("llama3")
     pythonic = small_llama3.with_chat_format("llama3.2")
-    refused: list[tuple[Tokenizer, list[Message], list[object] | None, str]] = [
+    refused: list[tuple[Tokenizer, list[Message], Any, str]] = [
         (first, [QUESTION], [WEATHER], "llama3 knows no tools"),
         (first, [QUESTION, call("f")], None, "llama3 knows no tool calls"),
         (small_llama3, [QUESTION, TWO_CALLS], None, "only one call fits"),
@@ -184,6 +185,12 @@ def test_what_a_format_cannot_say_is_refused(small_llama3: Tokenizer, small_llam
         (small_llama4, [QUESTION], ["brave_search"], "llama4 has no built-in tools"),
         (pythonic, [QUESTION, call("not a name")], None, "needs names of letters"),
         (pythonic, [QUESTION, call("f", **{"a-b": 1})], None, "needs names of letters"),
+        (pythonic, [QUESTION, call("f", a=math.nan)], None, "must be JSON"),
+        (pythonic, [QUESTION], 5, "tools must be a list"),
+        (pythonic, [QUESTION], "brave_search", "tools must be a list"),
+        (pythonic, [QUESTION], [{"name": "f", "parameters": [1]}], "not a JSON schema"),
+        (pythonic, [QUESTION], [{"name": "f", "parameters": {"required": 5}}], "not a JSON schema"),
+        (pythonic, [QUESTION], [{"name": "f", "description": object()}], "not JSON"),
     ]
     for tokenizer, messages, tools, error in refused:
         with pytest.raises(UsageError, match=error):

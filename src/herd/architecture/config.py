@@ -8,7 +8,7 @@ Sources: the Llama papers and Meta's reference code; the Llama 4 fields follow i
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -17,6 +17,10 @@ from herd.errors import UsageError
 
 Generation = Literal["llama1", "llama2", "codellama", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"]
 ScalingKind = Literal["llama3", "linear", "dynamic", "yarn"]
+
+# Far beyond every model (theta 4.5e10 and factor 128 are the largest known); within them no frequency becomes 0 or inf.
+_LARGEST_THETA = 1e15
+_LARGEST_FACTOR = 1e6
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _require(self.kind in get_args(ScalingKind), "rope_scaling.kind", self.kind, ", ".join(get_args(ScalingKind)))
-        _require(_finite(self.factor) and self.factor >= 1, "rope_scaling.factor", self.factor, "a number >= 1")
+        factor_fits = _finite(self.factor) and 1 <= self.factor <= _LARGEST_FACTOR
+        _require(factor_fits, "rope_scaling.factor", self.factor, f"a number from 1 to {_LARGEST_FACTOR:,.0f}")
         low, high = self.low_freq_factor, self.high_freq_factor
         _require(_finite(low) and low > 0, "rope_scaling.low_freq_factor", low, "a number > 0")
         _require(_finite(high) and high >= low, "rope_scaling.high_freq_factor", high, f"a number >= {low}")
@@ -110,7 +115,10 @@ class LlamaConfig:
         _require(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads}")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (RoPE turns pairs)")
         _require(_finite(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a number > 0")
-        _require(_finite(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, "a number > 0")
+        theta_fits = _finite(self.rope_theta) and 1 < self.rope_theta <= _LARGEST_THETA
+        _require(theta_fits, "rope_theta", self.rope_theta, f"a number > 1, at most {_LARGEST_THETA:g}")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic":
+            _require(self.head_dim > 2, "head_dim", self.head_dim, "more than 2 with dynamic RoPE scaling")
         _require(_is_int(self.nope_interval) and self.nope_interval >= 0, "nope_interval", self.nope_interval, ">= 0")
         if self.attention_chunk is not None:
             _positive("attention_chunk", self.attention_chunk)
@@ -179,4 +187,6 @@ def _positive(name: str, value: object) -> None:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # unlike math.isfinite, this takes whole numbers of any length

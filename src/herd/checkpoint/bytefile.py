@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from herd.errors import FileFormatError
+from herd.errors import FileFormatError, HerdError
 
 __all__ = ["ByteFile"]
 
@@ -40,6 +40,8 @@ class ByteFile:
 
     def array(self, offset: int, count: int, field: str) -> npt.NDArray[np.uint8]:
         """As `bytes`, in a fresh array that the caller may keep and change."""
+        if self._handle < 0:
+            raise HerdError("the checkpoint is closed", value=self.path, fix="read inside its `with` block")
         if not 0 <= count <= self.size - offset or offset < 0:
             raise FileFormatError(
                 "the file ends too early",

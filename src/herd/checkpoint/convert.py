@@ -35,8 +35,9 @@ def convert(
     `max_shard_bytes` the size of one safetensors file. Raises what `open_checkpoint` and `save` raise.
     """
     place, target = resolve(src), Path(dst)
-    if target.exists() and target.resolve() == place.resolve():
-        raise UsageError("a checkpoint cannot be converted onto itself", value=dst)
+    if target.exists() and place.resolve().is_relative_to(target.resolve()):
+        # A directory is replaced whole: the source would go with it.
+        raise UsageError("a checkpoint cannot be converted onto itself", value=dst, fix="choose another name")
     with open_checkpoint(place) as checkpoint:
         return save(
             target,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ __all__ = ["Fields", "build_config", "guess_generation"]
 
 _REQUIRED: Any = object()
 _LARGEST = 1 << 40  # no dimension of a model comes near; keeps products of fields within reason
+_LARGEST_NUMBER = 1e30  # likewise for numbers that need not be whole
 
 
 class Fields:
@@ -36,10 +36,10 @@ class Fields:
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """A finite number > 0."""
+        """A number above 0, of a size that can be calculated with."""
         value = self._value(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            self.fail(name, "must be a number above 0", value=value)
+        if type(value) not in (int, float) or not 0 < value <= _LARGEST_NUMBER:
+            self.fail(name, "must be a number above 0", value=value, allowed=f"up to {_LARGEST_NUMBER:g}")
         return float(value)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:

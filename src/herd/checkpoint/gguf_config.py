@@ -27,8 +27,8 @@ from herd.architecture import (
 )
 from herd.checkpoint.fields import Fields, build_config, guess_generation
 from herd.checkpoint.numbers import Array
-from herd.checkpoint.strictjson import parse_json
 from herd.errors import FileFormatError, UsageError
+from herd.files import parse_json
 from herd.ggufmeta import MetadataValue
 
 __all__ = ["config_from_gguf", "config_to_gguf", "rope_divisors"]
@@ -62,7 +62,7 @@ def config_from_gguf(
     dim, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     theta = _decimal(fields.number("rope.freq_base", 10_000.0))
     context = fields.integer("context_length")
-    unsaid = _unsaid(top)
+    unsaid, stated = _unsaid(top)
     layers = fields.integer("block_count")
     base: dict[str, Any] = {
         "dim": dim,
@@ -77,7 +77,7 @@ def config_from_gguf(
         "context_length": context,
         "tied_embeddings": tied,
     }
-    scaling = _scaling(top, fields, context, base, divisors)
+    scaling = _scaling(top, fields, context, base, stated, divisors)
     if arch == "llama":
         if fields.integer("expert_count", 0, low=0):
             fields.fail("expert_count", "no dense Llama has experts", value=own["expert_count"], allowed="0")
@@ -128,11 +128,11 @@ def _llama4(fields: Fields) -> dict[str, Any]:
     return base | {"attention_chunk": 8192, "nope_interval": 4, "attention_temperature": AttentionTemperature()}
 
 
-def _unsaid(top: Fields) -> dict[str, Any]:
-    """Values from the "herd.config" key: only of fields that GGUF has no key for."""
+def _unsaid(top: Fields) -> tuple[dict[str, Any], object]:
+    """From the "herd.config" key: values of fields that GGUF has no key for, and the llama3 RoPE scaling."""
     text = top.data.get("herd.config")
     if text is None:
-        return {}
+        return {}, None
     data = parse_json(text.encode(), top.file, "herd.config") if isinstance(text, str) else None
     if not isinstance(data, dict) or set(data) - {*_UNSAID, "rope_scaling"}:
         top.fail("herd.config", "has unknown contents", value=text, allowed=", ".join([*_UNSAID, "rope_scaling"]))
@@ -144,7 +144,7 @@ def _unsaid(top: Fields) -> dict[str, Any]:
     temperature = found.get("attention_temperature")
     if temperature is not None:
         found["attention_temperature"] = _dataclass(top, AttentionTemperature, temperature)
-    return found
+    return found, data.get("rope_scaling")
 
 
 def _dataclass(top: Fields, kind: type[Any], values: object) -> Any:
@@ -155,10 +155,8 @@ def _dataclass(top: Fields, kind: type[Any], values: object) -> Any:
 
 
 def _scaling(
-    top: Fields, fields: Fields, context: int, base: Mapping[str, Any], divisors: Array | None
+    top: Fields, fields: Fields, context: int, base: Mapping[str, Any], stated: object, divisors: Array | None
 ) -> RopeScaling | None:
-    text = top.data.get("herd.config")
-    stated = json.loads(text).get("rope_scaling") if isinstance(text, str) else None
     if divisors is not None:
         return _scaling_of_divisors(top, base, stated, divisors)
     if stated is not None:

@@ -197,9 +197,17 @@ def _valid_scaling(part: Fields, **values: Any) -> RopeScaling:
         part.fail("factor", error.what, value=error.value, allowed=error.allowed)
 
 
-def _flags(text: Fields, name: str, layers: int) -> list[bool]:
+def _per_layer(text: Fields, name: str, layers: int) -> list[Any]:
+    """A list with one item per layer: its length is checked before anything of the size `layers` is made."""
     value = text.data[name]
-    if not isinstance(value, list) or len(value) != layers or any(item not in (0, 1) for item in value):
+    if not isinstance(value, list) or len(value) != layers:
+        text.fail(name, "must be a list with one item per layer", value=value, allowed=f"{layers} items")
+    return value
+
+
+def _flags(text: Fields, name: str, layers: int) -> list[bool]:
+    value = _per_layer(text, name, layers)
+    if any(item not in (0, 1) for item in value):
         text.fail(name, "must be one 0 or 1 per layer", value=value)
     return [bool(item) for item in value]
 
@@ -222,8 +230,8 @@ def _uses_chunks(text: Fields, layers: int, nope: int) -> bool:
     """Whether RoPE layers attend in chunks; `layer_types` must say the same for all of them."""
     if not text.has("layer_types"):
         return True
+    given = _per_layer(text, "layer_types", layers)
     expected = ["full_attention" if nope and (i + 1) % nope == 0 else "chunked_attention" for i in range(layers)]
-    given = text.data["layer_types"]
     if given == expected:
         return "chunked_attention" in given
     if given != ["full_attention"] * layers:
@@ -236,7 +244,8 @@ def _moe(text: Fields, layers: int) -> MoeConfig | None:
     if listed == []:
         return None
     interleave = text.integer("interleave_moe_layer_step", 1)
-    if listed is not None and listed != list(range(interleave - 1, layers, interleave)):
+    every = range(interleave - 1, layers, interleave)  # costs nothing, however many layers the file claims
+    if listed is not None and not (isinstance(listed, list) and len(listed) == len(every) and listed == list(every)):
         text.fail("moe_layers", "contradicts interleave_moe_layer_step", value=listed)
     experts = text.integer("num_local_experts", 16)
     top_k = text.integer("num_experts_per_tok", 1)

@@ -25,7 +25,7 @@ from typing import IO, Any, NoReturn, TypeVar
 
 from herd.checkpoint.locate import models_home
 from herd.errors import HerdError, MissingDependency, ResourceError, UsageError
-from herd.files import read_json, write_json
+from herd.files import read_json_object, write_json
 from herd.progress import track
 
 __all__ = ["pull"]
@@ -152,8 +152,9 @@ class _Manifest:
 
     def __init__(self, path: Path, repository: str, commit: str) -> None:
         self._path = path
-        known = read_json(path).get("files", {}) if path.exists() else {}
-        self._data: dict[str, Any] = {"repository": repository, "revision": commit, "files": known}
+        known = read_json_object(path).get("files") if path.exists() else None
+        files = known if isinstance(known, dict) else {}
+        self._data: dict[str, Any] = {"repository": repository, "revision": commit, "files": files}
 
     def has(self, remote: _Remote, path: Path) -> bool:
         record = self._data["files"].get(remote.name)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from herd.architecture import releases
-from herd.checkpoint.strictjson import read_json_object
 from herd.errors import FileFormatError, HerdError
+from herd.files import read_json_object
 
 __all__ = ["models_home", "pulled_repositories", "resolve"]
 
@@ -37,12 +37,17 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     A miss raises HerdError with the nearest names among releases, run directories and pulled repositories, and the
     command that gets the model.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() and (path / _RUN_FILE).is_file():
-        return _model_of_run(path)
-    if path.exists():
-        return path
     text = os.fspath(name)
+    try:
+        path = Path(name).expanduser()
+        is_run, exists = (path / _RUN_FILE).is_file(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name of 300 letters, a closed folder, the home of nobody
+        reason = error.strerror if isinstance(error, OSError) else "this user has no home directory"
+        raise HerdError(f"this path cannot be used ({reason})", value=text) from None
+    if is_run:
+        return _model_of_run(path)
+    if exists:
+        return path
     if _REPOSITORY.fullmatch(text):
         for place in (models_home() / text, _hub_snapshot(text)):
             if place is not None and place.is_dir():

@@ -19,12 +19,13 @@ import numpy as np
 
 from herd.checkpoint.bytefile import ByteFile
 from herd.checkpoint.numbers import PLAIN, Array, cast
-from herd.checkpoint.strictjson import parse_json
 from herd.checkpoint.tensorfile import StoredTensor
 from herd.errors import FileFormatError, HerdError
+from herd.files import parse_json
 
 __all__ = ["SafetensorsFile", "SafetensorsWriter"]
 
+MAX_DIMS = 8
 MAX_HEADER = 25_000_000  # bytes; the largest Llamas need about 200 kB
 
 _TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -52,15 +53,8 @@ class SafetensorsFile:
             raise
 
     def rows(self, name: str, first: int, count: int) -> Array:
-        """Rows `first` … of tensor `name`, as stored."""
+        """Rows `first` … of tensor `name`, as stored, which must be one of the weight formats."""
         tensor = self.tensors[name]
-        if tensor.type_name not in PLAIN:
-            self._fail(
-                "weights are stored in a format Herd does not read",
-                name,
-                value=tensor.type_name,
-                allowed=", ".join(_TYPES),
-            )
         dtype, row = PLAIN[tensor.type_name], tensor.shape[1:]
         row_bytes = math.prod(row) * dtype.itemsize
         raw = self._file.array(tensor.offset + first * row_bytes, count * row_bytes, name)
@@ -99,8 +93,8 @@ class SafetensorsFile:
             code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
             if not isinstance(code, str) or code not in _BITS:
                 self._fail("unknown number format", f"{name}.dtype", 8, value=code, allowed=", ".join(_TYPES))
-            if not _whole_numbers(shape):
-                self._fail("must be a list of whole numbers", f"{name}.shape", 8, value=shape)
+            if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
+                self._fail("must be up to eight whole numbers", f"{name}.shape", 8, value=shape)
             if not _whole_numbers(offsets) or len(offsets) != 2:
                 self._fail("must be two whole numbers", f"{name}.data_offsets", 8, value=offsets)
             begin, end = offsets

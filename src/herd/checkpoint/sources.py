@@ -8,7 +8,7 @@ left out (`skipped`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,13 +21,13 @@ from herd.checkpoint.gguf_config import config_from_gguf
 from herd.checkpoint.hf_config import config_from_hf
 from herd.checkpoint.layout import read_part, stored_shape
 from herd.checkpoint.meta_config import config_from_meta
-from herd.checkpoint.numbers import PLAIN, Array
+from herd.checkpoint.numbers import BLOCK_BYTES, PLAIN, Array
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.shards import check_divisible, shard_shapes, shard_slice
-from herd.checkpoint.strictjson import read_json_object
 from herd.checkpoint.tensorfile import StoredTensor, TensorFile
 from herd.checkpoint.torchzip import TorchFile
 from herd.errors import FileFormatError, UsageError
+from herd.files import read_json_object
 
 __all__ = ["GgufSource", "HfSource", "MetaSource", "Source"]
 
@@ -85,18 +85,37 @@ class _Table:
         self.rules = stored_tensors(fmt, config)
         self.part = {name: (rule, index) for rule in self.rules for index, name in enumerate(rule.parts)}
 
-    def check(self, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], file: Path) -> list[str]:
-        """Raise unless `stored` is exactly this model; returns the names that are skipped."""
+    def check(
+        self,
+        stored: Mapping[str, StoredTensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        place: Path,
+        file_of: Callable[[str], Path] | None = None,
+    ) -> list[str]:
+        """Raise unless `stored` is exactly this model; returns the names that are skipped.
+
+        `place` is what errors name, or the file that `file_of` gives for a stored tensor.
+        """
+        file_of = file_of or (lambda name: place)
         expected = {rule.stored: rule for rule in self.rules}
         for name, rule in expected.items():
             tensor = stored.get(name)
             if tensor is None:
-                raise FileFormatError("a tensor of the model is missing", file=file, field=name)
+                raise FileFormatError("a tensor of the model is missing", file=place, field=name)
+            if tensor.type_name not in PLAIN and tensor.type_name not in BLOCK_BYTES:
+                raise FileFormatError(
+                    "weights are stored in a format Herd does not read",
+                    file=file_of(name),
+                    field=name,
+                    offset=tensor.offset,
+                    value=tensor.type_name,
+                    allowed=", ".join(PLAIN),
+                )
             shape = stored_shape(rule, shapes)
             if tensor.shape != shape:
                 raise FileFormatError(
                     "the tensor's shape contradicts the config",
-                    file=file,
+                    file=file_of(name),
                     field=name,
                     offset=tensor.offset,
                     value=list(tensor.shape),
@@ -106,7 +125,7 @@ class _Table:
         for name in skipped:
             if not self._may_skip(name):
                 raise FileFormatError(
-                    "a tensor that is no part of this Llama", file=file, field=name, offset=stored[name].offset
+                    "a tensor that is no part of this Llama", file=file_of(name), field=name, offset=stored[name].offset
                 )
         return skipped
 
@@ -135,7 +154,9 @@ class HfSource:
             self._prefix = "language_model." if nested else ""
             stored = {name.removeprefix(self._prefix): file.tensors[name] for name, file in self._home.items()}
             self._table = _Table("hf", self.config, config_file, len(stored))
-            self.skipped = self._table.check(stored, self._table.shapes, directory)
+            self.skipped = self._table.check(
+                stored, self._table.shapes, directory, lambda name: self._home[self._prefix + name].path
+            )
         except BaseException:
             self.close()
             raise
@@ -282,6 +303,7 @@ class MetaSource:
             self._shapes = shard_shapes(self._table.shapes, self.config, len(self.files))
             for file in self.files:
                 self.skipped = self._table.check(file.tensors, self._shapes, file.path)
+            self._check_types()
         except BaseException:
             self.close()
             raise
@@ -312,6 +334,21 @@ class MetaSource:
     def _piece(self, name: str, file: TorchFile) -> Array:
         rule, index = self._table.part[name]
         return read_part(rule, index, self._shapes, self.config.head_dim, lambda a, n: file.rows(rule.stored, a, n))
+
+    def _check_types(self) -> None:
+        """The pieces of a tensor have one number format: joining others would round weights silently."""
+        for file in self.files[1:]:
+            for name, first in self.files[0].tensors.items():
+                piece = file.tensors.get(name)
+                if piece is not None and piece.type_name != first.type_name:
+                    raise FileFormatError(
+                        "the shards store this tensor in different number formats",
+                        file=file.path,
+                        field=name,
+                        offset=piece.offset,
+                        value=piece.type_name,
+                        allowed=f"{first.type_name}, as in {self.files[0].path.name}",
+                    )
 
     def _vocabulary(self, params: Mapping[str, Any], first: TorchFile) -> int:
         """Rows of the embedding: its shards are cut by width in Llama 1 and 2, by vocabulary from Llama 3 on."""

@@ -60,16 +60,8 @@ class TorchFile:
             raise
 
     def rows(self, name: str, first: int, count: int) -> Array:
-        """Rows along the first axis. Reads the stretch of the storage that they span."""
+        """Rows along the first axis, stored in one of the weight formats. Reads the stretch that they span."""
         tensor, view = self.tensors[name], self._views[name]
-        if tensor.type_name not in PLAIN:
-            self._fail(
-                "weights are stored in a format Herd does not read",
-                name,
-                tensor.offset,
-                value=tensor.type_name,
-                allowed=", ".join(PLAIN),
-            )
         dtype = PLAIN[tensor.type_name]
         shape, stride = (count, *tensor.shape[1:]), view.stride
         begin = first * stride[0]

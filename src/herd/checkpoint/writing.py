@@ -28,6 +28,7 @@ from herd.checkpoint.tensorfile import StoredTensor
 from herd.checkpoint.torchzip import TorchWriter
 from herd.errors import HerdError, UsageError
 from herd.files import atomic_dir, atomic_write, write_json
+from herd.ggufmeta import MAGIC as GGUF_MAGIC
 from herd.ggufmeta import MetadataValue
 from herd.progress import track
 
@@ -345,6 +346,9 @@ def _check_target(path: Path, fmt: str) -> None:
             raise UsageError(
                 "a GGUF checkpoint is a file, this is a directory", value=path, fix=f"use {path}/model.gguf"
             )
+        with path.open("rb") as file:
+            if file.read(len(GGUF_MAGIC)) not in (GGUF_MAGIC, b""):
+                raise UsageError("this file exists and is not a GGUF file; it was left alone", value=path)
         return
     if not path.is_dir():
         raise UsageError(f"format {fmt!r} makes a directory, this is a file", value=path)

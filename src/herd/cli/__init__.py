@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # text that this terminal's encoding lacks is escaped, not an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if verb not in VERBS:
             raise _unknown(verb)
@@ -70,9 +74,13 @@ def _run(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("herd: interrupted\n")
         return 130
-    except BrokenPipeError:  # the reader of our output went away, for example `herd list | head`
-        sys.stderr.close()
-        return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        place = f" at {error.filename}" if error.filename else ""
+        sys.stderr.write(f"herd: the system refused{place}: {error.strerror or error}\n")
+        return 4
+    except MemoryError:
+        sys.stderr.write("herd: there is not enough memory for this\n")
+        return 4
 
 
 def _invoke(verb: str, arguments: list[str]) -> int:
@@ -82,12 +90,16 @@ def _invoke(verb: str, arguments: list[str]) -> int:
 
     @functools.wraps(command)
     def interruptible(*args: Any, **kwargs: Any) -> None:
-        # typer would turn Ctrl-C into exit code 1; a verb may also return its own exit code
+        # typer would turn both interruptions into exit code 1; a verb may also return its own exit code
         try:
             result = command(*args, **kwargs)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             sys.stderr.write("herd: interrupted\n")
             raise SystemExit(130) from None
+        except BrokenPipeError:  # the reader of our output went away, for example `herd list --json | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
         raise SystemExit(result if isinstance(result, int) else 0)
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from herd.cli.output import speak
+
 if TYPE_CHECKING:
     from herd.engine import ChatSession
 
@@ -60,15 +62,16 @@ def command(
     with LLM(model, quant=quant, ctx=ctx, threads=threads) as llm:
         status("")
         session = ChatSession(llm, system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        return _Terminal(session, llm.context, as_json).run(f"{model} · {llm.context} tokens of context")
+        return _Terminal(session, llm.context, max_tokens, as_json).run(f"{model} · {llm.context} tokens of context")
 
 
 class _Terminal:
     """Reads lines, shows answers, obeys commands."""
 
-    def __init__(self, session: ChatSession, context: int, as_json: bool) -> None:
+    def __init__(self, session: ChatSession, context: int, max_tokens: int | None, as_json: bool) -> None:
         self._session = session
         self._context = context
+        self._max_tokens = max_tokens
         self._as_json = as_json
         self._person = sys.stdin.isatty()
         self._commands: dict[str, Callable[[str], None]] = {
@@ -104,10 +107,15 @@ class _Terminal:
             interrupted = False
             if line.strip() == "/quit":
                 return 0
-            if line.startswith("/"):
-                self._obey(line.strip())
-            elif line.strip():
-                self._answer(line.strip())
+            try:
+                if line.startswith("/"):
+                    self._obey(line.strip())
+                elif line.strip():
+                    self._answer(line.strip())
+            except KeyboardInterrupt:
+                if not self._person:
+                    raise
+                self._note("(stopped)")  # just before or just after an answer: that ends nothing but the answer
 
     def _read(self) -> str:
         if self._person:
@@ -127,8 +135,9 @@ class _Terminal:
         try:
             answer = self._session.say(text)
         except ContextLengthExceeded as error:
+            wanted = f" with an answer of up to {self._max_tokens} (--max-tokens)" if self._max_tokens else ""
             self._note(
-                f"The context is full: this message would make it {error.needed} tokens, the model has "
+                f"The context is full: this message{wanted} would make it {error.needed} tokens, the model has "
                 f"{error.allowed_tokens}. Nothing was dropped and the message was not sent; /reset begins anew."
             )
             return
@@ -136,12 +145,13 @@ class _Terminal:
             self._note(str(error))
             return
         parts: list[str] = []
-        with _interruptible() as stopped, contextlib.closing(answer):
+        # Through a pipe nobody sees which answer Ctrl-C would stop: there it ends the program as usual.
+        interruptible = _interruptible() if self._person else contextlib.nullcontext(lambda: False)
+        with interruptible as stopped, contextlib.closing(answer):
             for chunk in answer:
                 parts.append(chunk.text)
                 if not self._as_json:
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
+                    speak(chunk.text)
                 if stopped():
                     break
         self._finish("".join(parts))

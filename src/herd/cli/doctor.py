@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import platform
 import shutil
@@ -36,23 +36,8 @@ def examine() -> dict[str, Any]:
     """Facts about the machine and the installation, with one line of advice per problem."""
     from herd import __version__
 
-    advice = []
-    native: dict[str, Any] = {"built": importlib.util.find_spec("herd._native") is not None}
-    if native["built"]:
-        from herd import _native
-
-        native |= {
-            "cpu": _native.cpu_name(),
-            "cpus": _native.usable_cpus(),
-            "instruction_sets": [name for name, present in _native.cpu_features().items() if present],
-        }
-    else:
-        compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-        advice.append(
-            "the compiled part is missing: "
-            + ("" if compiler else "install a C++20 compiler (apt install g++), then ")
-            + "pip install --force-reinstall --no-deps llama-herd"
-        )
+    native = _native_part()
+    advice = [] if native["built"] else [_native_advice(native)]
     packages = {name: _version(name) for name in _OPTIONAL}
     for name, version in packages.items():
         extra, use = _OPTIONAL[name]
@@ -67,6 +52,29 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "advice": advice,
     }
+
+
+def _native_part() -> dict[str, Any]:
+    """What the compiled module says about the processor; `built` False, with the reason, when it is not usable."""
+    try:
+        native = importlib.import_module("herd._native")
+    except ImportError as error:  # it was never built, or built for another Python or system
+        return {"built": False, "reason": str(error)}
+    return {
+        "built": True,
+        "cpu": native.cpu_name(),
+        "cpus": native.usable_cpus(),
+        "instruction_sets": [name for name, present in native.cpu_features().items() if present],
+    }
+
+
+def _native_advice(native: dict[str, Any]) -> str:
+    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    first = "" if compiler else "install a C++20 compiler (for example: apt install g++), then "
+    return (
+        f"the compiled part is missing ({native['reason']}), so training on a CPU is slower: {first}"
+        "in Herd's source folder, pip install --force-reinstall --no-deps ."
+    )
 
 
 def _version(package: str) -> str | None:

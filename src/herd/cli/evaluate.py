@@ -40,11 +40,16 @@ def command(
 
     from herd.config import parse_config
     from herd.corpus import read_sources
+    from herd.errors import UsageError
     from herd.evaluate import EvaluateConfig, results_table, run
 
+    if before == model:
+        raise UsageError("--before is the model itself, so there is nothing to compare", value=before)
     count = exercises if exercises is not None else (0 if bpb else 500)
     options = {"seed": seed, "exercises": count, "few_shot": False, "samples": 0}
     config = parse_config(EvaluateConfig, options, "herd evaluate")
+    if not (count or bpb):
+        raise UsageError("there is nothing to measure", allowed="--exercises N from 1, --bpb FILE, or both")
     texts = [document.text for document in read_sources(bpb)] if bpb else []
     models = {before: before, model: model} if before else {model: model}
     with tempfile.TemporaryDirectory() as scratch:

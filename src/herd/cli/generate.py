@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from typing import Annotated
 
@@ -39,7 +40,7 @@ def command(
 
         cat start.py | herd generate runs/pocket
     """
-    from herd.cli.output import console, emit
+    from herd.cli.output import console, emit, speak
     from herd.engine import LLM
     from herd.errors import UsageError
     from herd.progress import interactive, status
@@ -47,8 +48,11 @@ def command(
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError("no text to continue", fix='herd generate MODEL "text", or pipe the text in')
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         prompt = sys.stdin.read()
 
+    prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # an argument may hold bytes that are no UTF-8
     status("loading …")
     with LLM(model, quant=quant, ctx=ctx, threads=threads) as llm:
         status("")
@@ -67,8 +71,7 @@ def command(
         for chunk in chunks:
             completion = chunk.completion
             if not as_json:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                speak(chunk.text)
         assert completion is not None, "a stream ends with its completion"
         if as_json:
             emit({"model": str(llm.path), "prompt": prompt, **dataclasses.asdict(completion)}, True)

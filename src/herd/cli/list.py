@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from herd.cli.output import emit, table
+from herd.errors import UsageError
 
 
 def command(
@@ -21,7 +22,9 @@ def command(
 
         herd list llama3.1 --json
     """
-    rows = [row for row in _rows() if match in row["name"]]
+    rows = [row for row in _rows() if match.lower() in row["name"]]
+    if not rows:
+        raise UsageError("no release has this in its name", value=match, fix="herd list shows all names")
     emit(rows, as_json, lambda: _table(rows))
 
 

@@ -29,6 +29,18 @@ def emit(data: Any, as_json: bool, human: Callable[[], None] | None = None) -> N
         human()
 
 
+def speak(text: str) -> None:
+    """Write a model's words to standard output at once. On a terminal its control characters become visible signs:
+    what a model says must not move the cursor, rewrite the screen or change the window's title."""
+    sys.stdout.write(text.translate(_VISIBLE) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+# C0 controls but tab and newline, and DEL, as the pictures Unicode has for them; C1 controls as a replacement sign.
+_VISIBLE = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n"} | {127: "\u2421"}
+_VISIBLE |= dict.fromkeys(range(128, 160), "\ufffd")
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Lines of aligned columns, numbers to the right; as wide as it needs to be, so that pipes lose nothing."""
     cells = [[str(cell) for cell in row] for row in rows]

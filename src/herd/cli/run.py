@@ -59,7 +59,7 @@ def command(
         state = run(loaded, stages, run_dir, redo_from=redo_from, only=only, on_event=lines, command=again)
     except (KeyboardInterrupt, SystemExit) as stop:
         console().print(f"Stopped. {again} continues where it was.", markup=False, soft_wrap=True)
-        return 130 if isinstance(stop, KeyboardInterrupt) else 0
+        return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     emit({"run": str(run_dir), **state}, as_json, lambda: _summary(run_dir, state, lines.skipped))
     return 0
 

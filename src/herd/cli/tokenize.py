@@ -62,10 +62,6 @@ def command(
 
 def _load(model: str, chat_format: str | None) -> Tokenizer:
     from herd import tokenizer
-
-    path = Path(model)
-    if path.is_file() or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return tokenizer.load(path, chat_format)
     from herd.checkpoint import resolve
 
     return tokenizer.load(resolve(model), chat_format)
@@ -77,7 +73,9 @@ def _read_text(text: str | None, file: Path | None) -> str:
             return file.read_bytes().decode("utf-8", "replace")
         except OSError as error:
             raise UsageError("cannot read the file", value=str(file), allowed=str(error)) from None
-    return sys.stdin.read() if text == "-" else text or ""
+    if text != "-":
+        return text or ""
+    return sys.stdin.buffer.read().decode("utf-8", "replace")
 
 
 def _read_dialog(path: Path) -> tuple[Any, Any]:

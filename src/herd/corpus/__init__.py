@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from herd.corpus.packing import Batch, PackedDataset, PackedExamples, pack_examples
     from herd.corpus.pipeline import curate
     from herd.corpus.shards import TokenShards, pack_tokens
-    from herd.corpus.sources import SourceReport, read_sources
+    from herd.corpus.sources import SourceReport, read_sources, source_files
     from herd.corpus.stats import CorpusStats
     from herd.corpus.windows import EvaluationBatch, EvaluationWindows
 
@@ -28,7 +28,7 @@ _MODULES = {
     "packing": ("Batch", "PackedDataset", "PackedExamples", "pack_examples"),
     "pipeline": ("curate",),
     "shards": ("TokenShards", "pack_tokens"),
-    "sources": ("SourceReport", "read_sources"),
+    "sources": ("SourceReport", "read_sources", "source_files"),
     "stats": ("CorpusStats",),
     "windows": ("EvaluationBatch", "EvaluationWindows"),
 }
@@ -53,6 +53,7 @@ __all__ = [
     "pack_tokens",
     "read_documents",
     "read_sources",
+    "source_files",
     "write_documents",
 ]
 

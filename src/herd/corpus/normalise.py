@@ -8,7 +8,8 @@ import unicodedata
 # C0 and C1 controls except tab and newline, delete, and the byte order mark.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]+")
 _PROSE_LINE_ENDS = re.compile("[\x0b\x0c\x85\u2028\u2029]")
-_TRAILING = re.compile(r"[ \t]+(?=\n)")
+# A run is looked at once, from its start: without the lookbehind a megabyte of spaces would take hours.
+_TRAILING = re.compile(r"(?<![ \t])[ \t]++(?=\n)")
 _BLANK_RUN = re.compile(r"\n{4,}")
 
 
@@ -23,11 +24,14 @@ def normalise(text: str, *, code: bool, form: str = "NFC") -> str:
     if not code:
         text = _PROSE_LINE_ENDS.sub("\n", text)
     text = _CONTROLS.sub("", text)
-    if not text.isascii():
-        # Lone surrogates cannot be written as UTF-8; JSON can smuggle them in.
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        if form != "none" and not code:
-            text = unicodedata.normalize(form, text)  # type: ignore[arg-type]
+    text = well_formed(text)
+    if form != "none" and not code and not text.isascii():
+        text = unicodedata.normalize(form, text)  # type: ignore[arg-type]
     text = _BLANK_RUN.sub("\n\n\n", _TRAILING.sub("", text + "\n"))
     text = text.strip("\n").rstrip()
     return text + "\n" if text else ""
+
+
+def well_formed(text: str) -> str:
+    """The text with "?" for lone surrogates, which no UTF-8 file can hold; JSON and file names can smuggle them in."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -14,6 +14,7 @@ B rows of a batch, S tokens of a row.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -53,7 +54,7 @@ class Piece(NamedTuple):
     weights: F32 | None
 
 
-class RowSource:
+class RowSource(ABC):
     """Rows of pieces turned into batches; subclasses say which pieces a row has."""
 
     def __init__(self, seq_len: int, batch_size: int, seed: int, rows_per_epoch: int, pad_id: int) -> None:
@@ -75,8 +76,9 @@ class RowSource:
         """Rows first … first + count - 1 of the endless sequence of rows, for batches whose size changes."""
         return self._fill(list(range(first, first + count)))
 
+    @abstractmethod
     def _pieces(self, epoch: int, row: int) -> Iterator[Piece]:
-        raise NotImplementedError
+        """The pieces of a row, in order; together they fit into it."""
 
     def _row_order(self, epoch: int) -> I64:
         return _remember(self._row_orders, epoch, lambda: permutation(self.rows_per_epoch, self.seed, epoch, _ROWS))

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from herd.corpus.decode import BinaryData, decode
 from herd.corpus.document import Document
+from herd.corpus.normalise import well_formed
 from herd.errors import HerdError, UsageError
 
 STDLIB = "python-stdlib"
@@ -51,7 +52,7 @@ class SourceReport:
         self.skipped[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append(name)
+            examples.append(well_formed(name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for stats.json."""
@@ -83,7 +84,7 @@ def read_sources(
     if not names:
         raise UsageError("no source was given", allowed=f"{STDLIB}, folders, *.jsonl, *.jsonl.gz, text files")
     for source in names:
-        if source != STDLIB and not Path(source).exists():
+        if source != STDLIB and not os.path.exists(source):  # noqa: PTH110 (Path.exists raises for a name too long)
             raise UsageError(
                 "there is no such source",
                 value=source,
@@ -93,7 +94,7 @@ def read_sources(
     for source in names:
         before, skipped_before = report.documents, report.skipped.copy()
         for document in _read_one(source, report, max_document_bytes):
-            document = _with_unique_url(document, seen)
+            document = _with_unique_url(_writable(document), seen)
             report.documents += 1
             report.bytes += document.n_bytes
             yield document
@@ -104,6 +105,18 @@ def read_sources(
                 f"the source {source!r} gave no document: {reasons}",
                 allowed="text files, or records with a non-empty text or content field",
             )
+
+
+def source_files(source: str | os.PathLike[str]) -> Iterator[Path]:
+    """The files that `read_sources` opens for a folder or a file: hidden and skipped entries are not among them."""
+    path = Path(source)
+    yield from _walk(path, SourceReport()) if os.path.isdir(source) else [path]  # noqa: PTH112 (as above)
+
+
+def _writable(document: Document) -> Document:
+    """The document in Unicode that a file can hold, whatever its text, its name and its record came with."""
+    meta = {key: well_formed(value) for key, value in document.meta.items()}
+    return Document(well_formed(document.text), well_formed(document.url), well_formed(document.language), meta)
 
 
 def _with_unique_url(document: Document, seen: set[str]) -> Document:

@@ -352,5 +352,5 @@ class LLM:
 
     def _n_bytes(self, text: object, ids: list[int]) -> int:
         if isinstance(text, str):
-            return len(text.encode())
+            return len(text.encode("utf-8", "surrogatepass"))  # a lone surrogate has 3 bytes, as U+FFFD in its place
         return sum(len(self.tokenizer.token_bytes(token_id)) for token_id in ids[1:])

@@ -7,7 +7,7 @@ with LLM("runs/pocket") as llm:
     print(evaluate.exact_match(llm, exercises.generate(seed=0, n=200, split="heldout")).overall)
 """
 
-from herd.evaluate.bits import BitsPerByte, bits_per_byte
+from herd.evaluate.bits import BitsPerByte, bits_per_byte, first_documents
 from herd.evaluate.compression import Compressed, compressors
 from herd.evaluate.evaluation import EvaluateConfig, run
 from herd.evaluate.matching import Answered, ExactMatch, exact_match
@@ -26,6 +26,7 @@ __all__ = [
     "ci95",
     "compressors",
     "exact_match",
+    "first_documents",
     "paired",
     "proportion",
     "results_table",

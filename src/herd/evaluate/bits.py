@@ -61,6 +61,20 @@ def bits_per_byte(model: LLM, documents: Sequence[str], *, overlap: int | None =
     return BitsPerByte(nats / math.log(2) / size, nats, tokens, size, len(texts), model.context, overlap)
 
 
+def first_documents(documents: Sequence[str], limit: int | None) -> list[str]:
+    """Whole documents from the start until `limit` bytes are reached or passed; None: all of them."""
+    if limit is None:
+        return list(documents)
+    chosen: list[str] = []
+    size = 0
+    for text in documents:
+        if size >= limit:
+            break
+        chosen.append(text)
+        size += len(text.encode())
+    return chosen
+
+
 def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
     size = 0

@@ -16,7 +16,7 @@ import pydantic
 from herd.align.exercises import Exercise, generate
 from herd.config import Config
 from herd.errors import UsageError
-from herd.evaluate.bits import BitsPerByte, bits_per_byte
+from herd.evaluate.bits import BitsPerByte, bits_per_byte, first_documents
 from herd.evaluate.compression import compressors
 from herd.evaluate.matching import ExactMatch, exact_match
 from herd.evaluate.statistics import paired
@@ -64,7 +64,7 @@ def run(
 
     if not models:
         raise UsageError("there is no model to evaluate", allowed="at least one")
-    documents = list(_within(heldout, config.heldout_bytes))
+    documents = first_documents(heldout, config.heldout_bytes)
     exercises = generate(config.seed, config.exercises, "heldout") if config.exercises else []
     results: dict[str, Any] = {"version": VERSION, "config": config.model_dump(), "models": list(models)}
     results |= {"bits_per_byte": {}, "compressors": {}, "exact_match": {}, "samples": {}}
@@ -150,16 +150,3 @@ def _dialogs(exercises: Sequence[Exercise], matches: Mapping[str, ExactMatch], c
         }
         for i, exercise in enumerate(exercises[:count])
     ]
-
-
-def _within(documents: Sequence[str], limit: int | None) -> Sequence[str]:
-    if limit is None:
-        return documents
-    kept: list[str] = []
-    size = 0
-    for text in documents:
-        if size >= limit:
-            break
-        kept.append(text)
-        size += len(text.encode())
-    return kept

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from herd.align.exercises import KINDS, Exercise, generate
 from herd.errors import UsageError
 from herd.evaluate.statistics import Proportion, proportion
+from herd.evaluate.table import LEVELS
 from herd.progress import track
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 Style = Literal["chat", "few_shot"]
 _GROUP = 256  # prompts given to the model at once
-_DIFFICULTIES = ("easy", "medium", "hard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def exact_match(
     return ExactMatch(
         style,
         _score(answers),
-        {level: _score(part) for level in _DIFFICULTIES if (part := _of(answers, difficulty=level))},
+        {level: _score(part) for level in LEVELS if (part := _of(answers, difficulty=level))},
         {kind: _score(part) for kind in KINDS if (part := _of(answers, kind=kind))},
         tuple(answers),
     )

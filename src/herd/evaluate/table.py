@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+LEVELS = ("easy", "medium", "hard")
+
 
 def results_table(results: Mapping[str, Any]) -> str:
     """Lines for a terminal, from the data of results.json (any part of it may be missing or empty)."""
@@ -32,7 +34,7 @@ def _match(models: Mapping[str, Any]) -> str:
         return ""
     levels = list(dict.fromkeys(level for data in models.values() for level in data["by_difficulty"]))
     rows = [
-        (name, *(_score(data["by_difficulty"].get(level)) for level in levels), _score(data["overall"]))
+        (name, *(score_text(data["by_difficulty"].get(level)) for level in levels), score_text(data["overall"]))
         for name, data in models.items()
     ]
     n = next(iter(models.values()))["overall"]["n"]
@@ -49,20 +51,25 @@ def _comparison(data: Mapping[str, Any] | None) -> str:
 
 
 def _kinds(models: Mapping[str, Any]) -> str:
-    """One row a kind: the scores of all models, the best learnt first within a difficulty."""
+    """One row a kind: the scores of all models."""
     if not models:
         return ""
     last = list(models.values())[-1]["by_kind"]
-    order = {"easy": 0, "medium": 1, "hard": 2}
-    kinds = sorted(last, key=lambda kind: (order[last[kind]["difficulty"]], -last[kind]["score"], kind))
     rows = []
-    for kind in kinds:
-        scores = [_score(data["by_kind"].get(kind)) for data in models.values()]
+    for kind in kinds_in_order(last):
+        scores = [score_text(data["by_kind"].get(kind)) for data in models.values()]
         rows.append((kind, last[kind]["difficulty"], str(last[kind]["n"]), *scores))
     return "By kind of exercise\n" + _columns(("kind", "level", "n", *models), rows)
 
 
-def _score(data: Mapping[str, Any] | None) -> str:
+def kinds_in_order(by_kind: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Easy kinds first, within a difficulty the best learnt first."""
+    key = {kind: (LEVELS.index(entry["difficulty"]), -entry["score"], kind) for kind, entry in by_kind.items()}
+    return sorted(by_kind, key=key.__getitem__)
+
+
+def score_text(data: Mapping[str, Any] | None) -> str:
+    """`93.2 ± 1.4`, in percent; nothing for a model that was not asked."""
     return "" if data is None else f"{100 * data['score']:.1f} ± {100 * data['ci95']:.1f}"
 
 

@@ -16,7 +16,7 @@ from herd.tokenizer.bytelevel import ByteLevelVocabulary
 from herd.tokenizer.pieces import SentencePieceVocabulary
 from herd.tokenizer.specials import GGUF_PRE_NAMES
 from herd.tokenizer.spmodel import Piece, PieceType
-from herd.tokenizer.vocabulary import Vocabulary
+from herd.tokenizer.vocabulary import MAX_TOKEN, Vocabulary
 
 if TYPE_CHECKING:
     from herd.tokenizer.tokenizer import Tokenizer
@@ -93,6 +93,9 @@ class _Reader:
         found = self.list(key)
         if not found or not all(isinstance(item, str) for item in found):
             self.fail(key, "not a list of texts", type(found[0]).__name__ if found else "an empty list", "texts")
+        longest = max(found, key=len)
+        if len(longest) > 2 * MAX_TOKEN:  # a merge names two tokens
+            self.fail(key, "a text is too long for a token", longest, f"at most {MAX_TOKEN:,} characters")
         return found
 
     def numbers(self, key: str, count: int) -> list[Any]:

@@ -19,7 +19,7 @@ from herd.tokenizer.bytelevel import ByteLevelVocabulary
 from herd.tokenizer.pieces import SPACE, SentencePieceVocabulary
 from herd.tokenizer.specials import CODE_LLAMA_CONTROLS, LLAMA3_PATTERN, LLAMA4_PATTERN
 from herd.tokenizer.spmodel import Piece, PieceType
-from herd.tokenizer.vocabulary import Vocabulary
+from herd.tokenizer.vocabulary import MAX_TOKEN, Vocabulary
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
@@ -44,6 +44,8 @@ class _Reader:
         for token, number in self.ids.items():
             if type(number) is not int or number < 0:
                 self.fail(f"model.vocab[{token!r}]", number, "an id")
+            if len(token) > MAX_TOKEN:
+                self.fail("model.vocab", token, f"tokens of at most {MAX_TOKEN:,} characters")
         self.merges = self.read_merges(model.get("merges"))
         self.special, self.added = self.read_added()
 
@@ -152,7 +154,7 @@ class _Reader:
         """Pairs, written "left right" in older files and ["left", "right"] in newer ones."""
         if not isinstance(merges, list):
             self.fail("model.merges", merges, "a list")
-        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge or ()) for merge in merges]
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else _items(merge)) for merge in merges]
         for index, pair in enumerate(pairs):
             if len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
                 self.fail(f"model.merges[{index}]", merges[index], "two tokens")
@@ -204,3 +206,7 @@ class _Reader:
         raise FileFormatError(
             "this tokenizer.json is not a Llama's", file=self.path, field=field, value=value, allowed=allowed
         )
+
+
+def _items(merge: object) -> list[Any]:
+    return merge if isinstance(merge, list) else []

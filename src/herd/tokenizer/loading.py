@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from herd.errors import FileFormatError, HerdError
-from herd.files import read_json
+from herd.errors import FileFormatError, HerdError, UsageError
+from herd.files import read_json_object
 from herd.ggufmeta import read_metadata
 from herd.tokenizer import gguf_vocab
 from herd.tokenizer.bytelevel import ByteLevelVocabulary
@@ -53,14 +53,26 @@ def load(path: str | os.PathLike[str], chat_format: str | None = None) -> Tokeni
     Raises `FileFormatError` for files that are damaged or not a Llama's, naming file, field and offset.
     """
     path = Path(path)
-    file = _find(path)
+    try:
+        file = _find(path)
+        return _load_file(file, chat_format)
+    except OSError as error:
+        raise FileFormatError(f"cannot be read ({error.strerror})", file=path) from None
+
+
+def _load_file(file: Path, chat_format: str | None) -> Tokenizer:
     if file.name.endswith(".json"):
         return _load_json(file, chat_format)
     with file.open("rb") as opened:
         head = opened.read(4096)
     if head.startswith(b"GGUF"):
         return _from_metadata(read_metadata(file).metadata, chat_format, file)
-    return Tokenizer(_read_model_file(file, head, chat_format), chat_format)
+    try:
+        return Tokenizer(_read_model_file(file, head, chat_format), chat_format)
+    except (FileFormatError, UsageError):  # it names the file already, or is about `chat_format`
+        raise
+    except HerdError as error:
+        raise FileFormatError(str(error), file=file) from None
 
 
 def from_gguf_metadata(metadata: Mapping[str, object], chat_format: str | None = None) -> Tokenizer:
@@ -97,15 +109,12 @@ def _find(path: Path) -> Path:
 
 
 def _load_json(file: Path, chat_format: str | None) -> Tokenizer:
-    config: dict[str, Any] = {}
     beside = file.with_name("tokenizer_config.json")
-    if beside.is_file():
-        found = read_json(beside)
-        config = found if isinstance(found, dict) else {}
+    config: dict[str, Any] = read_json_object(beside) if beside.is_file() else {}
     template = config.get("chat_template")
     jinja = file.with_name("chat_template.jinja")
     if jinja.is_file():
-        template = jinja.read_text(encoding="utf-8")
+        template = jinja.read_text(encoding="utf-8", errors="replace")
     return _tokenizer(read_tokenizer_json(file), chat_format, config.get(FORMAT_KEY), template)
 
 
@@ -128,8 +137,8 @@ def _tiktoken(ranks: dict[bytes, int], file: Path, chat_format: str | None) -> B
         return ByteLevelVocabulary(ranks, LLAMA4_PATTERN, numbered(LLAMA4_SPECIALS, n_ranks, N_LLAMA4_SPECIALS))
     names = LLAMA3_0_SPECIALS if chat_format == "llama3" else LLAMA3_SPECIALS
     params = file.with_name("params.json")
-    total = read_json(params).get("vocab_size") if params.is_file() else None
-    n_specials = total - n_ranks if isinstance(total, int) and total > 0 else N_LLAMA3_SPECIALS
+    total = read_json_object(params).get("vocab_size") if params.is_file() else None
+    n_specials = total - n_ranks if type(total) is int and total > 0 else N_LLAMA3_SPECIALS
     if not 2 <= n_specials <= N_LLAMA3_SPECIALS:
         raise FileFormatError(
             f"the vocabulary has {n_ranks} ranks, which leaves no room for special tokens",

@@ -7,7 +7,6 @@ Merging starts from characters and follows scores; characters without a piece fa
 from __future__ import annotations
 
 import functools
-import math
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 SPACE = "▁"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LARGEST_SCORE = 3e38  # model files hold 32-bit floats
 _CONTROLS = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.UNUSED)
 
 
@@ -106,7 +106,7 @@ def _check(pieces: list[Piece]) -> None:
             problem = "is empty or holds a character that is no text"
         elif piece.text in seen:
             problem = "occurs twice"
-        elif not math.isfinite(piece.score):
+        elif not abs(piece.score) <= _LARGEST_SCORE:  # so written, not-a-number is refused as well
             problem = "has a score that is not a number"
         elif piece.type is PieceType.BYTE and not _BYTE.fullmatch(piece.text):
             problem = "is called a byte, but is not written <0xHH>"

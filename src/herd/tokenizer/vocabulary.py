@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+# Characters of a token in a file. The longest of Llama 3 has 128; work on splits of tokens grows with the square.
+MAX_TOKEN = 4096
+
 
 class Vocabulary(Protocol):
     """Text ⇄ ids without any dialogue format. Two kinds exist: `ByteLevelVocabulary` and `SentencePieceVocabulary`."""

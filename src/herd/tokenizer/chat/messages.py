@@ -104,7 +104,7 @@ class DialogWriter:
 
 def check_messages(messages: Sequence[Message]) -> list[Turn]:
     """Turn messages into checked turns. Raises `UsageError` naming the message and what is wrong with it."""
-    if isinstance(messages, (str, Mapping)) or not messages:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UsageError(
             "a dialogue is a list of at least one message", value=messages, allowed='[{"role": "user", "content": "…"}]'
         )
@@ -120,7 +120,10 @@ def _turn(index: int, message: Message) -> Turn:
     role = next((role for role in ROLES if given == role or (given == "ipython" and role == "tool")), None)
     if role is None:
         raise UsageError(f"{where} has no known role", value=given, allowed=", ".join(ROLES))
-    calls = tuple(_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(message.get("tool_calls") or ()))
+    listed: object = message.get("tool_calls") or ()
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        raise UsageError(f"{where}.tool_calls is not a list", value=listed, allowed='[{"name": "f", "arguments": {…}}]')
+    calls = tuple(_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(listed))
     if calls and role != "assistant":
         raise UsageError(f"{where}: only the assistant calls tools", value=role, allowed="assistant")
     content = message.get("content")
@@ -140,7 +143,7 @@ def _call(where: str, call: Mapping[str, Any]) -> Call:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: broken JSON, or a number of thousands of digits
             raise UsageError(f"{where}.arguments is not JSON ({error})", value=arguments) from None
     if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
         raise UsageError(f"{where}.arguments is not an object", value=arguments, allowed='{"name": value, …}')

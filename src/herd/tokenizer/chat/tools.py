@@ -8,6 +8,7 @@ passed whole instead of by name only, strings in calls are escaped, and dictiona
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,19 +33,15 @@ class Tools:
 
 def check_tools(tools: Sequence[object] | None) -> Tools:
     """Accepts OpenAI's {"type": "function", "function": {…}}, the inner object alone, and names of built-in tools."""
+    if tools is not None and (not isinstance(tools, Sequence) or isinstance(tools, str)):
+        raise UsageError("tools must be a list", value=tools, allowed=f"functions, {', '.join(BUILT_IN)}")
     built_in, functions = [], []
     for index, tool in enumerate(tools or ()):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if isinstance(tool, str) and tool in BUILT_IN:
             built_in.append(tool)
         elif isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            functions.append(
-                {
-                    "name": function["name"],
-                    "description": function.get("description", ""),
-                    "parameters": dict(function.get("parameters") or {"type": "object", "properties": {}}),
-                }
-            )
+            functions.append(_function(f"tools[{index}]", function))
         else:
             raise UsageError(
                 f"tools[{index}] is not a tool",
@@ -52,6 +49,23 @@ def check_tools(tools: Sequence[object] | None) -> Tools:
                 allowed=f'{{"name": …, "description": …, "parameters": JSON schema}} or one of {", ".join(BUILT_IN)}',
             )
     return Tools(tuple(built_in), tuple(functions))
+
+
+def _function(where: str, function: Mapping[str, Any]) -> dict[str, Any]:
+    """Name, description and JSON schema of a function, nothing else."""
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    if not isinstance(schema, Mapping) or not isinstance(schema.get("required", []), (list, tuple)):
+        raise UsageError(f"{where}.parameters is not a JSON schema", value=schema, allowed='{"type": "object", …}')
+    found = {
+        "name": function["name"],
+        "description": function.get("description", ""),
+        "parameters": dict(schema),
+    }
+    try:
+        json.dumps(found)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON ({error})", value=function["name"]) from None
+    return found
 
 
 def environment_lines(tools: Tools, *, always: bool) -> str:
@@ -147,6 +161,8 @@ def _literal(value: object) -> str:
     """A Python literal; strings in double quotes, as in Meta's examples."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError("an argument of a tool call must be JSON", value=value)
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     if isinstance(value, Mapping):
