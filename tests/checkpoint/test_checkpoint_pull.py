@@ -258,7 +258,7 @@ def test_a_hub_that_is_not_there_is_explained(hub_with_model: StandIn) -> None:
 def test_a_repository_cannot_write_outside_its_directory(name: str, hub_with_model: StandIn, tmp_path: Path) -> None:
     hub_with_model.evil_name = name
     hub_with_model.files[name] = b"evil"
-    with pytest.raises(HerdError, match=r"reaches outside|no such file"):
+    with pytest.raises(HerdError, match=r"is not written here|no such file"):
         pull(REPO, name)
     assert not list(tmp_path.glob("**/*evil*"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import sys
 import pytest
 
 from herd.cli import VERBS
-from herd.cli.output import speak
+from herd.cli.output import emit, speak
 
 
 def herd(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +65,11 @@ def test_a_models_words_cannot_steer_a_terminal(monkeypatch: pytest.MonkeyPatch)
         speak(words)
         monkeypatch.undo()
         assert out.getvalue() == expected
+
+
+def test_json_has_no_numbers_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    emit({"a": [1.5, math.nan, {"b": (math.inf, -math.inf)}], "c": True}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"a": [1.5, None, {"b": [None, None]}], "c": True}
 
 
 def test_unknown_verb_is_a_usage_error_with_advice() -> None:

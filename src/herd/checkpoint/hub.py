@@ -105,7 +105,11 @@ class _Hub:
     def describe(self, name: str, commit: str) -> _Remote:
         """Size, hash and location of a file."""
         if not _FILE.fullmatch(name) or ".." in PurePosixPath(name).parts:
-            raise HerdError("the repository has a file name that reaches outside its directory", value=name)
+            raise HerdError(
+                "the repository has a file name that is not written here",
+                value=name,
+                allowed="letters, digits and ._-+ in folders inside it",
+            )
         url = self._library.hf_hub_url(self.repository, name, revision=commit, endpoint=self.endpoint)
         data = self._ask(lambda: self._library.get_hf_file_metadata(url, token=self.token or False))
         etag = str(data.etag or "")

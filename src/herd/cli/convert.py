@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from pathlib import Path
 from typing import Annotated
@@ -37,8 +38,10 @@ def command(
         herd convert model.gguf model-meta --to meta --shards 2
     """
     from herd import checkpoint
-    from herd.errors import UsageError
+    from herd.errors import MissingDependency, UsageError
 
+    if verify and importlib.util.find_spec("torch") is None:
+        raise MissingDependency("torch", extra="train")
     if dst.exists() and not force:
         raise UsageError("the destination exists", value=dst, fix="choose another name, or add --force")
     start = time.perf_counter()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,12 +22,23 @@ def console() -> Console:
 
 
 def emit(data: Any, as_json: bool, human: Callable[[], None] | None = None) -> None:
-    """Print `data` as JSON on standard output, or let `human` print it for a person."""
+    """Print `data` as JSON on standard output, or let `human` print it for a person.
+
+    JSON has no NaN and no infinity: they become null.
+    """
     if as_json or human is None:
-        json.dump(data, sys.stdout, indent=2, ensure_ascii=False, default=str)
+        json.dump(_finite(data), sys.stdout, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         sys.stdout.write("\n")
     else:
         human()
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def speak(text: str) -> None:
