@@ -87,5 +87,8 @@ NB_MODULE(_native, m) {
         nb::arg("first_BS"), nb::arg("scale"), nb::arg("o_BSHK"), nb::arg("grad_o_BSHK"), nb::arg("lse_BHS"),
         nb::arg("grad_q_BSHK"), nb::arg("grad_k_BSGK"), nb::arg("grad_v_BSGK"), nb::arg("threads"),
         "Gradients of attention_forward.");
-  m.def("attention_isa", &herd::attention_isa, "Instruction set of the attention kernels in use.");
+  m.def(
+      "attention_isa",
+      [](bool bf16) { return herd::attention_isa(bf16 ? herd::Number::bf16 : herd::Number::f32); }, nb::arg("bf16"),
+      "Instruction set of the attention kernels in use for such inputs.");
 }

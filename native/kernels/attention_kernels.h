@@ -1,12 +1,16 @@
 // The attention tiles, written once with compiler vectors and compiled once per instruction set: the including file
-// defines HERD_KERNELS (name of the kernel set), HERD_LANES (floats in a vector) and HERD_ACCUMULATORS (registers that
-// a tile may hold).
+// defines HERD_KERNELS (name of the kernel set), HERD_LANES (floats in a vector), HERD_ACCUMULATORS (registers that a
+// tile may hold) and HERD_BF16 where products are of bfloat16 pairs, with sums in 32 bits.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
+
+#if defined(HERD_BF16)
+#include <immintrin.h>
+#endif
 
 #include "herd/attention.h"
 
@@ -54,19 +58,70 @@ inline float maximum(Vector v) {
   return best;
 }
 
-// c[i, j] (+)= Σ_d a(i, d) · b[d, j] for Rows × (Vectors·kLanes) values held in registers. a(i, d) is a[i·lda + d], or
-// a[d·lda + i] when Transposed.
+// Operands of products consist of units: one float, or two bfloat16 that are neighbours along the sum.
+#if defined(HERD_BF16)
+using Unit = std::uint32_t;
+constexpr int kPair = 2;
+inline __m512bh load_units(const Unit* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline Vector multiply_add(Vector acc, Unit x, __m512bh row) {
+  return (Vector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), row);
+}
+#else
+using Unit = float;
+constexpr int kPair = 1;
+inline Vector load_units(const Unit* p) { return load(p); }
+inline Vector multiply_add(Vector acc, Unit x, Vector row) { return acc + x * row; }
+#endif
+
+// Rows [n, width] of floats (width a multiple of 16) as an operand. `along`: neighbours of a row share a unit,
+// [n, width / kPair]. `across`: two rows' numbers at the same place do, [⌈n / kPair⌉, width]. The result is valid until
+// the next call; where a unit is a float it is the rows themselves.
+class Operand {
+ public:
+#if defined(HERD_BF16)
+  const Unit* along(const float* rows, int n, int width) {
+    const std::size_t size = std::size_t(n) * width;
+    if (units_.size() < size / 2) units_.resize(size / 2);
+    for (std::size_t i = 0; i < size; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(units_.data() + i / 2), (__m256i)narrow(rows + i));
+    return units_.data();
+  }
+  const Unit* across(const float* rows, int n, int width) {
+    const std::size_t size = std::size_t(n + 1) / 2 * width;
+    if (units_.size() < size) units_.resize(size);
+    for (int i = 0; i < n; i += 2)
+      for (int j = 0; j < width; j += 16) {
+        const float* even = rows + std::size_t(i) * width + j;
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)narrow(even));
+        const __m512i high = i + 1 < n ? _mm512_cvtepu16_epi32((__m256i)narrow(even + width)) : _mm512_setzero_si512();
+        _mm512_storeu_si512(units_.data() + std::size_t(i) / 2 * width + j,
+                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    return units_.data();
+  }
+
+ private:
+  static __m256bh narrow(const float* p) { return _mm512_cvtneps_pbh(_mm512_loadu_ps(p)); }
+  std::vector<Unit> units_;
+#else
+  const Unit* along(const float* rows, int, int) { return rows; }
+  const Unit* across(const float* rows, int, int) { return rows; }
+#endif
+};
+
+// c[i, j] (+)= Σ_u a(i, u) · b[u, j] for Rows × (Vectors·kLanes) values held in registers, with `depth` units in the
+// sum. a(i, u) is a[i·lda + u], or a[u·lda + i] when Transposed.
 template <int Rows, int Vectors, bool Transposed, bool Accumulate>
-inline void register_tile(int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
+inline void register_tile(int depth, const Unit* a, int lda, const Unit* b, int ldb, float* c, int ldc) {
   Vector acc[Rows][Vectors];
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < Vectors; ++j) acc[i][j] = Accumulate ? load(c + i * ldc + j * kLanes) : Vector{};
-  for (int d = 0; d < depth; ++d) {
-    Vector row[Vectors];
-    for (int j = 0; j < Vectors; ++j) row[j] = load(b + d * ldb + j * kLanes);
+  for (int u = 0; u < depth; ++u) {
+    decltype(load_units(b)) row[Vectors];
+    for (int j = 0; j < Vectors; ++j) row[j] = load_units(b + u * ldb + j * kLanes);
     for (int i = 0; i < Rows; ++i) {
-      const float x = Transposed ? a[d * lda + i] : a[i * lda + d];
-      for (int j = 0; j < Vectors; ++j) acc[i][j] += x * row[j];
+      const Unit x = Transposed ? a[u * lda + i] : a[i * lda + u];
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = multiply_add(acc[i][j], x, row[j]);
     }
   }
   for (int i = 0; i < Rows; ++i)
@@ -76,7 +131,7 @@ inline void register_tile(int depth, const float* a, int lda, const float* b, in
 // The same for any rows × columns (columns a multiple of kLanes). Register tiles have 4 or 8 rows so that they divide
 // kBlock: leftover rows run one by one, at a fraction of the speed.
 template <bool Transposed, bool Accumulate>
-void multiply(int rows, int columns, int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
+void multiply(int rows, int columns, int depth, const Unit* a, int lda, const Unit* b, int ldb, float* c, int ldc) {
   const auto step = Transposed ? 1 : lda;
   const auto strip = [&]<int Vectors>(int j) {
     constexpr int kRows = HERD_ACCUMULATORS / Vectors >= 8 ? 8 : 4;
@@ -135,11 +190,11 @@ void write_rows(Number number, void* to, const Heads& heads, int head, int s, in
       write(number, to, heads.at(s + i, head) + d, from[i * heads.head_dim + d]);
 }
 
-// Rows [S, K] → [K, padded S], so that scores vectorise over keys.
-void transpose(const float* rows, int count, int head_dim, int stride, float* out) {
+// Rows [S, units] → [units, padded S], so that scores vectorise over keys.
+void transpose(const Unit* rows, int count, int units, int stride, Unit* out) {
   for (int s0 = 0; s0 < count; s0 += 16)
-    for (int d = 0; d < head_dim; ++d)
-      for (int s = s0; s < std::min(count, s0 + 16); ++s) out[d * stride + s] = rows[s * head_dim + d];
+    for (int u = 0; u < units; ++u)
+      for (int s = s0; s < std::min(count, s0 + 16); ++s) out[u * stride + s] = rows[s * units + u];
 }
 
 int rounded(int n) { return (n + kBlock - 1) / kBlock * kBlock; }
@@ -173,10 +228,14 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
   const int row = task / shape.kv_heads, kv = task % shape.kv_heads;
   const Heads keys{S, shape.kv_heads, K, row}, queries{S, shape.heads, K, row};
   const std::int32_t* first = shape.first_BS + std::int64_t{row} * S;
-  std::vector<float> v_SK(std::size_t(stride) * K), k_SK(std::size_t(stride) * K), k_KS(std::size_t(K) * stride);
+  const int U = K / kPair;
+  std::vector<float> v_SK(std::size_t(stride) * K), k_SK(std::size_t(stride) * K);
+  std::vector<Unit> k_US(std::size_t(U) * stride);
+  Operand k_rows, v_rows, q_rows, p_rows;
   read_rows(number, k, keys, kv, 0, S, 1.0f, k_SK.data());
   read_rows(number, v, keys, kv, 0, S, 1.0f, v_SK.data());
-  transpose(k_SK.data(), S, K, stride, k_KS.data());
+  transpose(k_rows.along(k_SK.data(), S, K), S, U, stride, k_US.data());
+  const Unit* v_across = v_rows.across(v_SK.data(), stride, K);
   std::vector<float> q_block(kBlock * K), o_block(kBlock * K);
   alignas(64) float scores[kBlock * kBlock];
   float highest[kBlock], total[kBlock];
@@ -184,12 +243,13 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
     for (int s0 = 0; s0 < S; s0 += kBlock) {
       const int rows = std::min(kBlock, S - s0);
       read_rows(number, q, queries, head, s0, rows, shape.scale, q_block.data());
+      const Unit* q_along = q_rows.along(q_block.data(), rows, K);
       std::fill(o_block.begin(), o_block.end(), 0.0f);
       std::fill(highest, highest + rows, -kInfinity);
       std::fill(total, total + rows, 0.0f);
       const Range range = visible(first, s0, rows);
       for (int t0 = range.begin; t0 < range.end; t0 += kBlock) {
-        multiply<false, false>(rows, kBlock, K, q_block.data(), K, k_KS.data() + t0, stride, scores, kBlock);
+        multiply<false, false>(rows, kBlock, U, q_along, U, k_US.data() + t0, stride, scores, kBlock);
         if (needs_mask(range, s0, t0)) mask_tile(first, s0, rows, t0, scores);
         for (int i = 0; i < rows; ++i) {
           float* line = scores + i * kBlock;
@@ -218,8 +278,8 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
           }
           total[i] += sum(part);
         }
-        const int depth = std::min(kBlock, S - t0);
-        multiply<false, true>(rows, K, depth, scores, kBlock, &v_SK[std::size_t(t0) * K], K, o_block.data(), K);
+        multiply<false, true>(rows, K, kBlock / kPair, p_rows.along(scores, rows, kBlock), kBlock / kPair,
+                              v_across + std::size_t(t0) / kPair * K, K, o_block.data(), K);
       }
       float* lse = lse_BHS + (std::int64_t{row} * shape.heads + head) * S + s0;
       for (int i = 0; i < rows; ++i) {
@@ -238,12 +298,16 @@ void backward(const AttentionShape& shape, Number number, int task, const void* 
   const int row = task / shape.kv_heads, kv = task % shape.kv_heads;
   const Heads keys{S, shape.kv_heads, K, row}, queries{S, shape.heads, K, row};
   const std::int32_t* first = shape.first_BS + std::int64_t{row} * S;
+  const int U = K / kPair;
   const std::size_t size = std::size_t(stride) * K;
-  std::vector<float> k_SK(size), v_SK(size), k_KS(size), v_KS(size), dk_SK(size), dv_SK(size);
+  std::vector<float> k_SK(size), v_SK(size), dk_SK(size), dv_SK(size);
+  std::vector<Unit> k_US(size / kPair), v_US(size / kPair);
+  Operand rows_along, k_rows, q_rows, q_columns, do_rows, do_columns, p_columns, ds_rows, ds_columns;
   read_rows(number, k, keys, kv, 0, S, 1.0f, k_SK.data());
   read_rows(number, v, keys, kv, 0, S, 1.0f, v_SK.data());
-  transpose(k_SK.data(), S, K, stride, k_KS.data());
-  transpose(v_SK.data(), S, K, stride, v_KS.data());
+  transpose(rows_along.along(k_SK.data(), S, K), S, U, stride, k_US.data());
+  transpose(rows_along.along(v_SK.data(), S, K), S, U, stride, v_US.data());
+  const Unit* k_across = k_rows.across(k_SK.data(), stride, K);
   std::vector<float> q_block(kBlock * K), o_block(kBlock * K), do_block(kBlock * K), dq_block(kBlock * K);
   alignas(64) float scores[kBlock * kBlock], slopes[kBlock * kBlock];
   float delta[kBlock];
@@ -259,11 +323,14 @@ void backward(const AttentionShape& shape, Number number, int task, const void* 
         for (int d = 0; d < K; d += kLanes) dot += load(&o_block[i * K + d]) * load(&do_block[i * K + d]);
         delta[i] = sum(dot);
       }
+      const Unit *q_along = q_rows.along(q_block.data(), rows, K), *do_along = do_rows.along(do_block.data(), rows, K);
+      const Unit* q_across = q_columns.across(q_block.data(), rows, K);
+      const Unit* do_across = do_columns.across(do_block.data(), rows, K);
       std::fill(dq_block.begin(), dq_block.end(), 0.0f);
       const Range range = visible(first, s0, rows);
       for (int t0 = range.begin; t0 < range.end; t0 += kBlock) {
-        multiply<false, false>(rows, kBlock, K, q_block.data(), K, &k_KS[t0], stride, scores, kBlock);
-        multiply<false, false>(rows, kBlock, K, do_block.data(), K, &v_KS[t0], stride, slopes, kBlock);
+        multiply<false, false>(rows, kBlock, U, q_along, U, &k_US[t0], stride, scores, kBlock);
+        multiply<false, false>(rows, kBlock, U, do_along, U, &v_US[t0], stride, slopes, kBlock);
         if (needs_mask(range, s0, t0)) mask_tile(first, s0, rows, t0, scores);
         for (int i = 0; i < rows; ++i) {
           for (int j = i * kBlock; j < (i + 1) * kBlock; j += kLanes) {
@@ -273,11 +340,15 @@ void backward(const AttentionShape& shape, Number number, int task, const void* 
             store(slopes + j, p * (load(slopes + j) - delta[i]));
           }
         }
-        const int count = std::min(kBlock, S - t0);
         const std::size_t t = std::size_t(t0) * K;
-        multiply<true, true>(count, K, rows, scores, kBlock, do_block.data(), K, &dv_SK[t], K);
-        multiply<true, true>(count, K, rows, slopes, kBlock, q_block.data(), K, &dk_SK[t], K);
-        multiply<false, true>(rows, K, count, slopes, kBlock, &k_SK[t], K, dq_block.data(), K);
+        const int depth = (rows + kPair - 1) / kPair;
+        const Unit* p_across = p_columns.across(scores, rows, kBlock);
+        const Unit* ds_across = ds_columns.across(slopes, rows, kBlock);
+        const Unit* ds_along = ds_rows.along(slopes, rows, kBlock);
+        multiply<true, true>(kBlock, K, depth, p_across, kBlock, do_across, K, &dv_SK[t], K);
+        multiply<true, true>(kBlock, K, depth, ds_across, kBlock, q_across, K, &dk_SK[t], K);
+        multiply<false, true>(rows, K, kBlock / kPair, ds_along, kBlock / kPair, k_across + t / kPair, K,
+                              dq_block.data(), K);
       }
       for (int i = 0; i < rows * K; ++i) dq_block[i] *= shape.scale;  // q_block carried the scale into dk already
       write_rows(number, grad_q, queries, head, s0, rows, dq_block.data());

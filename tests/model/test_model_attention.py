@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -90,6 +94,37 @@ def test_native_in_bfloat16_is_as_exact_as_torch():
     for lowering in ("per_document", "native"):
         for got, wanted in zip(_run(lowering, mask, q, k, v, grad), exact, strict=True):
             assert float((got.double() - wanted).norm() / wanted.norm()) < 0.008, lowering
+
+
+_ON_ONE_SET = """
+import sys, torch
+from herd import _native
+from herd.model import AttentionMask, attend
+inputs, mask_ids = torch.load(sys.argv[1])
+results = []
+for dtype in (torch.float32, torch.bfloat16):
+    q, k, v, grad = (x.to(dtype).requires_grad_() for x in inputs)
+    out = attend(q, k, v, AttentionMask(document_ids_BS=mask_ids), lowering="native")
+    isa = _native.attention_isa(dtype == torch.bfloat16)
+    results.append([isa, out.detach(), *torch.autograd.grad(out, (q, k, v), grad)])
+torch.save(results, sys.argv[2])
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+def test_every_kernel_set_gives_the_oracles_numbers(isa, tmp_path):
+    inputs, ids = _inputs(2, 150, 4, 2, 48), _documents(2, 150)
+    torch.save((inputs, ids), tmp_path / "in.pt")
+    command = [sys.executable, "-c", _ON_ONE_SET, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
+    subprocess.run(command, check=True, env=os.environ | {"HERD_ISA": isa})
+    exact = _run("dense", AttentionMask(document_ids_BS=ids), *(x.double() for x in inputs))
+    in_float32, in_bfloat16 = torch.load(tmp_path / "out.pt")
+    if in_bfloat16[0] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for (used, *got), bound in ((in_float32, 1e-6), (in_bfloat16, 0.01)):
+        for values, wanted in zip(got, exact, strict=True):
+            assert float((values.double() - wanted).norm() / wanted.norm()) < bound, used
 
 
 @needs_native

@@ -2,8 +2,9 @@
 //
 // Letters: B batch, S positions, H query heads, G key/value heads, K head width (a multiple of 16, at most 256).
 // Query s of row b sees keys first[b, s] … s, which expresses documents, chunks and sliding windows alike.
-// All arithmetic is 32-bit; inputs and outputs are 32-bit or bfloat16 ("half" below). Only log-sum-exp is kept for
-// the backward pass, which computes the probabilities again (FlashAttention-2, arXiv 2307.08691).
+// Inputs and outputs are 32-bit or bfloat16. Arithmetic is 32-bit; for bfloat16 inputs, where the processor multiplies
+// them, products take bfloat16 factors (probabilities are rounded, as GPUs do) and sum in 32 bits. Only log-sum-exp is
+// kept for the backward pass, which computes the probabilities again (FlashAttention-2, arXiv 2307.08691).
 #pragma once
 
 #include <cstdint>
@@ -34,9 +35,9 @@ struct AttentionKernels {
   void (*backward)(const AttentionShape&, Number, int task, const void* q, const void* k, const void* v, const void* o,
                    const void* grad_o, const float* lse_BHS, void* grad_q, void* grad_k, void* grad_v);
 };
-extern const AttentionKernels kAttentionScalar, kAttentionAvx2, kAttentionAvx512;
+extern const AttentionKernels kAttentionScalar, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16;
 
-// Name of the kernel set in use: "avx512", "avx2" or "scalar".
-const char* attention_isa();
+// Name of the kernel set in use for such inputs: "scalar", "avx2", "avx512" or "avx512_bf16".
+const char* attention_isa(Number number);
 
 }  // namespace herd
