@@ -9,8 +9,9 @@ Names load when they are first used, so importing the room is cheap.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from herd.lazy import lazy_names
 
 if TYPE_CHECKING:
     from herd.corpus.config import CorpusConfig, Lines, NearDuplicates, Quality
@@ -22,17 +23,19 @@ if TYPE_CHECKING:
     from herd.corpus.stats import CorpusStats
     from herd.corpus.windows import EvaluationBatch, EvaluationWindows
 
-_MODULES = {
-    "config": ("CorpusConfig", "Lines", "NearDuplicates", "Quality"),
-    "document": ("Document", "read_documents", "write_documents"),
-    "packing": ("Batch", "PackedDataset", "PackedExamples", "pack_examples"),
-    "pipeline": ("curate",),
-    "shards": ("TokenShards", "pack_tokens"),
-    "sources": ("SourceReport", "read_sources", "source_files"),
-    "stats": ("CorpusStats",),
-    "windows": ("EvaluationBatch", "EvaluationWindows"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "config": ("CorpusConfig", "Lines", "NearDuplicates", "Quality"),
+        "document": ("Document", "read_documents", "write_documents"),
+        "packing": ("Batch", "PackedDataset", "PackedExamples", "pack_examples"),
+        "pipeline": ("curate",),
+        "shards": ("TokenShards", "pack_tokens"),
+        "sources": ("SourceReport", "read_sources", "source_files"),
+        "stats": ("CorpusStats",),
+        "windows": ("EvaluationBatch", "EvaluationWindows"),
+    },
+)
 
 __all__ = [
     "Batch",
@@ -56,15 +59,3 @@ __all__ = [
     "source_files",
     "write_documents",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'herd.corpus' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"herd.corpus.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__

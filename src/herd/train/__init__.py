@@ -9,8 +9,9 @@ when they are first used: `TrainConfig` needs no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from herd.lazy import lazy_names
 
 if TYPE_CHECKING:
     from herd.train.averaging import WeightAverage
@@ -26,21 +27,23 @@ if TYPE_CHECKING:
     from herd.train.trainer import Trainer, TrainResult
     from herd.train.world import World, current_world
 
-_MODULES = {
-    "averaging": ("WeightAverage",),
-    "batches": ("Batch", "BatchSource", "PackedSource"),
-    "callbacks": ("Callback", "StepRecord", "Verdict"),
-    "compilation": ("eager",),
-    "config": ("TrainConfig",),
-    "losses": ("chunked_cross_entropy", "next_token_loss"),
-    "optimizers": ("Muon", "build_optimizer"),
-    "peak": ("matmul_peak",),
-    "schedule": ("lr_factor",),
-    "state": ("StateStore",),
-    "trainer": ("TrainResult", "Trainer"),
-    "world": ("World", "current_world"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "averaging": ("WeightAverage",),
+        "batches": ("Batch", "BatchSource", "PackedSource"),
+        "callbacks": ("Callback", "StepRecord", "Verdict"),
+        "compilation": ("eager",),
+        "config": ("TrainConfig",),
+        "losses": ("chunked_cross_entropy", "next_token_loss"),
+        "optimizers": ("Muon", "build_optimizer"),
+        "peak": ("matmul_peak",),
+        "schedule": ("lr_factor",),
+        "state": ("StateStore",),
+        "trainer": ("TrainResult", "Trainer"),
+        "world": ("World", "current_world"),
+    },
+)
 
 __all__ = [
     "Batch",
@@ -64,15 +67,3 @@ __all__ = [
     "matmul_peak",
     "next_token_loss",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'herd.train' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"herd.train.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
