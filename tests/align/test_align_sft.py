@@ -106,6 +106,20 @@ def test_again_it_is_done_and_elsewhere_the_same(base: Path, vocabulary: Tokeniz
     assert (tmp_path / "b" / "checkpoint" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_time_limit_lowers_the_steps(
+    base: Path, vocabulary: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("herd.train.budget.step_seconds", lambda *_: 1.0)
+    loop = {"seq_len": 192, "batch_size": 2, "precision": "fp32", "compile": "off", "log_every": 1}
+    config = _config(exercises=200, epochs=3.0, max_minutes=0.25, train=loop)
+    result = sft.run(config, base, vocabulary, tmp_path)
+    assert 10 <= result["steps"] <= 14 and result["epochs"] < 1
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["lr"] < 0.15 * sft.SftTrainConfig().lr, "the schedule ends with the last step"
+    monkeypatch.setattr("herd.train.budget.step_seconds", lambda *_: pytest.fail("measured again"))
+    assert sft.run(config, base, vocabulary, tmp_path)["resumed_from"] == result["steps"]
+
+
 def test_rows_that_do_not_fit(base: Path, vocabulary: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="seq_len up to 256"):
         sft.run(_config(train={"seq_len": 512}), base, vocabulary, tmp_path)

@@ -14,13 +14,12 @@ from torch.nn import functional
 from herd import checkpoint, tokenizer
 from herd import model as models
 from herd.architecture import LlamaConfig, parameter_count, training_flops_per_token
-from herd.corpus import Document, EvaluationWindows, PackedDataset, read_documents
+from herd.corpus import Document, EvaluationWindows, read_documents
 from herd.corpus.document import write_documents
-from herd.errors import FileFormatError, ResourceError, UsageError
+from herd.errors import FileFormatError, UsageError
 from herd.pretrain import HeldOut, PretrainConfig, run
-from herd.pretrain.budget import fitting_steps, step_seconds
 from herd.pretrain.data import prepare, spread
-from herd.train import Batch, PackedSource, StepRecord, TrainConfig, Trainer, next_token_loss
+from herd.train import StepRecord, TrainConfig, Trainer
 
 
 def _text(n: int) -> str:
@@ -138,41 +137,17 @@ def test_the_budget_fixes_the_steps_once(
 ) -> None:
     config = _config(max_minutes=2.0, evaluations=0, train={"steps": 10**6, "log_every": 1000})
     # As if a step took a second: about 110 of them fit, depending on how long the tokens took.
-    monkeypatch.setattr("herd.pretrain.stage.step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("herd.train.budget.step_seconds", lambda *_: 1.0)
     result = run(config, _shape(words), corpus, words, tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert 30 <= plan["steps"] == result["steps"] <= 114
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])["lr"] == pytest.approx(0.001)
     # A slower machine, or a slower day, must not change a plan that training has begun to follow.
-    monkeypatch.setattr("herd.pretrain.stage.step_seconds", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("herd.train.budget.step_seconds", lambda *_: pytest.fail("measured again"))
     assert run(config, _shape(words), corpus, words, tmp_path)["resumed_from"] == result["steps"]
     (tmp_path / "plan.json").write_text('{"steps": -4, "compile": "off"}')
     with pytest.raises(FileFormatError, match="not a plan"):
         run(config, _shape(words), corpus, words, tmp_path)
-
-
-def test_measuring_leaves_no_trace(corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path) -> None:
-    files = prepare(corpus, words, tmp_path / "tokens", 100)
-    for name in ("adamw", "muon"):
-        llama = models.Llama(_shape(words))
-        llama.init_weights(0)
-        before = {key: value.clone() for key, value in llama.state_dict().items()}
-        config = TrainConfig.model_validate({"optimizer": name, "seq_len": 16, "batch_size": 4, "compile": "off"})
-        source = PackedSource(PackedDataset(files.train, 16, 4), 4)
-        trainer: Trainer[Batch] = Trainer(llama, next_token_loss, source, config, tmp_path / name)
-        assert 0 < step_seconds(trainer, 2) < 10
-        assert all(torch.equal(before[key], value) for key, value in llama.state_dict().items())
-        assert trainer.step == trainer.cursor == 0
-        assert not trainer.optimizer.state(llama) and all(p.grad is None for p in llama.parameters())
-
-
-def test_steps_that_fit() -> None:
-    assert fitting_steps(100.0, 0.5, 10**6) == 190
-    assert fitting_steps(100.0, 0.5, 50) == 50
-    with pytest.raises(ResourceError, match=r"only 4 training steps of 20.0 s fit.*max_minutes"):
-        fitting_steps(100.0, 20.0, 10**6)
-    with pytest.raises(ResourceError, match="only 0 training steps"):
-        fitting_steps(-5.0, 1.0, 100)
 
 
 def test_the_probe_is_spread_over_the_held_out_text() -> None:

@@ -7,21 +7,15 @@ sft.run(sft.SftConfig(exercises=2000), "base/checkpoint", tokenizer, "out")
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from herd.align.dialogs import Dialog, dialogs
 from herd.align.exercises import Exercise
+from herd.lazy import lazy_names
 
 if TYPE_CHECKING:
     from herd.align.sft import SftConfig
 
+__getattr__ = lazy_names(__name__, {"sft": ("SftConfig",)})
+
 __all__ = ["Dialog", "Exercise", "SftConfig", "dialogs"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "SftConfig":
-        return importlib.import_module("herd.align.sft").SftConfig
-    if name == "sft":
-        return importlib.import_module("herd.align.sft")
-    raise AttributeError(f"module 'herd.align' has no attribute {name!r}")

@@ -25,7 +25,8 @@ from herd.config import Config
 from herd.corpus import PackedExamples, pack_examples
 from herd.errors import UsageError
 from herd.files import atomic_write, write_json
-from herd.train import PackedSource, TrainConfig, Trainer, next_token_loss
+from herd.train import Batch, PackedSource, TrainConfig, Trainer, next_token_loss
+from herd.train.budget import planned
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
@@ -57,6 +58,11 @@ class SftConfig(Config):
         default=0.1, ge=0, lt=1, description="share of pretraining text among the tokens seen"
     )
     epochs: float | None = Field(default=2.5, gt=0, description="passes over the data; none: train.steps decides")
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="time for the whole stage: steps are lowered, before training, to what this machine can do",
+    )
     save_dtype: Literal["f32", "bf16"] = Field(default="f32", description="number format of the saved checkpoint")
     train: SftTrainConfig = Field(default_factory=SftTrainConfig, description="the training loop")
 
@@ -92,7 +98,13 @@ def run(
         spoken + repeated, config.train.seq_len, config.train.batch_size, config.seed, pad_id=tokenizer.pad_id
     )
     train = _resolved(config, rows)
-    loop = Trainer(llama, next_token_loss, PackedSource(rows, train.micro_batch_rows), train, out)
+
+    def trainer(final: TrainConfig) -> Trainer[Batch]:
+        return Trainer(llama, next_token_loss, PackedSource(rows, final.micro_batch_rows), final, out)
+
+    if config.max_minutes is not None:
+        train = planned(trainer(train), out / "plan.json", started + 60 * config.max_minutes)
+    loop = trainer(train)
     outcome = loop.fit()
     checkpoint.save(
         out / "checkpoint",

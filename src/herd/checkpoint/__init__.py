@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from herd.checkpoint.convert import convert, verify
 from herd.checkpoint.locate import models_home, pulled_repositories, resolve
 from herd.checkpoint.reading import Checkpoint, RawTensor, open_checkpoint
 from herd.checkpoint.writing import save
+from herd.lazy import lazy_names
 
 if TYPE_CHECKING:
     from herd.checkpoint.hub import pull
+
+# Downloading brings the HTTP client, which reading a file does not need.
+__getattr__ = lazy_names(__name__, {"hub": ("pull",)})
 
 __all__ = [
     "Checkpoint",
@@ -24,11 +28,3 @@ __all__ = [
     "save",
     "verify",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "pull":  # brings the HTTP client, which reading a file does not need
-        from herd.checkpoint.hub import pull
-
-        return pull
-    raise AttributeError(f"module 'herd.checkpoint' has no attribute {name!r}")

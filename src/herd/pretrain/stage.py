@@ -12,20 +12,17 @@ from herd.architecture import LlamaConfig, parameter_count
 from herd.corpus import EvaluationWindows, PackedDataset, TokenShards
 from herd.errors import UsageError
 from herd.files import write_json
-from herd.pretrain.budget import apply_plan, fitting_steps, read_plan, step_seconds, write_plan
 from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import TokenFiles, prepare
 from herd.pretrain.heldout import HeldOut, score
 from herd.train.batches import Batch, PackedSource
+from herd.train.budget import planned
 from herd.train.config import TrainConfig
 from herd.train.losses import next_token_loss
 from herd.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
-
-SCORING = 0.5
-"""Time to score a held-out token / time to train on one: a third by arithmetic, 0.3 to 0.45 measured."""
 
 
 def run(
@@ -54,7 +51,7 @@ def run(
 
     if config.max_minutes is not None:
         deadline = started + 60 * config.max_minutes
-        train = _planned(trainer(train), files.scored_tokens(config.evaluations), out / "plan.json", deadline)
+        train = planned(trainer(train), out / "plan.json", deadline, files.scored_tokens(config.evaluations))
     loop = trainer(train)
     outcome = loop.fit()
     checkpoint.save(
@@ -106,17 +103,3 @@ def _windows(shards: TokenShards, train: TrainConfig) -> EvaluationWindows:
 
 def _callbacks(files: TokenFiles, train: TrainConfig, times: int) -> list[HeldOut]:
     return [HeldOut(_windows(files.probe, train), times)] if files.probe is not None and times else []
-
-
-def _planned(trial: Trainer[Batch], scored_tokens: int, plan_file: Path, deadline: float) -> TrainConfig:
-    """The loop's configuration with as many steps as fit before `deadline` (monotonic seconds), planned only once."""
-    plan = read_plan(plan_file)
-    if plan is not None:
-        return apply_plan(trial.config, plan, plan_file)
-    per_step = step_seconds(trial)
-    per_token = per_step / trial.config.batch_tokens
-    left = deadline - time.monotonic() - SCORING * per_token * scored_tokens
-    steps = fitting_steps(left, per_step, trial.config.steps)
-    final = trial.config.model_copy(update={"steps": steps, "compile": "on" if trial.blocks.active else "off"})
-    write_plan(plan_file, final, per_step, left)
-    return final
