@@ -44,8 +44,13 @@ def _finite(data: Any) -> Any:
 def speak(text: str) -> None:
     """Write a model's words to standard output at once. On a terminal its control characters become visible signs:
     what a model says must not move the cursor, rewrite the screen or change the window's title."""
-    sys.stdout.write(text.translate(_VISIBLE) if sys.stdout.isatty() else text)
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """The text with a sign in place of every control character but tab and newline."""
+    return text.translate(_VISIBLE)
 
 
 # C0 controls but tab and newline, and DEL, as the pictures Unicode has for them; C1 controls as a replacement sign.
