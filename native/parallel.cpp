@@ -76,7 +76,7 @@ Pool& pool() {
 
 // GNU OpenMP's entry point, if something in this process (torch) has loaded it. Its threads keep spinning for a while
 // after each of their loops, so threads of our own would share the cores with them: attention beside torch's operators
-// got 1.15 times faster on two cores that way, and 1.9 times on OpenMP's own threads.
+// got 1.2 times faster on two cores that way, and 1.7 times on OpenMP's own threads (docs/lab-log.md).
 // A forked child inherits the entry point but no threads, and would wait for them forever.
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Team openmp_team() {

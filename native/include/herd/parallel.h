@@ -1,4 +1,5 @@
-// A small persistent thread pool: one loop at a time, tasks handed out one by one.
+// Loops over tasks on several threads: on those of an OpenMP runtime that is in the process already, else on a small
+// persistent pool of our own. Tasks are handed out one by one.
 #pragma once
 
 #include <functional>
@@ -6,7 +7,6 @@
 namespace herd {
 
 // Runs task(0) … task(count - 1) on up to `threads` threads, the caller among them, and returns when all are done.
-// Calls from several threads at once take turns.
 void parallel_for(int count, int threads, const std::function<void(int)>& task);
 
 }  // namespace herd

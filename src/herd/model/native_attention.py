@@ -1,7 +1,8 @@
 """Causal attention for training on a CPU by Herd's compiled kernels, as an operator that autograd and compile know.
 
 Each query sees a contiguous range of keys, `first_BS[b, s]` … s, which is enough for documents, Llama 4 chunks and
-sliding windows. Arithmetic is float32 whatever the inputs; the result does not depend on the number of threads.
+sliding windows. Arithmetic is float32; for bfloat16 inputs products take bfloat16
+factors where the processor multiplies them. The result does not depend on the number of threads.
 Measured against scaled_dot_product_attention: benchmarks/attention.py.
 
 Letters: B batch, S sequence, H query heads, G key/value heads, K head width.
