@@ -1,12 +1,13 @@
 # make pocket   set up, then take raw text to a chat-ready Llama      make test      set up, then lint, types and tests
 # make test-all also the slow and peer-heavy tests                     make bench     every benchmark, one after the other
+# make docs     rewrite docs/fields.md
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -q
 NATIVE := CMakeLists.txt $(shell find native -type f)
 
-.PHONY: setup setup-test pocket test test-all lint bench clean
+.PHONY: setup setup-test pocket test test-all lint bench docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.ready
@@ -45,6 +46,9 @@ test-all: lint
 
 bench: setup-test
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: setup
+	$(BIN)/herd fields --markdown > docs/fields.md.new && mv docs/fields.md.new docs/fields.md
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

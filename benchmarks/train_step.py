@@ -1,9 +1,10 @@
 """Training speed: Herd against transformers and litgpt on the same shapes, in tokens a second of whole steps.
 
-    python benchmarks/train_step.py [--shape 5M 60M] [--rounds 7] [--threads N] [--clock wall|cpu] [--json]
+    python benchmarks/train_step.py [--shape 5M 60M pocket] [--rounds 7] [--threads N] [--clock wall|cpu] [--json]
 
 A step is forward, loss, backward, clipping to norm 1 and AdamW. Every system and setting runs in a process of its own
-and steps only when it is its turn, so that rounds are interleaved; figures are medians over rounds. Peers get every
+and steps only when it is its turn, so that rounds are interleaved; a turn is three steps, as in training one follows
+the other, and figures are medians over rounds. Peers get every
 setting: eager and torch.compile of the whole model, fp32 and bf16 autocast; outside their default also the fused
 AdamW. Herd runs its `Trainer` with all its callbacks. litgpt is skipped with the reason if it cannot be imported;
 `--litgpt-python` names another interpreter that has it.
@@ -25,7 +26,11 @@ from typing import Any
 SHAPES: dict[str, dict[str, int]] = {
     "5M": {"vocab": 4096, "dim": 256, "layers": 4, "heads": 8, "kv": 4, "ffn": 688, "batch": 4, "seq": 256},
     "60M": {"vocab": 32000, "dim": 512, "layers": 12, "heads": 8, "kv": 4, "ffn": 1376, "batch": 4, "seq": 256},
+    # What recipes/pocket.yaml trains, in its batches.
+    "pocket": {"vocab": 4096, "dim": 128, "layers": 4, "heads": 4, "kv": 4, "ffn": 384, "batch": 8, "seq": 512},
 }
+STEPS = 3
+"""Steps in a turn."""
 PEERS = ("transformers", "litgpt")
 DEFAULT = ("transformers", "fp32", "eager")
 Setting = tuple[str, str, str]
@@ -169,7 +174,7 @@ def litgpt_step(shape: dict[str, int], precision: str, mode: str) -> Callable[[]
 
 
 def work(shape_name: str, system: str, precision: str, mode: str, threads: int, clock: str) -> None:
-    """Worker: build, warm up, say ready; then one step per line on stdin, its seconds on stdout."""
+    """Worker: build, warm up, say ready; then a turn per line on stdin, its seconds per step on stdout."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print must not mix with the replies
     if system == "herd":
@@ -191,8 +196,9 @@ def work(shape_name: str, system: str, precision: str, mode: str, threads: int, 
     print(json.dumps({"first_step_seconds": first}), file=replies)
     for _ in sys.stdin:
         start = now()
-        step()
-        print(json.dumps({"seconds": now() - start}), file=replies)
+        for _ in range(STEPS):
+            step()
+        print(json.dumps({"seconds": (now() - start) / STEPS}), file=replies)
 
 
 # --- in the coordinating process ----------------------------------------------------------------------------------
@@ -209,8 +215,8 @@ class Worker:
         )
         self.first = self._reply()["first_step_seconds"]
 
-    def step(self) -> float:
-        """Seconds of one step."""
+    def turn(self) -> float:
+        """Seconds per step of one turn."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -247,7 +253,7 @@ def compare(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     times: dict[Setting, list[float]] = {setting: [] for setting in workers}
     for _ in range(options.rounds):
         for setting, worker in workers.items():
-            times[setting].append(worker.step())
+            times[setting].append(worker.turn())
     tokens = SHAPES[shape]["batch"] * SHAPES[shape]["seq"]
     for row in rows:
         setting = (row["system"], row["precision"], row["mode"])

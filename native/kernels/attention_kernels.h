@@ -177,11 +177,10 @@ struct Heads {
   }
 };
 
-void read_rows(Number number, const void* from, const Heads& heads, int head, int s, int count, float factor,
-               float* out) {
+void read_rows(Number number, const void* from, const Heads& heads, int head, int s, int count, float* out) {
   for (int i = 0; i < count; ++i)
     for (int d = 0; d < heads.head_dim; ++d)
-      out[i * heads.head_dim + d] = factor * read(number, from, heads.at(s + i, head) + d);
+      out[i * heads.head_dim + d] = read(number, from, heads.at(s + i, head) + d);
 }
 
 void write_rows(Number number, void* to, const Heads& heads, int head, int s, int count, const float* from) {
@@ -229,11 +228,13 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
   const Heads keys{S, shape.kv_heads, K, row}, queries{S, shape.heads, K, row};
   const std::int32_t* first = shape.first_BS + std::int64_t{row} * S;
   const int U = K / kPair;
+  // Scores are scaled, not queries: those would be rounded once more where products are of bfloat16.
+  const float scale = shape.scale;
   std::vector<float> v_SK(std::size_t(stride) * K), k_SK(std::size_t(stride) * K);
   std::vector<Unit> k_US(std::size_t(U) * stride);
   Operand k_rows, v_rows, q_rows, p_rows;
-  read_rows(number, k, keys, kv, 0, S, 1.0f, k_SK.data());
-  read_rows(number, v, keys, kv, 0, S, 1.0f, v_SK.data());
+  read_rows(number, k, keys, kv, 0, S, k_SK.data());
+  read_rows(number, v, keys, kv, 0, S, v_SK.data());
   transpose(k_rows.along(k_SK.data(), S, K), S, U, stride, k_US.data());
   const Unit* v_across = v_rows.across(v_SK.data(), stride, K);
   std::vector<float> q_block(kBlock * K), o_block(kBlock * K);
@@ -242,7 +243,7 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
   for (int head = kv * group; head < (kv + 1) * group; ++head) {
     for (int s0 = 0; s0 < S; s0 += kBlock) {
       const int rows = std::min(kBlock, S - s0);
-      read_rows(number, q, queries, head, s0, rows, shape.scale, q_block.data());
+      read_rows(number, q, queries, head, s0, rows, q_block.data());
       const Unit* q_along = q_rows.along(q_block.data(), rows, K);
       std::fill(o_block.begin(), o_block.end(), 0.0f);
       std::fill(highest, highest + rows, -kInfinity);
@@ -266,12 +267,12 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
           Vector part{};
           for (int j = 0; j < kBlock; j += kLanes) {
             const Vector x = load(line + j);
-            const Vector p = x == -kInfinity ? Vector{} : exponential(x - best);
+            const Vector p = x == -kInfinity ? Vector{} : exponential(scale * (x - best));
             store(line + j, p);
             part += p;
           }
           if (best > highest[i]) {
-            const float shrink = std::exp(highest[i] - best);
+            const float shrink = std::exp(scale * (highest[i] - best));
             total[i] *= shrink;
             for (int d = 0; d < K; d += kLanes) store(&o_block[i * K + d], load(&o_block[i * K + d]) * shrink);
             highest[i] = best;
@@ -285,7 +286,7 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
       for (int i = 0; i < rows; ++i) {
         const float inverse = 1.0f / total[i];
         for (int d = 0; d < K; ++d) o_block[i * K + d] *= inverse;
-        lse[i] = highest[i] + std::log(total[i]);
+        lse[i] = scale * highest[i] + std::log(total[i]);
       }
       write_rows(number, o, queries, head, s0, rows, o_block.data());
     }
@@ -299,12 +300,13 @@ void backward(const AttentionShape& shape, Number number, int task, const void* 
   const Heads keys{S, shape.kv_heads, K, row}, queries{S, shape.heads, K, row};
   const std::int32_t* first = shape.first_BS + std::int64_t{row} * S;
   const int U = K / kPair;
+  const float scale = shape.scale;
   const std::size_t size = std::size_t(stride) * K;
   std::vector<float> k_SK(size), v_SK(size), dk_SK(size), dv_SK(size);
   std::vector<Unit> k_US(size / kPair), v_US(size / kPair);
   Operand rows_along, k_rows, q_rows, q_columns, do_rows, do_columns, p_columns, ds_rows, ds_columns;
-  read_rows(number, k, keys, kv, 0, S, 1.0f, k_SK.data());
-  read_rows(number, v, keys, kv, 0, S, 1.0f, v_SK.data());
+  read_rows(number, k, keys, kv, 0, S, k_SK.data());
+  read_rows(number, v, keys, kv, 0, S, v_SK.data());
   transpose(rows_along.along(k_SK.data(), S, K), S, U, stride, k_US.data());
   transpose(rows_along.along(v_SK.data(), S, K), S, U, stride, v_US.data());
   const Unit* k_across = k_rows.across(k_SK.data(), stride, K);
@@ -315,9 +317,9 @@ void backward(const AttentionShape& shape, Number number, int task, const void* 
     const float* lse = lse_BHS + (std::int64_t{row} * shape.heads + head) * S;
     for (int s0 = 0; s0 < S; s0 += kBlock) {
       const int rows = std::min(kBlock, S - s0);
-      read_rows(number, q, queries, head, s0, rows, shape.scale, q_block.data());
-      read_rows(number, o, queries, head, s0, rows, 1.0f, o_block.data());
-      read_rows(number, grad_o, queries, head, s0, rows, 1.0f, do_block.data());
+      read_rows(number, q, queries, head, s0, rows, q_block.data());
+      read_rows(number, o, queries, head, s0, rows, o_block.data());
+      read_rows(number, grad_o, queries, head, s0, rows, do_block.data());
       for (int i = 0; i < rows; ++i) {  // Σ_t p·dp of a row equals do · o
         Vector dot{};
         for (int d = 0; d < K; d += kLanes) dot += load(&o_block[i * K + d]) * load(&do_block[i * K + d]);
@@ -335,7 +337,7 @@ void backward(const AttentionShape& shape, Number number, int task, const void* 
         for (int i = 0; i < rows; ++i) {
           for (int j = i * kBlock; j < (i + 1) * kBlock; j += kLanes) {
             const Vector x = load(scores + j);
-            const Vector p = x == -kInfinity ? Vector{} : exponential(x - lse[s0 + i]);
+            const Vector p = x == -kInfinity ? Vector{} : exponential(scale * x - lse[s0 + i]);
             store(scores + j, p);
             store(slopes + j, p * (load(slopes + j) - delta[i]));
           }
@@ -350,10 +352,11 @@ void backward(const AttentionShape& shape, Number number, int task, const void* 
         multiply<false, true>(rows, K, kBlock / kPair, ds_along, kBlock / kPair, k_across + t / kPair, K,
                               dq_block.data(), K);
       }
-      for (int i = 0; i < rows * K; ++i) dq_block[i] *= shape.scale;  // q_block carried the scale into dk already
+      for (float& x : dq_block) x *= scale;
       write_rows(number, grad_q, queries, head, s0, rows, dq_block.data());
     }
   }
+  for (float& x : dk_SK) x *= scale;
   write_rows(number, grad_k, keys, kv, 0, S, dk_SK.data());
   write_rows(number, grad_v, keys, kv, 0, S, dv_SK.data());
 }

@@ -21,8 +21,9 @@ class Config(pydantic.BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def parse_config(cls: type[C], data: Mapping[str, Any], where: str) -> C:
-    """Build `cls` from plain data. `where` names the source in errors, for example "recipes/pocket.yaml: base"."""
+def parse_config(cls: type[C], data: Mapping[str, Any], where: str, *, fix: str | None = None) -> C:
+    """Build `cls` from plain data. In errors `where` names the source, for example "recipes/pocket.yaml: base", and
+    `fix` says what shows the fields."""
     try:
         return cls.model_validate(dict(data))
     except pydantic.ValidationError as error:
@@ -32,10 +33,11 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str) -> C:
         if first["type"] == "extra_forbidden":
             known = _fields_at(cls, first["loc"][:-1])
             raise UsageError(
-                f"{where}: there is no field {path!r}{more}", allowed=_near(str(first["loc"][-1]), known)
+                f"{where}: there is no field {path!r}{more}", allowed=_near(str(first["loc"][-1]), known), fix=fix
             ) from None
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise UsageError(f"{where}: field {path!r} is not valid{more}", value=first["input"], allowed=message) from None
+        what = f"{where}: field {path!r} is not valid{more}"
+        raise UsageError(what, value=first["input"], allowed=message, fix=fix) from None
 
 
 def _fields_at(cls: type[pydantic.BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -51,13 +51,13 @@ class SftConfig(Config):
         default=0, ge=0, lt=2**31, description="of the exercises, their dialogues and the order of the data"
     )
     exercises: int = Field(default=20_000, ge=1, le=10_000_000, description="different exercises")
-    kinds: tuple[str, ...] | None = Field(default=None, description="kinds of exercises; none: all")
+    kinds: tuple[str, ...] | None = Field(default=None, description="kinds of exercises; null: all")
     max_turns: int = Field(default=4, ge=1, le=64, description="most questions in one dialogue; half of them have one")
     system_share: float = Field(default=0.05, ge=0, le=1, description="share of dialogues with a system prompt")
     rehearsal_share: float = Field(
         default=0.1, ge=0, lt=1, description="share of pretraining text among the tokens seen"
     )
-    epochs: float | None = Field(default=2.5, gt=0, description="passes over the data; none: train.steps decides")
+    epochs: float | None = Field(default=2.5, gt=0, description="passes over the data; null: train.steps decides")
     max_minutes: float | None = Field(
         default=None,
         gt=0,

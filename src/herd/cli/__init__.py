@@ -14,6 +14,7 @@ from herd.errors import HerdError
 
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("run", "Run a recipe: from raw text to a chat-ready, quantised model."),
+    "fields": ("fields", "What a recipe can say: every field with its default, bounds and meaning."),
     "chat": ("chat", "Talk to a model in the terminal."),
     "generate": ("generate", "Continue a text."),
     "list": ("list", "Every Llama release: parameters, context, memory, licence."),

@@ -41,10 +41,10 @@ class EvaluateConfig(Config):
     shots: int = pydantic.Field(default=3, ge=0, le=16, description="Solved examples before a few-shot question.")
     max_tokens: int = pydantic.Field(default=48, ge=1, le=1024, description="Longest answer to an exercise, in tokens.")
     overlap: int | None = pydantic.Field(
-        default=None, ge=1, description="Tokens each window of a long document repeats; none: half the context."
+        default=None, ge=1, description="Tokens each window of a long document repeats; null: half the context."
     )
     heldout_bytes: int | None = pydantic.Field(
-        default=None, ge=1, description="Score only whole documents up to about this many bytes; none: all."
+        default=None, ge=1, description="Score only whole documents up to about this many bytes; null: all."
     )
     samples: int = pydantic.Field(
         default=4, ge=0, le=len(_SAMPLE_PROMPTS), description="Sample continuations of each model."

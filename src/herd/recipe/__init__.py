@@ -12,12 +12,14 @@ from herd.errors import MissingDependency
 from herd.recipe.loading import Recipe, load_recipe
 from herd.recipe.manifest import Decision
 from herd.recipe.planning import Placed, place, preview
+from herd.recipe.reference import FieldReference, reference, to_markdown
 from herd.recipe.runner import StageEvent, StageFailed, read_run, run
 from herd.recipe.stage import BoundStage, Stage, StageContext
 
 __all__ = [
     "BoundStage",
     "Decision",
+    "FieldReference",
     "Placed",
     "Recipe",
     "Stage",
@@ -28,8 +30,10 @@ __all__ = [
     "place",
     "preview",
     "read_run",
+    "reference",
     "run",
     "stage_table",
+    "to_markdown",
 ]
 
 

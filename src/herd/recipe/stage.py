@@ -78,6 +78,6 @@ def bind(recipe: Recipe, table: Sequence[Stage]) -> list[BoundStage]:
         if "seed" in stage.config.model_fields:
             filled.setdefault("seed", recipe.seed)
         inputs = stage.inputs + tuple(other for other in stage.optional_inputs if other in earlier)
-        bound.append(BoundStage(stage, parse_config(stage.config, filled, where), inputs))
+        bound.append(BoundStage(stage, parse_config(stage.config, filled, where, fix=f"herd fields {name}"), inputs))
         earlier.append(name)
     return bound

@@ -19,7 +19,7 @@ class TrainConfig(Config):
     seq_len: int = Field(default=512, ge=1, description="tokens of a row")
     batch_size: int = Field(default=16, ge=1, description="rows of an optimiser step, over all micro-batches and ranks")
     micro_batch: int | None = Field(
-        default=None, ge=1, description=f"rows of one forward pass; None: as many as hold {MICRO_BATCH_TOKENS} tokens"
+        default=None, ge=1, description=f"rows of one forward pass; null: as many as hold {MICRO_BATCH_TOKENS} tokens"
     )
 
     optimizer: Literal["adamw", "muon"] = Field(
@@ -32,7 +32,7 @@ class TrainConfig(Config):
     weight_decay: float = Field(default=0.1, ge=0, le=10, description="decoupled decay of matrices; vectors have none")
     clip: float = Field(default=1.0, ge=0, description="largest gradient norm, 0: no clipping")
     muon_lr: float | None = Field(
-        default=None, gt=0, le=1, description="peak learning rate of Muon, whose updates have AdamW's size; None: as lr"
+        default=None, gt=0, le=1, description="peak learning rate of Muon, whose updates have AdamW's size; null: as lr"
     )
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon: Nesterov momentum")
 

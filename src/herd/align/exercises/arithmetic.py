@@ -155,7 +155,7 @@ def _update(rng: Random) -> Draft:
 
 
 KINDS = (
-    Kind("add_small", "easy", _add_small),
+    Kind("add_small", "medium", _add_small),
     Kind("subtract_small", "medium", _subtract_small),
     Kind("times_table", "medium", _times_table),
     Kind("add_two_digits", "hard", _add_two_digits),

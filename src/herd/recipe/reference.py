@@ -1,0 +1,102 @@
+"""What a recipe can say: every field of every stage with its type, default, bounds and meaning.
+
+`herd fields` prints it and `make docs` writes docs/fields.md with it, out of the classes that check a recipe.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from herd.recipe.stage import Stage
+
+_NAMES = {int: "integer", float: "number", bool: "true, false", str: "text"}
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least", "max_length": "at most"}
+"""Attributes of the rules that pydantic keeps with a field."""
+
+
+@dataclass(frozen=True)
+class FieldReference:
+    """One field: `path` is what stands before `=` in `herd run`; `default` is YAML, empty where one must be given."""
+
+    path: str
+    allowed: str
+    default: str
+    description: str
+
+
+def reference(stages: Iterable[Stage]) -> list[FieldReference]:
+    """Every field of the stages, nested ones included, in the order of the config classes."""
+    return [field for stage in stages for field in _fields(stage.config, stage.name, stage.config.model_construct())]
+
+
+def to_markdown(fields: Iterable[FieldReference], stages: Iterable[Stage]) -> str:
+    """The reference page of the docs: a table for each stage."""
+    rows = list(fields)
+    parts = ["# Every field of a recipe\n\nMade by `make docs`; `herd fields` prints the same.\n"]
+    for stage in stages:
+        lines = ["", f"## {stage.name}", "", "| field | allowed | default | meaning |", "|---|---|---|---|"]
+        for row in rows:
+            if row.path.startswith(stage.name + "."):
+                cells = (f"`{row.path}`", row.allowed, f"`{row.default}`" if row.default else "", row.description)
+                lines.append("| " + " | ".join(re.sub(r"([|*])", r"\\\1", cell) for cell in cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "".join(parts)
+
+
+def _fields(config: type[BaseModel], path: str, defaults: BaseModel) -> Iterator[FieldReference]:
+    for name, info in config.model_fields.items():
+        default = getattr(defaults, name, None)
+        inner = _model(info.annotation)
+        if inner is not None and isinstance(default, BaseModel):
+            yield from _fields(inner, f"{path}.{name}", default)
+            continue
+        shown = "" if info.is_required() else _yaml(default)
+        yield FieldReference(f"{path}.{name}", _allowed(info), shown, info.description or "")
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _allowed(info: FieldInfo) -> str:
+    """The type in words, with the bounds that pydantic checks."""
+    bounds = []
+    for rule in info.metadata:
+        bounds += [f"{sign} {_yaml(getattr(rule, name))}" for name, sign in _SIGNS.items() if hasattr(rule, name)]
+    return f"{_type(info.annotation)} {', '.join(bounds)}".strip()
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return ", ".join(_yaml(value) for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        rest = " or ".join(_type(one) for one in arguments if one is not types.NoneType)
+        return f"{rest} or null" if types.NoneType in arguments else rest
+    if origin in (list, tuple):
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return f"{_type(arguments[0])} → {_type(arguments[1])}"
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    return _NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

@@ -1,0 +1,85 @@
+"""The reference of recipe fields says what the config classes check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from herd.cli import main
+from herd.config import parse_config
+from herd.errors import UsageError
+from herd.recipe import load_recipe, reference, stage_table, to_markdown
+from herd.recipe.stage import bind
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def leaves(value: object, path: str = "") -> set[str]:
+    """Paths of all values in nested mappings."""
+    if not isinstance(value, dict) or not value:
+        return {path}
+    return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{path}.{key}" if path else str(key))}
+
+
+def test_every_field_of_every_stage_is_there_once_with_its_default_and_a_description() -> None:
+    stages = stage_table()
+    rows = reference(stages)
+    configs = {stage.name: stage.config().model_dump(mode="json") for stage in stages}
+    assert sorted(row.path for row in rows) == sorted(leaves(configs))
+    assert all(row.description and row.allowed for row in rows)
+    by_path = {row.path: row for row in rows}
+    assert by_path["base.train.schedule"].allowed == "cosine, linear, wsd, constant"
+    assert by_path["sft.train.schedule"].default == "linear" and by_path["base.train.schedule"].default == "cosine"
+    assert by_path["base.model.head_dim"].allowed == "integer or null ≥ 2"
+    assert by_path["corpus.heldout_fraction"].allowed == "number ≥ 0, ≤ 0.5"
+
+
+def test_defaults_and_bounds_are_those_that_a_recipe_is_checked_by() -> None:
+    """Every default goes through a recipe's own parser; a value beyond any bound is refused."""
+    stages = stage_table()
+    tiny = str(REPOSITORY / "tests" / "recipe" / "tiny.yaml")
+
+    def value(path: str, text: str) -> object:
+        """What a recipe has at `path` with this override."""
+        bound = {one.name: one.config for one in bind(load_recipe(tiny, [f"{path}={text}"]), stages)}
+        found: object = bound
+        for part in path.split("."):
+            found = found[part] if isinstance(found, dict) else getattr(found, part)
+        return found
+
+    defaults = {stage.name: stage.config() for stage in stages}
+    refused = 0
+    for row in reference(stages):
+        expected: object = defaults
+        for part in row.path.split("."):
+            expected = expected[part] if isinstance(expected, dict) else getattr(expected, part)
+        text = row.default if row.default.startswith("[") or not row.default.count(":") else json.dumps(row.default)
+        assert value(row.path, text) == expected, row
+        for sign, beyond in (("≥ ", -1), ("> ", 0), ("≤ ", 1), ("< ", 0)):
+            for bound in [part.split(sign)[1] for part in row.allowed.split(", ") if sign in part]:
+                refused += 1
+                with pytest.raises(UsageError, match="not valid"):
+                    value(row.path, repr(float(bound) + beyond).removesuffix(".0"))
+    assert refused > 100
+
+
+def test_the_page_of_the_docs_is_up_to_date() -> None:
+    stages = stage_table()
+    page = (REPOSITORY / "docs" / "fields.md").read_text(encoding="utf-8")
+    assert page == to_markdown(reference(stages), stages), "run `make docs`"
+
+
+def test_the_command_finds_fields_and_errors_point_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["fields", "train.muon_lr", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert done.value.code == 0 and [row["path"] for row in rows] == ["base.train.muon_lr", "sft.train.muon_lr"]
+    with pytest.raises(SystemExit) as done:
+        main(["fields", "nonesuch"])
+    assert done.value.code == 2 and "herd fields" in capsys.readouterr().err
+    from herd.train import TrainConfig
+
+    with pytest.raises(UsageError, match="herd fields base"):
+        parse_config(TrainConfig, {"lr": 7}, "here", fix="herd fields base")
