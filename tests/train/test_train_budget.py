@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,9 +11,11 @@ torch = pytest.importorskip("torch")
 
 from herd import model as models  # noqa: E402
 from herd.architecture import LlamaConfig  # noqa: E402
-from herd.errors import ResourceError  # noqa: E402
-from herd.train import Batch, TrainConfig, Trainer, next_token_loss  # noqa: E402
-from herd.train.budget import fitting_steps, step_seconds  # noqa: E402
+from herd.errors import ResourceError, UsageError  # noqa: E402
+from herd.files import read_json, write_json  # noqa: E402
+from herd.train import Batch, Callback, StepRecord, TrainConfig, Trainer, lr_factor, next_token_loss  # noqa: E402
+from herd.train.budget import TimeLimit, fitting_steps, read_plan, step_seconds  # noqa: E402
+from herd.train.world import OneRank  # noqa: E402
 
 SHAPE = LlamaConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64, vocab_size=64)
 
@@ -34,6 +37,100 @@ def test_measuring_leaves_no_trace(optimizer: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[key], value) for key, value in llama.state_dict().items())
     assert trainer.step == trainer.cursor == 0
     assert not trainer.optimizer.state(llama) and all(p.grad is None for p in llama.parameters())
+
+
+class Clock(Callback):
+    """Time that passes with the steps alone: so many seconds each, by the share of 100 seconds that is gone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, speed: dict[float, float], stop_at: int | None = None) -> None:
+        self.now, self._speed, self._stop_at = 1000.0, speed, stop_at
+        monkeypatch.setattr("herd.train.budget.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("herd.train.budget.step_seconds", lambda _: 1.0)
+
+    def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
+        gone = (self.now - 1000) / 100
+        self.now += next(step for until, step in self._speed.items() if gone < until)
+        if record.step == self._stop_at:
+            raise KeyboardInterrupt
+
+
+SETTINGS = {"seq_len": 16, "batch_size": 4, "compile": "off", "schedule": "linear", "final_lr_ratio": 0.0}
+
+
+class Loop:
+    """Only what a time limit sees of a trainer."""
+
+    world, device = OneRank(), torch.device("cpu")
+
+    def __init__(self, most: int) -> None:
+        self.config = TrainConfig.model_validate(SETTINGS | {"steps": most})
+        self.step, self.total_steps = 0, most
+
+    def fit(self, clock: Clock, plan: Path) -> list[float]:
+        """Learning rates of all steps of a run of 100 seconds by this clock."""
+        limit, rates = TimeLimit(100.0, plan, started=clock.now), []
+        limit.on_start(self)  # type: ignore[arg-type]
+        while self.step < self.total_steps:
+            rates.append(lr_factor(self.step, self.total_steps, self.config))
+            self.step += 1
+            record = StepRecord(self.step, 1.0, 1.0, rates[-1], 64, 64.0, 1.0)
+            clock.on_step(self, record)  # type: ignore[arg-type]
+            limit.on_step(self, record)  # type: ignore[arg-type]
+        return rates
+
+
+@pytest.mark.parametrize(
+    ("speed", "steps"),
+    [({9: 1.0}, 98), ({9: 0.1}, 990), ({9: 2.0}, 48), ({0.3: 1.0, 9: 0.5}, 165), ({0.5: 0.5, 9: 1.5}, 130)],
+)
+def test_a_run_ends_on_time_whatever_the_speed_does(
+    speed: dict[float, float], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, speed)
+    rates = Loop(10**6).fit(clock, tmp_path / "plan.json")
+    assert 93 <= clock.now - 1000 <= 103 and len(rates) == pytest.approx(steps, rel=0.1)
+    assert rates[-1] == 0 and max(rates) == 1, "the schedule ends with the last step"
+
+
+def test_the_configuration_is_the_most_and_the_time_may_be_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(Loop(20).fit(Clock(monkeypatch, {9: 0.01}), tmp_path / "few.json")) == 20
+    late = Clock(monkeypatch, {0.05: 1.0, 9e9: 1000.0})
+    assert len(Loop(10**6).fit(late, tmp_path / "late.json")) < 40, "the next look after the time is up ends the run"
+
+
+def trained(directory: Path, clock: Clock) -> Trainer[Batch]:
+    """A real run of 100 seconds by this clock."""
+    llama = models.Llama(SHAPE)
+    llama.init_weights(0)
+    config = TrainConfig.model_validate(SETTINGS | {"steps": 1000, "lr": 1e-2, "checkpoint_every": 10})
+    limit = TimeLimit(100.0, directory / "plan.json", started=clock.now)
+    return Trainer(llama, next_token_loss, Random(), config, directory, [clock, limit])
+
+
+def test_a_resumed_run_decides_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {0.3: 1.0, 9: 0.5}
+    whole = trained(tmp_path / "whole", Clock(monkeypatch, speed))
+    whole.fit()
+    decided = read_plan(tmp_path / "whole" / "plan.json", 1000)
+    directory = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        trained(directory, Clock(monkeypatch, speed, stop_at=47)).fit()
+    begun = read_plan(directory / "plan.json", 1000)
+    assert 1 < len(begun) < len(decided) and begun == decided[: len(begun)]
+    # Decisions that were taken stay taken, whatever the time says now; here all of them.
+    write_json(directory / "plan.json", read_json(tmp_path / "whole" / "plan.json"))
+    again = trained(directory, Clock(monkeypatch, {9e9: 70.0}))
+    assert again.fit().resumed_from == 40 and again.total_steps == whole.total_steps
+    for name, weights in whole.model.state_dict().items():
+        assert torch.equal(weights, again.model.state_dict()[name])
+
+
+def test_a_run_without_a_plan_cannot_be_limited_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, Clock(monkeypatch, {9: 5.0}, stop_at=12)).fit()
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(UsageError, match="no plan"):
+        trained(tmp_path, Clock(monkeypatch, {9: 5.0})).fit()
 
 
 def test_steps_that_fit() -> None:

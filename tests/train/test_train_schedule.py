@@ -14,7 +14,7 @@ from herd.train import TrainConfig, lr_factor
 
 def _curve(**fields: object) -> list[float]:
     config = TrainConfig.model_validate(fields)
-    return [lr_factor(step, config) for step in range(config.steps)]
+    return [lr_factor(step, config.steps, config) for step in range(config.steps)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

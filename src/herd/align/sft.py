@@ -26,7 +26,7 @@ from herd.corpus import PackedExamples, pack_examples
 from herd.errors import UsageError
 from herd.files import atomic_write, write_json
 from herd.train import Batch, PackedSource, TrainConfig, Trainer, next_token_loss
-from herd.train.budget import planned
+from herd.train.budget import TimeLimit
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ class SftConfig(Config):
     max_minutes: float | None = Field(
         default=None,
         gt=0,
-        description="time for the whole stage: steps are lowered, before training, to what this machine can do",
+        description="time for the whole stage: steps are lowered to what this machine can do in it",
     )
     save_dtype: Literal["f32", "bf16"] = Field(default="f32", description="number format of the saved checkpoint")
     train: SftTrainConfig = Field(default_factory=SftTrainConfig, description="the training loop")
@@ -98,13 +98,11 @@ def run(
         spoken + repeated, config.train.seq_len, config.train.batch_size, config.seed, pad_id=tokenizer.pad_id
     )
     train = _resolved(config, rows)
-
-    def trainer(final: TrainConfig) -> Trainer[Batch]:
-        return Trainer(llama, next_token_loss, PackedSource(rows, final.micro_batch_rows), final, out)
-
+    limits = []
     if config.max_minutes is not None:
-        train = planned(trainer(train), out / "plan.json", started + 60 * config.max_minutes)
-    loop = trainer(train)
+        limits.append(TimeLimit(60 * config.max_minutes, out / "plan.json", started=started))
+    source = PackedSource(rows, train.micro_batch_rows)
+    loop: Trainer[Batch] = Trainer(llama, next_token_loss, source, train, out, limits)
     outcome = loop.fit()
     checkpoint.save(
         out / "checkpoint",
@@ -121,7 +119,7 @@ def run(
         "dialog_tokens": sum(len(ids) for ids, _ in spoken),
         "answer_tokens": sum(sum(mask) for _, mask in spoken),
         "rehearsal_tokens": sum(len(ids) for ids, _ in repeated),
-        "epochs": train.steps * train.batch_size / rows.rows_per_epoch,
+        "epochs": outcome.steps * train.batch_size / rows.rows_per_epoch,
         "parameters": parameter_count(llama.config),
         "batch_tokens": train.batch_tokens,
         "precision": str(loop.precision).removeprefix("torch."),

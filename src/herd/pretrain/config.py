@@ -23,7 +23,7 @@ class PretrainConfig(Config):
     max_minutes: float | None = Field(
         default=None,
         gt=0,
-        description="time for the whole stage: steps are lowered, before training, to what this machine can do",
+        description="time for the whole stage: steps are lowered to what this machine can do in it",
     )
     evaluations: int = Field(
         default=8, ge=0, description="times the held-out probe is scored along the way, at equal distances"

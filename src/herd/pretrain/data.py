@@ -24,10 +24,10 @@ class TokenFiles:
     heldout: TokenShards | None
     probe: TokenShards | None
 
-    def scored_tokens(self, probes: int) -> int:
-        """Tokens that go through the model for all evaluations; windows overlap by half, so each goes twice."""
+    def scored_tokens(self, probes: int) -> tuple[int, int]:
+        """Tokens that go through the model for all probes and at the end; windows overlap by half: each goes twice."""
         full = self.heldout.n_tokens if self.heldout is not None else 0
-        return 2 * (full + (probes * self.probe.n_tokens if self.probe is not None else 0))
+        return 2 * probes * (self.probe.n_tokens if self.probe is not None else 0), 2 * full
 
 
 def prepare(corpus: Path, tokenizer: Tokenizer, directory: Path, probe_tokens: int) -> TokenFiles:

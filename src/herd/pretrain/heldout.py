@@ -34,7 +34,7 @@ class HeldOut(Callback):
             self._score(trainer)
 
     def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
-        done, steps = record.step * self._times, trainer.config.steps
+        done, steps = record.step * self._times, trainer.total_steps
         # Once whenever step·times / steps passes a whole number, but not at the very end.
         if done // steps > (done - self._times) // steps and record.step < steps:
             self._score(trainer)

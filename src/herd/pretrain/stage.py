@@ -13,10 +13,11 @@ from herd.corpus import EvaluationWindows, PackedDataset, TokenShards
 from herd.errors import UsageError
 from herd.files import write_json
 from herd.pretrain.config import PretrainConfig
-from herd.pretrain.data import TokenFiles, prepare
+from herd.pretrain.data import prepare
 from herd.pretrain.heldout import HeldOut, score
 from herd.train.batches import Batch, PackedSource
-from herd.train.budget import planned
+from herd.train.budget import TimeLimit
+from herd.train.callbacks import Callback
 from herd.train.config import TrainConfig
 from herd.train.losses import next_token_loss
 from herd.train.trainer import Trainer
@@ -44,15 +45,14 @@ def run(
     model.init_weights(config.seed)
     rows = PackedDataset(files.train, train.seq_len, train.batch_size, config.seed, config.packing)
     source = PackedSource(rows, train.micro_batch_rows)
-    heldout = _callbacks(files, train, config.evaluations)
-
-    def trainer(final: TrainConfig) -> Trainer[Batch]:
-        return Trainer(model, next_token_loss, source, final, out, heldout)
-
+    callbacks: list[Callback] = []
     if config.max_minutes is not None:
-        deadline = started + 60 * config.max_minutes
-        train = planned(trainer(train), out / "plan.json", deadline, files.scored_tokens(config.evaluations))
-    loop = trainer(train)
+        along, at_end = files.scored_tokens(config.evaluations)
+        limit, plan = 60 * config.max_minutes, out / "plan.json"
+        callbacks.append(TimeLimit(limit, plan, started=started, scored_along=along, scored_at_end=at_end))
+    if files.probe is not None and config.evaluations:
+        callbacks.append(HeldOut(_windows(files.probe, train), config.evaluations))
+    loop: Trainer[Batch] = Trainer(model, next_token_loss, source, train, out, callbacks)
     outcome = loop.fit()
     checkpoint.save(
         out / "checkpoint",
@@ -65,7 +65,7 @@ def run(
     result: dict[str, Any] = {
         **outcome.to_dict(),
         "parameters": parameter_count(shape),
-        "epochs": train.steps * train.batch_size / rows.rows_per_epoch,
+        "epochs": outcome.steps * train.batch_size / rows.rows_per_epoch,
         "corpus_tokens": files.train.n_tokens,
         "batch_tokens": train.batch_tokens,
         "precision": str(loop.precision).removeprefix("torch."),
@@ -99,7 +99,3 @@ def _check(train: TrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> None
 
 def _windows(shards: TokenShards, train: TrainConfig) -> EvaluationWindows:
     return EvaluationWindows(shards, train.seq_len, train.micro_batch_rows)
-
-
-def _callbacks(files: TokenFiles, train: TrainConfig, times: int) -> list[HeldOut]:
-    return [HeldOut(_windows(files.probe, train), times)] if files.probe is not None and times else []

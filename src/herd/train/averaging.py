@@ -28,13 +28,13 @@ class WeightAverage(Callback):
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._first = 1 if config.average == "ema" else config.steps - max(1, round(config.tail * config.steps)) + 1
         self._average: dict[str, Tensor] = {}
         self._count = 0
 
     @torch.no_grad()
     def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
-        if record.step < self._first:
+        total = trainer.total_steps
+        if self._config.average == "tail" and record.step <= total - max(1, round(self._config.tail * total)):
             return
         weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         if not self._average:

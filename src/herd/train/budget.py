@@ -1,45 +1,125 @@
-"""How many steps fit into the time there is: measured on the machine at hand, decided once, then fixed.
+"""As many steps as fit into a time, on whatever machine this is, with a learning rate that ends where it should.
 
-The learning-rate schedule must know its length in advance, so the number of steps cannot follow the clock during
-training. It is planned from a few real steps that leave no trace, and written to plan.json: a resumed run reads it
-from there and trains the same steps.
+A schedule must know its length, so a first plan is made from a few trial steps that leave no trace. Machines change
+their speed, so the plan is revised whenever a third of what remained is done: the last revisions are small, the end is
+on time. Every decision is written to plan.json before it counts: a resumed run that comes by the same step takes the
+same decision, and ends in the same bits.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from herd.errors import FileFormatError, ResourceError
+import torch
+
+from herd.errors import FileFormatError, ResourceError, UsageError
 from herd.files import read_json, write_json
-from herd.train.config import TrainConfig
-from herd.train.trainer import Trainer
+from herd.train.callbacks import Callback, StepRecord
+
+if TYPE_CHECKING:
+    from herd.train.trainer import Trainer
 
 TRIALS = 5
 SCORING = 0.5
 """Time to score a held-out token / time to train on one: a third by arithmetic, 0.3 to 0.45 measured."""
 MARGIN = 0.95
-"""Share of the remaining time that is planned for: machines slow down more often than they speed up."""
+"""Share of the remaining time that is planned for; what is left over goes into the next revision."""
 FEWEST_STEPS = 10
 
 
-def planned(trial: Trainer[Any], plan_file: Path, deadline: float, scored_tokens: int = 0) -> TrainConfig:
-    """The configuration of `trial` with as many steps, at most its own, as fit before `deadline` (monotonic seconds).
+@dataclass(frozen=True)
+class Revision:
+    """From `step` on the run has `total` steps: decided at `step_seconds` a step with `seconds_left`."""
 
-    scored_tokens: held-out tokens that go through the model in the same time. Decided once and kept in `plan_file`.
-    Raises ResourceError when the time is too short for any training, FileFormatError for a damaged plan.
+    step: int
+    total: int
+    step_seconds: float
+    seconds_left: float
+
+    @property
+    def next(self) -> int:
+        """The step after which the plan is looked at again: a third of the way to the end."""
+        return self.step + math.ceil((self.total - self.step) / 3)
+
+
+class TimeLimit(Callback):
+    """Sets `trainer.total_steps`, at most the configuration's steps, so that a stage ends within `seconds`.
+
+    `started`: when the stage began (monotonic seconds); time before an interruption counts, time in between does not.
+    `scored_along`, `scored_at_end`: held-out tokens that go through the model during training and after it.
+    Raises ResourceError when the time is too short for any training, FileFormatError for a damaged plan, UsageError
+    for a run that was begun without a limit.
     """
-    plan = read_plan(plan_file)
-    if plan is not None:
-        return apply_plan(trial.config, plan, plan_file)
-    per_step = step_seconds(trial)
-    left = deadline - time.monotonic() - SCORING * per_step / trial.config.batch_tokens * scored_tokens
-    steps = fitting_steps(left, per_step, trial.config.steps)
-    final = trial.config.model_copy(update={"steps": steps, "compile": "on" if trial.blocks.active else "off"})
-    write_plan(plan_file, final, per_step, left)
-    return final
+
+    name = "time_limit"
+
+    def __init__(
+        self, seconds: float, plan_file: Path, *, started: float, scored_along: int = 0, scored_at_end: int = 0
+    ) -> None:
+        self._seconds, self._file, self._started = seconds, plan_file, started
+        self._along, self._at_end = scored_along, scored_at_end
+        self._before = 0.0
+        self._plan: list[Revision] = []
+        self._mark: tuple[int, float] | None = None
+
+    def on_start(self, trainer: Trainer[Any]) -> None:
+        self._plan = read_plan(self._file, trainer.config.steps)
+        if not trainer.world.any(bool(self._plan)):
+            if trainer.step:
+                raise UsageError(
+                    "this run has no plan to continue by", fix=f"remove {self._file.parent} and start again"
+                )
+            per_step = step_seconds(trainer)
+            self._revise(trainer, per_step, self._left(trainer, per_step, self._along + self._at_end), FEWEST_STEPS)
+        trainer.total_steps = self._in_force(trainer.step).total
+
+    def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
+        revision = self._in_force(record.step)
+        if record.step == revision.next and record.step < revision.total:
+            per_step = self._pace(record.step) or revision.step_seconds
+            self._revise(trainer, per_step, self._left(trainer, per_step, self._at_end), 0)
+            revision = self._plan[-1]
+        if self._mark is None or record.step == revision.step:  # the first step after a start compiles
+            self._mark = record.step, time.monotonic()
+        trainer.total_steps = revision.total
+
+    def state(self) -> dict[str, Any]:
+        return {"elapsed": self._elapsed()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self._mark is None:  # not when a run goes back: time goes on
+            self._before = state["elapsed"]
+
+    def _elapsed(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def _left(self, trainer: Trainer[Any], per_step: float, scored: int) -> float:
+        return self._seconds - self._elapsed() - SCORING * per_step / trainer.config.batch_tokens * scored
+
+    def _pace(self, step: int) -> float | None:
+        """Seconds a step since the last revision, with evaluations and checkpoints."""
+        if self._mark is None or step == self._mark[0]:
+            return None
+        return (time.monotonic() - self._mark[1]) / (step - self._mark[0])
+
+    def _in_force(self, step: int) -> Revision:
+        return next(revision for revision in reversed(self._plan) if revision.step <= step)
+
+    def _revise(self, trainer: Trainer[Any], per_step: float, left: float, fewest: int) -> None:
+        """Rank 0's clock decides for all."""
+        fitting = fitting_steps(left, per_step, trainer.config.steps - trainer.step, fewest)
+        shared = torch.tensor([float(fitting if trainer.world.rank == 0 else 0)], device=trainer.device)
+        trainer.world.sum_([shared])
+        revision = Revision(trainer.step, trainer.step + int(shared.item()), per_step, left)
+        self._plan = [old for old in self._plan if old.step < revision.step] + [revision]
+        if trainer.world.rank == 0:
+            write_json(self._file, {"revisions": [asdict(one) for one in self._plan]})
 
 
 def step_seconds(trainer: Trainer[Any], trials: int = TRIALS) -> float:
@@ -47,7 +127,6 @@ def step_seconds(trainer: Trainer[Any], trials: int = TRIALS) -> float:
 
     The steps are real ones at learning rate 0, on the first data of the run.
     """
-    trainer.compile()
     trainer.optimizer.set_lr(0.0)
     seconds = []
     for trial in range(trials + 1):
@@ -60,34 +139,29 @@ def step_seconds(trainer: Trainer[Any], trials: int = TRIALS) -> float:
     return statistics.median(seconds[1:])
 
 
-def fitting_steps(seconds_left: float, per_step: float, most: int) -> int:
-    """Steps that fit, at most `most`. Raises ResourceError when not even a few do."""
-    steps = int(MARGIN * seconds_left / per_step)
-    if steps < min(FEWEST_STEPS, most):
+def fitting_steps(seconds_left: float, per_step: float, most: int, fewest: int = FEWEST_STEPS) -> int:
+    """Steps that fit, from 0 to `most`. Raises ResourceError when not even `fewest` do."""
+    steps = max(0, int(MARGIN * seconds_left / per_step))
+    if steps < min(fewest, most):
         raise ResourceError(
-            f"only {max(steps, 0)} training steps of {per_step:.1f} s fit into the time",
+            f"only {steps} training steps of {per_step:.1f} s fit into the time",
             value=f"{max(seconds_left, 0):.0f} s left",
             fix="raise max_minutes, or train a smaller model or smaller batches",
         )
     return min(steps, most)
 
 
-def read_plan(path: Path) -> dict[str, Any] | None:
-    """The plan of an earlier call in the same directory, if there is one."""
-    return dict(read_json(path)) if path.exists() else None
-
-
-def write_plan(path: Path, config: TrainConfig, per_step: float, seconds_left: float) -> None:
-    """Fix the plan: `config` is the loop's final configuration."""
-    plan = {"steps": config.steps, "compile": config.compile, "step_seconds": per_step, "seconds_left": seconds_left}
-    write_json(path, plan)
-
-
-def apply_plan(config: TrainConfig, plan: dict[str, Any], path: Path) -> TrainConfig:
-    """`config` with the planned steps and compilation. Raises FileFormatError for a plan that is none."""
-    steps, compile_ = plan.get("steps"), plan.get("compile")
-    if not isinstance(steps, int) or not 1 <= steps <= config.steps or compile_ not in ("on", "off"):
+def read_plan(path: Path, most: int) -> list[Revision]:
+    """The decisions of earlier calls in the same directory. Raises FileFormatError for a plan that is none."""
+    if not path.exists():
+        return []
+    try:
+        plan = [Revision(**entry) for entry in read_json(path)["revisions"]]
+        ordered = all(old.step < new.step for old, new in itertools.pairwise(plan))
+        if plan[0].step != 0 or not ordered or not all(one.step <= one.total <= most for one in plan):
+            raise ValueError
+    except (KeyError, IndexError, TypeError, ValueError):
         raise FileFormatError(
-            "is not a plan for this configuration", file=path, field="steps", fix=f"remove {path.parent}"
-        )
-    return config.model_copy(update={"steps": steps, "compile": compile_})
+            "is not a plan for this configuration", file=path, field="revisions", fix=f"remove {path.parent}"
+        ) from None
+    return plan

@@ -94,11 +94,6 @@ class TrainConfig(Config):
         """Rows of one forward pass, also where the config leaves it open."""
         return self.micro_batch or max(1, min(self.batch_size, MICRO_BATCH_TOKENS // self.seq_len))
 
-    @property
-    def warmup_steps(self) -> int:
-        """Steps of the linear warm-up."""
-        return round(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
-
 
 FREE_TO_CHANGE = frozenset({"checkpoint_every", "checkpoint_seconds", "keep", "log_every", "max_rollbacks"})
 """Fields that a resumed run may have otherwise: the others would change its result."""

@@ -84,7 +84,7 @@ class Metrics(Callback):
         if time.monotonic() - self._shown > 0.5:
             self._shown = time.monotonic()
             status(self._live(trainer, record))
-        if record.step % self._every == 0 or record.step == trainer.config.steps:
+        if record.step % self._every == 0 or record.step == trainer.total_steps:
             self._write(trainer, record)
 
     def _write(self, trainer: Trainer[Any], record: StepRecord) -> None:
@@ -110,14 +110,14 @@ class Metrics(Callback):
         speed = record.tokens / record.seconds
         mfu = trainer.mfu(speed)
         parts = [
-            f"step {record.step:,}/{trainer.config.steps:,}",
+            f"step {record.step:,}/{trainer.total_steps:,}",
             f"loss {record.loss:.3f}",
             f"lr {record.lr:.1e}",
             f"norm {record.grad_norm:.2f}",
             f"{speed:,.0f} tok/s",
             *([f"{mfu:.0%} MFU"] if mfu else []),
             f"{memory_bytes(trainer.device) / 1e9:.1f} GB",
-            f"{_clock((trainer.config.steps - record.step) * (self._pace or 0))} left",
+            f"{_clock((trainer.total_steps - record.step) * (self._pace or 0))} left",
         ]
         return " · ".join(parts)
 

@@ -7,21 +7,21 @@ import math
 from herd.train.config import TrainConfig
 
 
-def lr_factor(step: int, config: TrainConfig) -> float:
-    """Learning rate of step `step` (from 0) as a share of the peak.
+def lr_factor(step: int, total: int, config: TrainConfig) -> float:
+    """Learning rate of step `step` (from 0) of `total` as a share of the peak.
 
     Warm-up over w steps: (step + 1) / w. Then from 1 to r = final_lr_ratio at the last step, with t in [0, 1]:
     cosine r + (1 - r)·(1 + cos πt)/2 (Llama 1 to 3), linear 1 - (1 - r)·t, wsd 1 until the last share `decay` of the
     steps and then linear (Hu et al. 2024, arXiv 2404.06395).
     """
-    warmup, last, final = config.warmup_steps, config.steps - 1, config.final_lr_ratio
+    warmup, last, final = warmup_steps(total, config), total - 1, config.final_lr_ratio
     if step < warmup:
         return (step + 1) / warmup
     start = warmup
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "wsd":
-        start = max(warmup, config.steps - max(1, round(config.decay * config.steps)))
+        start = max(warmup, total - max(1, round(config.decay * total)))
         if step < start:
             return 1.0
     # `start - 1` is the last step at the peak, so that the first decaying step is already below it.
@@ -29,3 +29,8 @@ def lr_factor(step: int, config: TrainConfig) -> float:
     if config.schedule == "cosine":
         return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
     return 1 - (1 - final) * t
+
+
+def warmup_steps(total: int, config: TrainConfig) -> int:
+    """Steps of the linear warm-up of a run of `total` steps."""
+    return round(config.warmup * total) if config.warmup < 1 else round(config.warmup)

@@ -103,6 +103,8 @@ class Trainer(Generic[B]):
 
         self.step = 0
         """Finished steps."""
+        self.total_steps = config.steps
+        """Steps at the end; a time limit lowers it."""
         self.cursor = 0
         """Step of the data that comes next: ahead of `step` after the run went back."""
         self.tokens = self.supervised = 0
@@ -124,7 +126,7 @@ class Trainer(Generic[B]):
             self._resume()
             for callback in self.callbacks:
                 callback.on_start(self)
-            while self.step < self.config.steps:
+            while self.step < self.total_steps:
                 if self.world.any(stop.received is not None):
                     self.save()
                     stop.leave()
@@ -143,7 +145,7 @@ class Trainer(Generic[B]):
     def train_step(self) -> None:
         """One optimiser step, with everything the callbacks do around it. `fit` is this in a loop."""
         start = time.perf_counter()
-        factor = lr_factor(self.step, self.config)
+        factor = lr_factor(self.step, self.total_steps, self.config)
         loss, norm, tokens, weight = self.gradients(self.cursor)
         self.step += 1
         self.cursor += 1
