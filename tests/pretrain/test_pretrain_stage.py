@@ -19,7 +19,7 @@ from herd.corpus.document import write_documents
 from herd.errors import FileFormatError, UsageError
 from herd.pretrain import HeldOut, PretrainConfig, run
 from herd.pretrain.data import prepare, spread
-from herd.train import StepRecord, TrainConfig, Trainer
+from herd.train import StepRecord, Trainer
 
 
 def _text(n: int) -> str:
