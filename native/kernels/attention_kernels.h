@@ -46,16 +46,17 @@ inline Vector exponential(Vector x) {
   return p;
 }
 
+// By halves, so that it takes log2(kLanes) steps.
 inline float sum(Vector v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
 }
 
 inline float maximum(Vector v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = std::max(best, v[i]);
-  return best;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = std::max(v[i], v[i + half]);
+  return v[0];
 }
 
 // Operands of products consist of units: one float, or two bfloat16 that are neighbours along the sum.
@@ -66,48 +67,34 @@ inline __m512bh load_units(const Unit* p) { return (__m512bh)_mm512_loadu_si512(
 inline Vector multiply_add(Vector acc, Unit x, __m512bh row) {
   return (Vector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), row);
 }
+inline __m512i interleave(__m256i even, __m256i odd) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+inline __m256i narrow(Vector x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+inline float dot(const Unit* a, const Unit* b, int units) {
+  const auto load_8 = [](const Unit* p) { return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+  __m256 acc = _mm256_setzero_ps();
+  for (int u = 0; u < units; u += 8) acc = _mm256_dpbf16_ps(acc, load_8(a + u), load_8(b + u));
+  return sum((Vector)_mm512_zextps256_ps512(acc));
+}
+// Floats of one row as units along it, and of kPair rows as units across them.
+inline void store_along(Unit* p, Vector x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
+inline void store_across(Unit* p, const Vector* rows) {
+  _mm512_storeu_si512(p, interleave(narrow(rows[0]), narrow(rows[1])));
+}
 #else
 using Unit = float;
 constexpr int kPair = 1;
 inline Vector load_units(const Unit* p) { return load(p); }
 inline Vector multiply_add(Vector acc, Unit x, Vector row) { return acc + x * row; }
+inline float dot(const Unit* a, const Unit* b, int units) {
+  Vector acc{};
+  for (int u = 0; u < units; u += kLanes) acc += load(a + u) * load(b + u);
+  return sum(acc);
+}
+inline void store_along(Unit* p, Vector x) { store(p, x); }
+inline void store_across(Unit* p, const Vector* rows) { store(p, rows[0]); }
 #endif
-
-// Rows [n, width] of floats (width a multiple of 16) as an operand. `along`: neighbours of a row share a unit,
-// [n, width / kPair]. `across`: two rows' numbers at the same place do, [⌈n / kPair⌉, width]. The result is valid until
-// the next call; where a unit is a float it is the rows themselves.
-class Operand {
- public:
-#if defined(HERD_BF16)
-  const Unit* along(const float* rows, int n, int width) {
-    const std::size_t size = std::size_t(n) * width;
-    if (units_.size() < size / 2) units_.resize(size / 2);
-    for (std::size_t i = 0; i < size; i += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(units_.data() + i / 2), (__m256i)narrow(rows + i));
-    return units_.data();
-  }
-  const Unit* across(const float* rows, int n, int width) {
-    const std::size_t size = std::size_t(n + 1) / 2 * width;
-    if (units_.size() < size) units_.resize(size);
-    for (int i = 0; i < n; i += 2)
-      for (int j = 0; j < width; j += 16) {
-        const float* even = rows + std::size_t(i) * width + j;
-        const __m512i low = _mm512_cvtepu16_epi32((__m256i)narrow(even));
-        const __m512i high = i + 1 < n ? _mm512_cvtepu16_epi32((__m256i)narrow(even + width)) : _mm512_setzero_si512();
-        _mm512_storeu_si512(units_.data() + std::size_t(i) / 2 * width + j,
-                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
-    return units_.data();
-  }
-
- private:
-  static __m256bh narrow(const float* p) { return _mm512_cvtneps_pbh(_mm512_loadu_ps(p)); }
-  std::vector<Unit> units_;
-#else
-  const Unit* along(const float* rows, int, int) { return rows; }
-  const Unit* across(const float* rows, int, int) { return rows; }
-#endif
-};
 
 // c[i, j] (+)= Σ_u a(i, u) · b[u, j] for Rows × (Vectors·kLanes) values held in registers, with `depth` units in the
 // sum. a(i, u) is a[i·lda + u], or a[u·lda + i] when Transposed.
@@ -149,26 +136,6 @@ void multiply(int rows, int columns, int depth, const Unit* a, int lda, const Un
   for (; j < columns; j += kLanes) strip.template operator()<1>(j);
 }
 
-float read(Number number, const void* p, std::int64_t i) {
-  if (number == Number::f32) return static_cast<const float*>(p)[i];
-  const std::uint32_t bits = std::uint32_t{static_cast<const std::uint16_t*>(p)[i]} << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-void write(Number number, void* p, std::int64_t i, float x) {
-  if (number == Number::f32) {
-    static_cast<float*>(p)[i] = x;
-    return;
-  }
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  bits = nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);  // round to nearest, ties to even
-  static_cast<std::uint16_t*>(p)[i] = static_cast<std::uint16_t>(bits >> 16);
-}
-
 // One (row, key/value head) pair of a tensor [B, S, N, K]: where its position s of head n begins.
 struct Heads {
   int positions, heads, head_dim, row;
@@ -177,17 +144,67 @@ struct Heads {
   }
 };
 
-void read_rows(Number number, const void* from, const Heads& heads, int head, int s, int count, float* out) {
+// Positions [s, s + count) of a head: as units along its width, [count, K / kPair]; as units across positions,
+// [⌈count / kPair⌉, K]; and back from floats [count, K].
+#if defined(HERD_BF16)
+__m256i load_16(const void* from, std::int64_t at) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const std::uint16_t*>(from) + at));
+}
+
+void read_along(Number, const void* from, const Heads& heads, int head, int s, int count, Unit* out) {
   for (int i = 0; i < count; ++i)
-    for (int d = 0; d < heads.head_dim; ++d)
-      out[i * heads.head_dim + d] = read(number, from, heads.at(s + i, head) + d);
+    for (int d = 0; d < heads.head_dim; d += 16, out += 8)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), load_16(from, heads.at(s + i, head) + d));
+}
+
+void read_across(Number, const void* from, const Heads& heads, int head, int s, int count, Unit* out) {
+  for (int i = 0; i < count; i += 2)
+    for (int d = 0; d < heads.head_dim; d += 16, out += 16) {
+      const __m256i even = load_16(from, heads.at(s + i, head) + d);
+      const __m256i odd = i + 1 < count ? load_16(from, heads.at(s + i + 1, head) + d) : _mm256_setzero_si256();
+      _mm512_storeu_si512(out, interleave(even, odd));
+    }
+}
+
+void write_rows(Number, void* to, const Heads& heads, int head, int s, int count, const float* from) {
+  for (int i = 0; i < count; ++i)
+    for (int d = 0; d < heads.head_dim; d += 16) {
+      auto* at = static_cast<std::uint16_t*>(to) + heads.at(s + i, head) + d;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), narrow(load(from + i * heads.head_dim + d)));
+    }
+}
+#else
+void read_along(Number number, const void* from, const Heads& heads, int head, int s, int count, Unit* out) {
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t at = heads.at(s + i, head);
+    float* row = out + i * heads.head_dim;
+    if (number == Number::f32) std::memcpy(row, static_cast<const float*>(from) + at, 4 * std::size_t(heads.head_dim));
+    for (int d = 0; number == Number::bf16 && d < heads.head_dim; ++d) {
+      const std::uint32_t bits = std::uint32_t{static_cast<const std::uint16_t*>(from)[at + d]} << 16;
+      std::memcpy(row + d, &bits, sizeof bits);
+    }
+  }
+}
+
+void read_across(Number number, const void* from, const Heads& heads, int head, int s, int count, Unit* out) {
+  read_along(number, from, heads, head, s, count, out);
 }
 
 void write_rows(Number number, void* to, const Heads& heads, int head, int s, int count, const float* from) {
-  for (int i = 0; i < count; ++i)
-    for (int d = 0; d < heads.head_dim; ++d)
-      write(number, to, heads.at(s + i, head) + d, from[i * heads.head_dim + d]);
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t at = heads.at(s + i, head);
+    const float* row = from + i * heads.head_dim;
+    if (number == Number::f32) std::memcpy(static_cast<float*>(to) + at, row, 4 * std::size_t(heads.head_dim));
+    for (int d = 0; number == Number::bf16 && d < heads.head_dim; ++d) {
+      std::uint32_t bits;
+      std::memcpy(&bits, row + d, sizeof bits);
+      const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+      bits = nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);  // round to nearest, ties to even
+      static_cast<std::uint16_t*>(to)[at + d] = static_cast<std::uint16_t>(bits >> 16);
+    }
+  }
 }
+#endif
 
 // Rows [S, units] → [units, padded S], so that scores vectorise over keys.
 void transpose(const Unit* rows, int count, int units, int stride, Unit* out) {
@@ -228,32 +245,30 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
   const Heads keys{S, shape.kv_heads, K, row}, queries{S, shape.heads, K, row};
   const std::int32_t* first = shape.first_BS + std::int64_t{row} * S;
   const int U = K / kPair;
-  // Scores are scaled, not queries: those would be rounded once more where products are of bfloat16.
-  const float scale = shape.scale;
-  std::vector<float> v_SK(std::size_t(stride) * K), k_SK(std::size_t(stride) * K);
-  std::vector<Unit> k_US(std::size_t(U) * stride);
-  Operand k_rows, v_rows, q_rows, p_rows;
-  read_rows(number, k, keys, kv, 0, S, k_SK.data());
-  read_rows(number, v, keys, kv, 0, S, v_SK.data());
-  transpose(k_rows.along(k_SK.data(), S, K), S, U, stride, k_US.data());
-  const Unit* v_across = v_rows.across(v_SK.data(), stride, K);
-  std::vector<float> q_block(kBlock * K), o_block(kBlock * K);
+  const float scale = shape.scale;  // of scores: scaled queries would have to be rounded once more
+  std::vector<Unit> k_SU(std::size_t(S) * U), k_US(std::size_t(U) * stride), v_across(std::size_t(stride) * U);
+  read_along(number, k, keys, kv, 0, S, k_SU.data());
+  transpose(k_SU.data(), S, U, stride, k_US.data());
+  read_across(number, v, keys, kv, 0, S, v_across.data());
+  std::vector<Unit> q_along(kBlock * U);
+  std::vector<float> o_block(kBlock * K);
   alignas(64) float scores[kBlock * kBlock];
+  alignas(64) Unit p_along[kBlock * kBlock / kPair];
   float highest[kBlock], total[kBlock];
   for (int head = kv * group; head < (kv + 1) * group; ++head) {
     for (int s0 = 0; s0 < S; s0 += kBlock) {
       const int rows = std::min(kBlock, S - s0);
-      read_rows(number, q, queries, head, s0, rows, q_block.data());
-      const Unit* q_along = q_rows.along(q_block.data(), rows, K);
+      read_along(number, q, queries, head, s0, rows, q_along.data());
       std::fill(o_block.begin(), o_block.end(), 0.0f);
       std::fill(highest, highest + rows, -kInfinity);
       std::fill(total, total + rows, 0.0f);
       const Range range = visible(first, s0, rows);
       for (int t0 = range.begin; t0 < range.end; t0 += kBlock) {
-        multiply<false, false>(rows, kBlock, U, q_along, U, k_US.data() + t0, stride, scores, kBlock);
+        multiply<false, false>(rows, kBlock, U, q_along.data(), U, &k_US[t0], stride, scores, kBlock);
         if (needs_mask(range, s0, t0)) mask_tile(first, s0, rows, t0, scores);
         for (int i = 0; i < rows; ++i) {
-          float* line = scores + i * kBlock;
+          const float* line = scores + i * kBlock;
+          Unit* p_line = p_along + i * kBlock / kPair;
           Vector top = load(line);
           for (int j = kLanes; j < kBlock; j += kLanes) {
             const Vector x = load(line + j);
@@ -261,14 +276,14 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
           }
           const float best = std::max(highest[i], maximum(top));
           if (best == -kInfinity) {  // nothing visible in this tile yet
-            std::fill(line, line + kBlock, 0.0f);
+            std::fill(p_line, p_line + kBlock / kPair, Unit{});
             continue;
           }
           Vector part{};
           for (int j = 0; j < kBlock; j += kLanes) {
             const Vector x = load(line + j);
             const Vector p = x == -kInfinity ? Vector{} : exponential(scale * (x - best));
-            store(line + j, p);
+            store_along(p_line + j / kPair, p);
             part += p;
           }
           if (best > highest[i]) {
@@ -279,8 +294,8 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
           }
           total[i] += sum(part);
         }
-        multiply<false, true>(rows, K, kBlock / kPair, p_rows.along(scores, rows, kBlock), kBlock / kPair,
-                              v_across + std::size_t(t0) / kPair * K, K, o_block.data(), K);
+        multiply<false, true>(rows, K, kBlock / kPair, p_along, kBlock / kPair, &v_across[std::size_t(t0) * U], K,
+                              o_block.data(), K);
       }
       float* lse = lse_BHS + (std::int64_t{row} * shape.heads + head) * S + s0;
       for (int i = 0; i < rows; ++i) {
@@ -301,55 +316,54 @@ void backward(const AttentionShape& shape, Number number, int task, const void* 
   const std::int32_t* first = shape.first_BS + std::int64_t{row} * S;
   const int U = K / kPair;
   const float scale = shape.scale;
-  const std::size_t size = std::size_t(stride) * K;
-  std::vector<float> k_SK(size), v_SK(size), dk_SK(size), dv_SK(size);
-  std::vector<Unit> k_US(size / kPair), v_US(size / kPair);
-  Operand rows_along, k_rows, q_rows, q_columns, do_rows, do_columns, p_columns, ds_rows, ds_columns;
-  read_rows(number, k, keys, kv, 0, S, k_SK.data());
-  read_rows(number, v, keys, kv, 0, S, v_SK.data());
-  transpose(rows_along.along(k_SK.data(), S, K), S, U, stride, k_US.data());
-  transpose(rows_along.along(v_SK.data(), S, K), S, U, stride, v_US.data());
-  const Unit* k_across = k_rows.across(k_SK.data(), stride, K);
-  std::vector<float> q_block(kBlock * K), o_block(kBlock * K), do_block(kBlock * K), dq_block(kBlock * K);
+  const std::size_t size = std::size_t(stride) * U;
+  std::vector<Unit> rows_SU(std::size_t(S) * U), k_US(size), v_US(size), k_across(size);
+  read_along(number, k, keys, kv, 0, S, rows_SU.data());
+  transpose(rows_SU.data(), S, U, stride, k_US.data());
+  read_along(number, v, keys, kv, 0, S, rows_SU.data());
+  transpose(rows_SU.data(), S, U, stride, v_US.data());
+  read_across(number, k, keys, kv, 0, S, k_across.data());
+  std::vector<float> dk_SK(std::size_t(stride) * K), dv_SK(std::size_t(stride) * K), dq_block(kBlock * K);
+  std::vector<Unit> q_along(kBlock * U), o_along(kBlock * U), do_along(kBlock * U);
+  std::vector<Unit> q_across(kBlock * U), do_across(kBlock * U);
   alignas(64) float scores[kBlock * kBlock], slopes[kBlock * kBlock];
+  alignas(64) Unit p_across[kBlock * kBlock / kPair], ds_across[kBlock * kBlock / kPair];
+  alignas(64) Unit ds_along[kBlock * kBlock / kPair];
   float delta[kBlock];
   for (int head = kv * group; head < (kv + 1) * group; ++head) {
     const float* lse = lse_BHS + (std::int64_t{row} * shape.heads + head) * S;
     for (int s0 = 0; s0 < S; s0 += kBlock) {
       const int rows = std::min(kBlock, S - s0);
-      read_rows(number, q, queries, head, s0, rows, q_block.data());
-      read_rows(number, o, queries, head, s0, rows, o_block.data());
-      read_rows(number, grad_o, queries, head, s0, rows, do_block.data());
-      for (int i = 0; i < rows; ++i) {  // Σ_t p·dp of a row equals do · o
-        Vector dot{};
-        for (int d = 0; d < K; d += kLanes) dot += load(&o_block[i * K + d]) * load(&do_block[i * K + d]);
-        delta[i] = sum(dot);
-      }
-      const Unit *q_along = q_rows.along(q_block.data(), rows, K), *do_along = do_rows.along(do_block.data(), rows, K);
-      const Unit* q_across = q_columns.across(q_block.data(), rows, K);
-      const Unit* do_across = do_columns.across(do_block.data(), rows, K);
+      read_along(number, q, queries, head, s0, rows, q_along.data());
+      read_along(number, o, queries, head, s0, rows, o_along.data());
+      read_along(number, grad_o, queries, head, s0, rows, do_along.data());
+      read_across(number, q, queries, head, s0, rows, q_across.data());
+      read_across(number, grad_o, queries, head, s0, rows, do_across.data());
+      // Σ_t p·dp of a row equals do · o
+      for (int i = 0; i < rows; ++i) delta[i] = dot(&o_along[i * U], &do_along[i * U], U);
       std::fill(dq_block.begin(), dq_block.end(), 0.0f);
       const Range range = visible(first, s0, rows);
       for (int t0 = range.begin; t0 < range.end; t0 += kBlock) {
-        multiply<false, false>(rows, kBlock, U, q_along, U, &k_US[t0], stride, scores, kBlock);
-        multiply<false, false>(rows, kBlock, U, do_along, U, &v_US[t0], stride, slopes, kBlock);
+        multiply<false, false>(rows, kBlock, U, q_along.data(), U, &k_US[t0], stride, scores, kBlock);
+        multiply<false, false>(rows, kBlock, U, do_along.data(), U, &v_US[t0], stride, slopes, kBlock);
         if (needs_mask(range, s0, t0)) mask_tile(first, s0, rows, t0, scores);
-        for (int i = 0; i < rows; ++i) {
-          for (int j = i * kBlock; j < (i + 1) * kBlock; j += kLanes) {
-            const Vector x = load(scores + j);
-            const Vector p = x == -kInfinity ? Vector{} : exponential(scale * x - lse[s0 + i]);
-            store(scores + j, p);
-            store(slopes + j, p * (load(slopes + j) - delta[i]));
+        for (int i = 0; i < rows; i += kPair)
+          for (int j = 0; j < kBlock; j += kLanes) {
+            Vector p[kPair]{}, ds[kPair]{};
+            for (int r = 0; r < kPair && i + r < rows; ++r) {
+              const Vector x = load(scores + (i + r) * kBlock + j);
+              p[r] = x == -kInfinity ? Vector{} : exponential(scale * x - lse[s0 + i + r]);
+              ds[r] = p[r] * (load(slopes + (i + r) * kBlock + j) - delta[i + r]);
+              store_along(ds_along + ((i + r) * kBlock + j) / kPair, ds[r]);
+            }
+            store_across(p_across + i / kPair * kBlock + j, p);
+            store_across(ds_across + i / kPair * kBlock + j, ds);
           }
-        }
-        const std::size_t t = std::size_t(t0) * K;
         const int depth = (rows + kPair - 1) / kPair;
-        const Unit* p_across = p_columns.across(scores, rows, kBlock);
-        const Unit* ds_across = ds_columns.across(slopes, rows, kBlock);
-        const Unit* ds_along = ds_rows.along(slopes, rows, kBlock);
-        multiply<true, true>(kBlock, K, depth, p_across, kBlock, do_across, K, &dv_SK[t], K);
-        multiply<true, true>(kBlock, K, depth, ds_across, kBlock, q_across, K, &dk_SK[t], K);
-        multiply<false, true>(rows, K, kBlock / kPair, ds_along, kBlock / kPair, k_across + t / kPair, K,
+        const std::size_t t = std::size_t(t0) * K;
+        multiply<true, true>(kBlock, K, depth, p_across, kBlock, do_across.data(), K, &dv_SK[t], K);
+        multiply<true, true>(kBlock, K, depth, ds_across, kBlock, q_across.data(), K, &dk_SK[t], K);
+        multiply<false, true>(rows, K, kBlock / kPair, ds_along, kBlock / kPair, &k_across[t / kPair], K,
                               dq_block.data(), K);
       }
       for (float& x : dq_block) x *= scale;
