@@ -13,6 +13,7 @@ AdamW. Herd runs its `Trainer` with all its callbacks. litgpt is skipped with th
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import statistics
@@ -80,7 +81,9 @@ def herd_step(shape: dict[str, int], precision: str, mode: str) -> Callable[[], 
         {"steps": 10**6, "seq_len": length, "batch_size": rows, "micro_batch": rows, "precision": precision}
         | {"compile": "on", "device": "cpu", "checkpoint_seconds": 0}
     )
-    trainer = Trainer(model, next_token_loss, Random(), config, tempfile.mkdtemp())
+    directory = tempfile.TemporaryDirectory()
+    atexit.register(directory.cleanup)
+    trainer = Trainer(model, next_token_loss, Random(), config, directory.name)
     trainer.compile()
     return trainer.train_step
 
@@ -209,9 +212,10 @@ class Worker:
 
     def __init__(self, shape: str, setting: Setting, options: argparse.Namespace) -> None:
         python = options.litgpt_python if setting[0] == "litgpt" else sys.executable
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [python, __file__, "--worker", shape, *setting, str(options.threads), options.clock]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self.first = self._reply()["first_step_seconds"]
 
@@ -229,10 +233,11 @@ class Worker:
         self.process.wait()
 
     def _reply(self) -> dict[str, Any]:
-        assert self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            last = (self.process.stderr.read().strip().splitlines() or ["no output"])[-1]
+            self.errors.seek(0)
+            last = (self.errors.read().strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(last)
         reply: dict[str, Any] = json.loads(line)
         return reply

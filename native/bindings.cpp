@@ -3,6 +3,8 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <cmath>
+
 #include "herd/attention.h"
 #include "herd/cpu.h"
 
@@ -32,6 +34,7 @@ herd::AttentionShape attention_shape(const Values& q, const Values& k, const Fir
   const auto b = q.shape(0), s = q.shape(1), h = q.shape(2), g = k.shape(2), d = q.shape(3);
   if (g == 0 || h % g || d == 0 || d % 16 || d > 256)
     throw nb::value_error("attention needs heads divisible by kv heads and a head width of 16, 32, … 256");
+  if (!(scale > 0) || !std::isfinite(scale)) throw nb::value_error("attention needs a finite scale above 0");
   if (first.shape(0) != b || first.shape(1) != s) throw nb::value_error("first must be [B, S]");
   for (std::size_t i = 0; i < b * s; ++i)
     if (first.data()[i] < 0 || first.data()[i] > static_cast<std::int32_t>(i % s))

@@ -275,11 +275,7 @@ void forward(const AttentionShape& shape, Number number, int task, const void* q
             top = x > top ? x : top;
           }
           const float best = std::max(highest[i], maximum(top));
-          if (best == -kInfinity) {  // nothing visible in this tile yet
-            std::fill(p_line, p_line + kBlock / kPair, Unit{});
-            continue;
-          }
-          Vector part{};
+          Vector part{};  // stays 0 where nothing is visible yet, and not a number where a score is none
           for (int j = 0; j < kBlock; j += kLanes) {
             const Vector x = load(line + j);
             const Vector p = x == -kInfinity ? Vector{} : exponential(scale * (x - best));

@@ -15,7 +15,7 @@ from herd.errors import UsageError
 class Config(pydantic.BaseModel):
     """Base of every stage's configuration: immutable, no unknown keys; each field has a description and bounds."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)
@@ -35,7 +35,10 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str, *, fix: str 
             raise UsageError(
                 f"{where}: there is no field {path!r}{more}", allowed=_near(str(first["loc"][-1]), known), fix=fix
             ) from None
-        message = first["msg"][0].lower() + first["msg"][1:]
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        if not path:  # fields that contradict each other
+            raise UsageError(f"{where}: {message}{more}", fix=fix) from None
         what = f"{where}: field {path!r} is not valid{more}"
         raise UsageError(what, value=first["input"], allowed=message, fix=fix) from None
 

@@ -100,13 +100,14 @@ _ON_ONE_SET = """
 import sys, torch
 from herd import _native
 from herd.model import AttentionMask, attend
-inputs, mask_ids = torch.load(sys.argv[1])
 results = []
-for dtype in (torch.float32, torch.bfloat16):
-    q, k, v, grad = (x.to(dtype).requires_grad_() for x in inputs)
-    out = attend(q, k, v, AttentionMask(document_ids_BS=mask_ids), lowering="native")
-    isa = _native.attention_isa(dtype == torch.bfloat16)
-    results.append([isa, out.detach(), *torch.autograd.grad(out, (q, k, v), grad)])
+for inputs, mask_ids in torch.load(sys.argv[1]):
+    results.append([])
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, grad = (x.to(dtype).requires_grad_() for x in inputs)
+        out = attend(q, k, v, AttentionMask(document_ids_BS=mask_ids), lowering="native")
+        isa = _native.attention_isa(dtype == torch.bfloat16)
+        results[-1].append([isa, out.detach(), *torch.autograd.grad(out, (q, k, v), grad)])
 torch.save(results, sys.argv[2])
 """
 
@@ -114,17 +115,38 @@ torch.save(results, sys.argv[2])
 @needs_native
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_every_kernel_set_gives_the_oracles_numbers(isa, tmp_path):
-    inputs, ids = _inputs(2, 150, 4, 2, 48), _documents(2, 150)
-    torch.save((inputs, ids), tmp_path / "in.pt")
+    """Also where rows and positions leave a remainder in pairs, vectors and tiles, and for the widest heads."""
+    cases = [((2, 150, 4, 2, 48)), (1, 129, 3, 1, 80), (1, 65, 2, 2, 256), (1, 131, 2, 1, 144), (2, 3, 2, 1, 16)]
+    saved = [(_inputs(*shape), _documents(shape[0], shape[1])) for shape in cases]
+    torch.save(saved, tmp_path / "in.pt")
     command = [sys.executable, "-c", _ON_ONE_SET, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
-    subprocess.run(command, check=True, env=os.environ | {"HERD_ISA": isa})
-    exact = _run("dense", AttentionMask(document_ids_BS=ids), *(x.double() for x in inputs))
-    in_float32, in_bfloat16 = torch.load(tmp_path / "out.pt")
-    if in_bfloat16[0] != isa:
-        pytest.skip(f"this processor has no {isa}")
-    for (used, *got), bound in ((in_float32, 1e-6), (in_bfloat16, 0.01)):
-        for values, wanted in zip(got, exact, strict=True):
-            assert float((values.double() - wanted).norm() / wanted.norm()) < bound, used
+    # Memory is filled with a pattern: what nobody wrote must not reach a result.
+    subprocess.run(command, check=True, env=os.environ | {"HERD_ISA": isa, "MALLOC_PERTURB_": "129"})
+    for (inputs, ids), (in_float32, in_bfloat16) in zip(saved, torch.load(tmp_path / "out.pt"), strict=True):
+        if in_bfloat16[0] != isa:
+            pytest.skip(f"this processor has no {isa}")
+        exact = _run("dense", AttentionMask(document_ids_BS=ids), *(x.double() for x in inputs))
+        for (used, *got), bound in ((in_float32, 2e-6), (in_bfloat16, 0.01)):
+            for values, wanted in zip(got, exact, strict=True):
+                assert float((values.double() - wanted).norm() / wanted.norm()) < bound, (used, inputs[0].shape)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_reaches_all_that_see_it_and_nobody_else(dtype):
+    q, k, v, _ = _inputs(1, 130, 2, 2, 32, dtype)
+    k[0, 3, 0] = float("nan")
+    unseen = torch.zeros(1, 130, 2, dtype=torch.bool)
+    unseen[0, 3:, 0] = True
+    assert torch.equal(attend(q, k, v, AttentionMask(), lowering="native").isnan().any(-1), unseen)
+
+
+@needs_native
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_that_are_none_are_refused(scale):
+    q, k, v, _ = _inputs(1, 4, 1, 1, 16)
+    with pytest.raises(ValueError, match="scale"):
+        torch.ops.herd.causal_attention(q, k, v, torch.zeros(1, 4, dtype=torch.int32), scale)
 
 
 @needs_native

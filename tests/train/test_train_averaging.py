@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class _Path(Callback):
         self.weights.append(trainer.model.weight.detach().clone())
 
 
-def _fit(out: Path, **fields: Any) -> tuple[nn.Module, list[Tensor]]:
+def _fit(out: Path, callbacks: Sequence[Callback] = (), **fields: Any) -> tuple[nn.Module, list[Tensor]]:
     model = nn.Linear(3, 2, bias=False)
     nn.init.ones_(model.weight)
 
@@ -46,7 +47,7 @@ def _fit(out: Path, **fields: Any) -> tuple[nn.Module, list[Tensor]]:
 
     path = _Path()
     config = TrainConfig(steps=20, lr=0.05, precision="fp32", checkpoint_seconds=0, **fields)
-    Trainer(model, loss, _Source(), config, out, [path]).fit()
+    Trainer(model, loss, _Source(), config, out, [path, *callbacks]).fit()
     return model, path.weights
 
 
@@ -69,3 +70,20 @@ def test_training_itself_is_not_changed(tmp_path: Path, average: str) -> None:
     _, plain = _fit(tmp_path / "a")
     _, averaged = _fit(tmp_path / "b", average=average)
     assert all(torch.equal(a, b) for a, b in zip(plain, averaged, strict=True))
+
+
+def test_a_tail_that_moves_away_starts_anew(tmp_path: Path) -> None:
+    """The end of a run may move while it runs: then only the last share of the real run counts."""
+
+    class Longer(Callback):
+        def limit(self, step: int) -> int:
+            return 10 if step < 10 else 20
+
+    class Early(Callback):
+        def limit(self, step: int) -> int:
+            return 10
+
+    for callbacks, last in (([Longer()], 20), ([Early()], 10)):
+        model, weights = _fit(tmp_path / str(last), callbacks, average="tail", tail=0.4)
+        assert len(weights) == last
+        torch.testing.assert_close(model.weight.detach(), torch.stack(weights[-round(0.4 * last) :]).mean(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from herd.architecture import LlamaConfig  # noqa: E402
 from herd.errors import ResourceError, UsageError  # noqa: E402
 from herd.files import read_json, write_json  # noqa: E402
 from herd.train import Batch, Callback, StepRecord, TrainConfig, Trainer, lr_factor, next_token_loss  # noqa: E402
-from herd.train.budget import TimeLimit, fitting_steps, read_plan, step_seconds  # noqa: E402
+from herd.train.budget import Revision, TimeLimit, fitting_steps, read_plan, step_seconds  # noqa: E402
 from herd.train.world import OneRank  # noqa: E402
 
 SHAPE = LlamaConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64, vocab_size=64)
@@ -60,22 +61,23 @@ SETTINGS = {"seq_len": 16, "batch_size": 4, "compile": "off", "schedule": "linea
 class Loop:
     """Only what a time limit sees of a trainer."""
 
-    world, device = OneRank(), torch.device("cpu")
+    world, device, resumed_from = OneRank(), torch.device("cpu"), None
+    total_steps = property(lambda self: min(self.config.steps, self.limit.limit(self.step)))
 
     def __init__(self, most: int) -> None:
         self.config = TrainConfig.model_validate(SETTINGS | {"steps": most})
-        self.step, self.total_steps = 0, most
+        self.step = 0
 
     def fit(self, clock: Clock, plan: Path) -> list[float]:
         """Learning rates of all steps of a run of 100 seconds by this clock."""
-        limit, rates = TimeLimit(100.0, plan, started=clock.now), []
-        limit.on_start(self)  # type: ignore[arg-type]
+        self.limit, rates = TimeLimit(100.0, plan, started=clock.now), []
+        self.limit.on_start(self)  # type: ignore[arg-type]
         while self.step < self.total_steps:
             rates.append(lr_factor(self.step, self.total_steps, self.config))
             self.step += 1
             record = StepRecord(self.step, 1.0, 1.0, rates[-1], 64, 64.0, 1.0)
             clock.on_step(self, record)  # type: ignore[arg-type]
-            limit.on_step(self, record)  # type: ignore[arg-type]
+            self.limit.on_step(self, record)  # type: ignore[arg-type]
         return rates
 
 
@@ -123,6 +125,37 @@ def test_a_resumed_run_decides_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     assert again.fit().resumed_from == 40 and again.total_steps == whole.total_steps
     for name, weights in whole.model.state_dict().items():
         assert torch.equal(weights, again.model.state_dict()[name])
+
+
+def test_the_plan_of_a_run_whose_state_is_gone_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(tmp_path, Clock(monkeypatch, {9: 0.5})).fit()
+    shutil.rmtree(tmp_path / "state")
+    clock = Clock(monkeypatch, {9: 2.0})
+    assert trained(tmp_path, clock).fit().steps < 60 and clock.now < 1105
+
+
+def test_a_few_slow_steps_after_a_start_do_not_make_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, Clock(monkeypatch, {9: 1.0}, stop_at=31)).fit()
+    [first] = read_plan(tmp_path / "plan.json", 1000)
+    assert first.next == 32
+    clock = Clock(monkeypatch, {0.2: 9.0, 9: 1.0})  # resumed at 30; the first steps seem to take nine seconds
+    trained(tmp_path, clock).fit()
+    assert read_plan(tmp_path / "plan.json", 1000)[1].total > 60
+
+
+def test_going_back_follows_the_plan_of_that_step(tmp_path: Path) -> None:
+    limit = TimeLimit(100.0, tmp_path / "plan.json", started=0.0)
+    assert limit.limit(5) is None, "no plan yet, no limit"
+    limit._plan = [Revision(0, 95, 1.0, 100.0), Revision(32, 191, 0.4, 68.0)]
+    assert [limit.limit(step) for step in (0, 28, 31, 32, 100)] == [95, 95, 95, 191, 191]
+
+
+def test_a_limit_cannot_be_taken_away_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path, Clock(monkeypatch, {9: 4.0}))
+    run.fit()
+    with pytest.raises(UsageError, match="was trained with time_limit"):
+        Trainer(run.model, next_token_loss, Random(), run.config, tmp_path).fit()
 
 
 def test_a_run_without_a_plan_cannot_be_limited_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

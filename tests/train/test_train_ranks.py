@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 DRIVER = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ import torch.distributed as dist
 from herd.architecture import LlamaConfig
 from herd.corpus import pack_examples
 from herd.model import Llama
-from herd.train import PackedSource, TrainConfig, Trainer, next_token_loss
+from herd.train import budget, PackedSource, TrainConfig, Trainer, next_token_loss
 
-def train(out, steps):
+def train(out, steps, limited=False):
     rng = np.random.default_rng(0)
     examples = [((int(rng.integers(64)) + 5 * np.arange(20)) % 64, rng.random(20) < rng.random()) for _ in range(90)]
     config = TrainConfig(steps=8, seq_len=32, batch_size=8, micro_batch=3, lr=0.01, precision="fp32", compile="off",
@@ -29,10 +29,27 @@ def train(out, steps):
     model = Llama(LlamaConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, vocab_size=64))
     model.init_weights(0)
     source = PackedSource(pack_examples(examples, 32, 8, seed=2), config.micro_batch_rows)
-    trainer = Trainer(model, next_token_loss, source, config, out)
+    limits = []
+    if limited:
+        # Rank 1 has another clock and other speed, by which nothing would fit.
+        rank = dist.get_rank()
+        budget.step_seconds = lambda trainer: 1.0 + 1000 * rank
+        config = config.model_copy(update={"steps": 500})
+        limits = [budget.TimeLimit(15.5, Path(out) / "plan.json", started=time.monotonic() - 1000 * rank)]
+        budget.MARGIN = 0.9
+    trainer = Trainer(model, next_token_loss, source, config, out, limits)
     loss, norm, tokens, weight = trainer.gradients(2)
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
     trainer.optimizer.zero_grad()
+    if limited:
+        trainer.compile()
+        trainer._resume()
+        for callback in trainer.callbacks:
+            callback.on_start(trainer)
+        plan = trainer.total_steps
+        for _ in range(6):
+            trainer.train_step()
+        return {"plan": [plan, trainer.total_steps]}
     if steps == 8:
         trainer.fit()
     else:
@@ -43,7 +60,7 @@ def train(out, steps):
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return {"facts": [loss, norm, tokens, weight], "gradients": gradients, "weights": weights}
 
-def ranks(out, steps, result):
+def ranks(out, steps, result, limited=False):
     children = []
     for rank in range(2):
         child = os.fork()
@@ -51,7 +68,7 @@ def ranks(out, steps, result):
             try:
                 init = f"file://{out}.store"
                 dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-                torch.save(train(out, steps), f"{result}.{rank}")
+                torch.save(train(out, steps, limited), f"{result}.{rank}")
                 dist.destroy_process_group()
                 os._exit(0)
             except BaseException as error:
@@ -65,11 +82,13 @@ out = Path(sys.argv[1])
 two = ranks(out / "two", 8, out / "result")
 # Half with two ranks, the rest with one.
 ranks(out / "mixed", 4, out / "half")
+limited = ranks(out / "limited", 0, out / "limits", limited=True)
 mixed = train(out / "mixed", 8)
 one = train(out / "one", 8)
 worst = lambda a, b: (a - b).abs().max().item()
 print(json.dumps({
     "facts": [one["facts"], two[0]["facts"], two[1]["facts"]],
+    "plans": [rank["plan"] for rank in limited],
     "size": one["gradients"].abs().max().item(),
     "gradients": [worst(one["gradients"], rank["gradients"]) for rank in two],
     "ranks": worst(two[0]["weights"], two[1]["weights"]),
@@ -92,6 +111,10 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     one, *two = found["facts"]
     assert all(rank == pytest.approx(one, rel=1e-5) for rank in two)
+    first, second = found["plans"]
+    assert first == second and first[0] in (12, 13) and first[1] > 13, (
+        "rank 0's clock counts, its speed was better than planned"
+    )
     assert max(found["gradients"]) < 1e-5 * found["size"]
     assert found["ranks"] == 0.0
     # Sums in another order: AdamW's first steps magnify the last bits of tiny gradients, no more than that.

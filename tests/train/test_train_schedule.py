@@ -55,6 +55,18 @@ def test_cosine_midpoint_and_wsd_plateau() -> None:
     assert set(_curve(steps=20, warmup=0, schedule="constant")) == {1.0}
 
 
+@pytest.mark.parametrize("field", ["lr", "warmup", "weight_decay", "spike_factor"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_infinity_is_no_setting(field: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{field!r} is not valid.*finite"):
+        parse_config(TrainConfig, {field: value}, "test")
+
+
+def test_fields_that_contradict_each_other_are_named() -> None:
+    with pytest.raises(UsageError, match=r"^test: micro_batch 9 is larger than batch_size 8$"):
+        parse_config(TrainConfig, {"micro_batch": 9, "batch_size": 8}, "test")
+
+
 def test_bad_configurations_say_what_is_allowed() -> None:
     with pytest.raises(UsageError, match=r"'lr' is not valid.*greater than 0"):
         parse_config(TrainConfig, {"lr": -1}, "test")

@@ -110,6 +110,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
         (newest / "state.json").write_text("{}")
     again = _trainer(tmp_path / "run", seed=3)
     assert again.fit().resumed_from == 8
+    assert _trainer(tmp_path / "run").fit().resumed_from == 12, "the damaged one was replaced"
     assert "the checkpoint of step 12 is damaged and passed over" in capfd.readouterr().err
     assert _bits(again) == _bits(whole)
 

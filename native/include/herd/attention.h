@@ -13,7 +13,7 @@ namespace herd {
 
 struct AttentionShape {
   int batch, positions, heads, kv_heads, head_dim;
-  float scale;
+  float scale;  // of scores, above 0
   const std::int32_t* first_BS;
 };
 

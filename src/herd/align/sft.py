@@ -38,6 +38,7 @@ class SftTrainConfig(TrainConfig):
     The paper's 1e-5 is for 405 billion; small models want, and bear, a hundred times that."""
 
     lr: float = Field(default=1.5e-3, gt=0, le=1, description="peak learning rate of AdamW")
+    steps: int = Field(default=1000, ge=1, description="optimiser steps in all, where epochs is null")
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         default="linear", description=TrainConfig.model_fields["schedule"].description
     )

@@ -30,6 +30,8 @@ def command(
     """
     from herd.recipe import reference, stage_table, to_markdown
 
+    if markdown and as_json:
+        raise UsageError("one of both", value="--markdown --json", allowed="--markdown, or --json")
     stages = stage_table()
     rows = [row for row in reference(stages) if match.lower() in row.path]
     if not rows:

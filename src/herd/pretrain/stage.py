@@ -32,9 +32,9 @@ def run(
     """Train a new model of this shape on corpus/train.jsonl and return the data of result.json.
 
     Writes into `out_dir`: checkpoint/ (Hugging Face layout with the tokenizer), metrics.jsonl, result.json, and what it
-    needs to continue after an interruption: tokens/, state/, plan.json. Called again it continues, or returns the
-    result at once. Raises UsageError where shape, tokenizer and rows contradict each other, ResourceError when
-    `max_minutes` is too short for this machine.
+    needs to continue after an interruption: tokens/, state/, plan.json. Called again it continues; what is trained to
+    the end is only scored again. Raises UsageError where shape, tokenizer and rows contradict each other,
+    ResourceError when `max_minutes` is too short for this machine.
     """
     started = time.monotonic()
     out = Path(out_dir)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import types
 import typing
@@ -24,7 +25,7 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at leas
 
 @dataclass(frozen=True)
 class FieldReference:
-    """One field: `path` is what stands before `=` in `herd run`; `default` is YAML, empty where one must be given."""
+    """One field: `path` is what stands before `=` in `herd run`; `default` is YAML, empty where there is none."""
 
     path: str
     allowed: str
@@ -40,14 +41,15 @@ def reference(stages: Iterable[Stage]) -> list[FieldReference]:
 def to_markdown(fields: Iterable[FieldReference], stages: Iterable[Stage]) -> str:
     """The reference page of the docs: a table for each stage."""
     rows = list(fields)
-    parts = ["# Every field of a recipe\n\nMade by `make docs`; `herd fields` prints the same.\n"]
+    top = "Made by `make docs`; `herd fields` prints the same. Beside its stages a recipe has a `name`, a `seed` and a"
+    parts = [f"# Every field of a recipe\n\n{top}\n`description`.\n"]
     for stage in stages:
+        own = [row for row in rows if row.path.startswith(stage.name + ".")]
         lines = ["", f"## {stage.name}", "", "| field | allowed | default | meaning |", "|---|---|---|---|"]
-        for row in rows:
-            if row.path.startswith(stage.name + "."):
-                cells = (f"`{row.path}`", row.allowed, f"`{row.default}`" if row.default else "", row.description)
-                lines.append("| " + " | ".join(re.sub(r"([|*])", r"\\\1", cell) for cell in cells) + " |")
-        parts.append("\n".join(lines) + "\n")
+        for row in own:
+            cells = (f"`{row.path}`", row.allowed, f"`{row.default}`" if row.default else "", row.description)
+            lines.append("| " + " | ".join(re.sub(r"([|*])", r"\\\1", cell) for cell in cells) + " |")
+        parts += ["\n".join(lines) + "\n"] if own else []
     return "".join(parts)
 
 
@@ -58,8 +60,10 @@ def _fields(config: type[BaseModel], path: str, defaults: BaseModel) -> Iterator
         if inner is not None and isinstance(default, BaseModel):
             yield from _fields(inner, f"{path}.{name}", default)
             continue
-        shown = "" if info.is_required() else _yaml(default)
-        yield FieldReference(f"{path}.{name}", _allowed(info), shown, info.description or "")
+        own_seed = name == "seed" and "." not in path  # filled in by the recipe
+        shown = "" if info.is_required() or own_seed else _yaml(default)
+        meaning = f"{info.description}; the recipe's unless given" if own_seed else info.description or ""
+        yield FieldReference(f"{path}.{name}", _allowed(info), shown, meaning)
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
@@ -71,7 +75,8 @@ def _allowed(info: FieldInfo) -> str:
     bounds = []
     for rule in info.metadata:
         bounds += [f"{sign} {_yaml(getattr(rule, name))}" for name, sign in _SIGNS.items() if hasattr(rule, name)]
-    return f"{_type(info.annotation)} {', '.join(bounds)}".strip()
+    kind = _type(info.annotation)
+    return f"{kind}{', ' if kind.startswith('list') and bounds else ' '}{', '.join(bounds)}".strip()
 
 
 def _type(annotation: Any) -> str:
@@ -98,5 +103,5 @@ def _yaml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_yaml, value)) + "]"
     if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return json.dumps(value) if isinstance(value, str) and ": " in value else str(value)

@@ -35,6 +35,7 @@ class WeightAverage(Callback):
     def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
         total = trainer.total_steps
         if self._config.average == "tail" and record.step <= total - max(1, round(self._config.tail * total)):
+            self._average, self._count = {}, 0  # the end may have moved away again
             return
         weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         if not self._average:

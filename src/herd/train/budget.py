@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +49,10 @@ class Revision:
 
 
 class TimeLimit(Callback):
-    """Sets `trainer.total_steps`, at most the configuration's steps, so that a stage ends within `seconds`.
+    """Limits the steps of a run, at most to the configuration's, so that a stage ends within `seconds`.
 
-    `started`: when the stage began (monotonic seconds); time before an interruption counts, time in between does not.
+    `started`: when the stage began (monotonic seconds); of a run that was interrupted, the time up to its last
+    checkpoint counts too.
     `scored_along`, `scored_at_end`: held-out tokens that go through the model during training and after it.
     Raises ResourceError when the time is too short for any training, FileFormatError for a damaged plan, UsageError
     for a run that was begun without a limit.
@@ -65,19 +66,22 @@ class TimeLimit(Callback):
         self._seconds, self._file, self._started = seconds, plan_file, started
         self._along, self._at_end = scored_along, scored_at_end
         self._before = 0.0
+        self._running = False
         self._plan: list[Revision] = []
         self._mark: tuple[int, float] | None = None
 
     def on_start(self, trainer: Trainer[Any]) -> None:
-        self._plan = read_plan(self._file, trainer.config.steps)
-        if not trainer.world.any(bool(self._plan)):
+        self._running = True
+        resumed = trainer.resumed_from is not None  # else a plan in the directory is that of another run
+        plan = read_plan(self._file, trainer.config.steps) if resumed and trainer.world.rank == 0 else []
+        flat = _rank_0s(trainer, [float(number) for one in plan for number in astuple(one)])
+        self._plan = [Revision(int(a), int(b), c, d) for a, b, c, d in zip(*[iter(flat)] * 4, strict=True)]
+        if not self._plan:
             if trainer.step:
-                raise UsageError(
-                    "this run has no plan to continue by", fix=f"remove {self._file.parent} and start again"
-                )
+                directory = self._file.parent
+                raise UsageError("this run has no plan to continue by", fix=f"remove {directory} and start again")
             per_step = step_seconds(trainer)
             self._revise(trainer, per_step, self._left(trainer, per_step, self._along + self._at_end), FEWEST_STEPS)
-        trainer.total_steps = self._in_force(trainer.step).total
 
     def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
         revision = self._in_force(record.step)
@@ -87,13 +91,15 @@ class TimeLimit(Callback):
             revision = self._plan[-1]
         if self._mark is None or record.step == revision.step:  # the first step after a start compiles
             self._mark = record.step, time.monotonic()
-        trainer.total_steps = revision.total
+
+    def limit(self, step: int) -> int | None:
+        return self._in_force(step).total if self._plan else None
 
     def state(self) -> dict[str, Any]:
         return {"elapsed": self._elapsed()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if self._mark is None:  # not when a run goes back: time goes on
+        if not self._running:  # when a run goes back, time goes on
             self._before = state["elapsed"]
 
     def _elapsed(self) -> float:
@@ -103,8 +109,8 @@ class TimeLimit(Callback):
         return self._seconds - self._elapsed() - SCORING * per_step / trainer.config.batch_tokens * scored
 
     def _pace(self, step: int) -> float | None:
-        """Seconds a step since the last revision, with evaluations and checkpoints."""
-        if self._mark is None or step == self._mark[0]:
+        """Seconds a step since the last revision, with evaluations and checkpoints; None: too few steps to tell."""
+        if self._mark is None or step - self._mark[0] < TRIALS:
             return None
         return (time.monotonic() - self._mark[1]) / (step - self._mark[0])
 
@@ -113,13 +119,22 @@ class TimeLimit(Callback):
 
     def _revise(self, trainer: Trainer[Any], per_step: float, left: float, fewest: int) -> None:
         """Rank 0's clock decides for all."""
+        per_step, left = _rank_0s(trainer, [per_step, left])
         fitting = fitting_steps(left, per_step, trainer.config.steps - trainer.step, fewest)
-        shared = torch.tensor([float(fitting if trainer.world.rank == 0 else 0)], device=trainer.device)
-        trainer.world.sum_([shared])
-        revision = Revision(trainer.step, trainer.step + int(shared.item()), per_step, left)
+        revision = Revision(trainer.step, trainer.step + fitting, per_step, left)
         self._plan = [old for old in self._plan if old.step < revision.step] + [revision]
         if trainer.world.rank == 0:
             write_json(self._file, {"revisions": [asdict(one) for one in self._plan]})
+
+
+def _rank_0s(trainer: Trainer[Any], numbers: list[float]) -> list[float]:
+    """Rank 0's numbers, on every rank."""
+    own = numbers if trainer.world.rank == 0 else []
+    length = torch.tensor([float(len(own))], dtype=torch.float64, device=trainer.device)
+    trainer.world.sum_([length])
+    shared = torch.tensor(own or [0.0] * int(length.item()), dtype=torch.float64, device=trainer.device)
+    trainer.world.sum_([shared])
+    return [float(number) for number in shared.tolist()]
 
 
 def step_seconds(trainer: Trainer[Any], trials: int = TRIALS) -> float:
@@ -131,8 +146,9 @@ def step_seconds(trainer: Trainer[Any], trials: int = TRIALS) -> float:
     seconds = []
     for trial in range(trials + 1):
         start = time.perf_counter()
-        trainer.gradients(trial)
-        trainer.optimizer.step()
+        norm = trainer.gradients(trial)[1]
+        if math.isfinite(norm):  # a bad batch must not reach the weights: 0 times infinity is not 0
+            trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
     trainer.optimizer.reset()

@@ -60,6 +60,10 @@ class Callback:
     def on_finish(self, trainer: Trainer[Any], result: TrainResult) -> None:
         """After the last step, before the final state is written."""
 
+    def limit(self, step: int) -> int | None:
+        """Steps that the run is to have in all, as seen from `step`; None: no opinion."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold: tensors, numbers, strings, and lists and dictionaries of them."""
         return {}

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class Checkpoints(Callback):
-    """Calls `trainer.save()`. What a run computes does not depend on when it is saved, so the clock may decide."""
+    """Calls `trainer.save()`. The clock may decide when: a run computes the same whenever it is saved, unless the guard
+    sends it back to its newest checkpoint."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._steps, self._seconds = config.checkpoint_every, config.checkpoint_seconds

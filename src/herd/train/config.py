@@ -55,7 +55,9 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to train; auto: a GPU if there is one"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of everything random inside a step")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="of everything random inside a step; a stage puts its own seed here"
+    )
 
     checkpoint_every: int = Field(
         default=0, ge=0, description="steps between checkpoints of the state, 0: by time alone"

@@ -44,6 +44,12 @@ def capture(trainer: Trainer[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def restore(trainer: Trainer[Any], tensors: dict[str, Any], values: dict[str, Any]) -> None:
     """Put a captured state back. Raises UsageError when it belongs to a run with another configuration."""
     _same_run(trainer, values)
+    saved = {name: state for name, state in tensors["callbacks"].items() if state}
+    if missing := set(saved) - {callback.name for callback in trainer.callbacks}:
+        raise UsageError(
+            f"{trainer.store.directory} was trained with {', '.join(sorted(missing))}",
+            fix=f"train into another directory, or remove {trainer.store.directory}",
+        )
     try:
         trainer.model.load_state_dict(tensors["model"])
     except RuntimeError as error:
@@ -54,8 +60,8 @@ def restore(trainer: Trainer[Any], tensors: dict[str, Any], values: dict[str, An
         ) from None
     trainer.optimizer.load_state(trainer.model, tensors["optimizer"])
     for callback in trainer.callbacks:
-        if callback.name in tensors["callbacks"]:
-            callback.load_state(tensors["callbacks"][callback.name])
+        if callback.name in saved:
+            callback.load_state(saved[callback.name])
     torch.set_rng_state(tensors["random"])
     version, internal, gauss = values["random"]
     random.setstate((version, tuple(internal), gauss))

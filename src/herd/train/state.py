@@ -30,11 +30,12 @@ class StateStore:
     def __init__(self, directory: Path, keep: int = 2) -> None:
         self.directory = directory
         self._keep = keep
+        self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """Steps of the complete checkpoints that were not found damaged, oldest first."""
         found = [path.parent.name.removeprefix("step-") for path in self.directory.glob(f"step-*/{_MANIFEST}")]
-        return sorted(int(number) for number in found if number.isdecimal())
+        return sorted({int(number) for number in found if number.isdecimal()} - self._damaged)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
@@ -42,6 +43,9 @@ class StateStore:
 
     def save(self, step: int, tensors: dict[str, Any], values: dict[str, Any]) -> Path:
         """Write a checkpoint and drop the oldest ones. `values` must be JSON; `tensors` may be nested."""
+        for damaged in self._damaged:
+            shutil.rmtree(self.path(damaged), ignore_errors=True)
+        self._damaged.clear()
         with atomic_dir(self.path(step)) as directory:
             with atomic_write(directory / _TENSORS) as file:
                 torch.save(tensors, file)
@@ -67,6 +71,7 @@ class StateStore:
                 return self._load(step)
             except FileFormatError as error:
                 announce(f"the checkpoint of step {step} is damaged and passed over: {error}")
+                self._damaged.add(step)
         if steps:
             raise HerdError(
                 f"all {len(steps)} checkpoints in {self.directory} are damaged",

@@ -103,8 +103,6 @@ class Trainer(Generic[B]):
 
         self.step = 0
         """Finished steps."""
-        self.total_steps = config.steps
-        """Steps at the end; a time limit lowers it."""
         self.cursor = 0
         """Step of the data that comes next: ahead of `step` after the run went back."""
         self.tokens = self.supervised = 0
@@ -114,6 +112,12 @@ class Trainer(Generic[B]):
         """(sum of losses, weight) of the last steps."""
         self._peak: float | None = None
         self._metrics = MetricsFile(self.out_dir / "metrics.jsonl")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps at the end, as planned at this step: the configuration's, or fewer where a callback limits them."""
+        limits = [callback.limit(self.step) for callback in self.callbacks]
+        return min([self.config.steps, *(limit for limit in limits if limit is not None)])
 
     def fit(self) -> TrainResult:
         """Train to the end, from wherever the state is.
@@ -273,19 +277,25 @@ class Trainer(Generic[B]):
         if not self._load():
             raise HerdError("training diverged before its first checkpoint", fix="lower lr or lengthen warmup")
         self.cursor = cursor
-        self._metrics.rewind(self.step)
+        self._rewind_metrics()
         self.log({"event": "rollback", "from_step": failed})
         announce(f"went back from step {failed} to {self.step}; the data in between is left out")
 
     def _resume(self) -> None:
-        self.store.sweep() if self.world.rank == 0 else None
-        if self._load():
+        if self.world.rank == 0:
+            self.store.sweep()
+        found = self._load()
+        self.world.barrier()  # all have looked before rank 0 writes a first checkpoint
+        self._rewind_metrics()
+        if found:
             self.resumed_from = self.step
-            self._metrics.rewind(self.step)
         else:
-            self._metrics.rewind(-1)
             self.save()
-        self.world.barrier()
+
+    def _rewind_metrics(self) -> None:
+        """Drop what metrics.jsonl says of later steps; all of it at step 0, which starts over."""
+        if self.world.rank == 0:
+            self._metrics.rewind(self.step or -1)
 
     def _load(self) -> bool:
         """Take everything from the newest checkpoint; False when there is none."""

@@ -171,7 +171,7 @@ KINDS = (
     Kind("type_name", "easy", _type_name, 1.5),
     Kind("maximum_of_two", "medium", _maximum_of_two),
     Kind("convert", "easy", _convert, 0.7),
-    Kind("recall", "easy", _recall),
+    Kind("recall", "medium", _recall),
     Kind("swap", "medium", _swap, 0.7),
     Kind("update", "medium", _update, 0.7),
 )

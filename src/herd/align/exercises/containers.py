@@ -192,7 +192,7 @@ KINDS = (
     Kind("comprehension", "medium", _comprehension, 0.7),
     Kind("comprehension_if", "hard", _comprehension_if, 0.7),
     Kind("comprehension_words", "medium", _comprehension_words, 0.7),
-    Kind("look_up", "easy", _look_up),
+    Kind("look_up", "medium", _look_up),
     Kind("look_up_default", "medium", _look_up_default, 0.7),
     Kind("dict_parts", "easy", _dict_parts, 0.7),
     Kind("enumerate", "easy", _enumerate, 0.7),
