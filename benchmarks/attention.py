@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--threads 1] [--repeats 7]
 
 Columns are milliseconds of process CPU time, the median of interleaved repeats. "dense" and "causal" are
-torch's own kernel with a whole mask and with its causal flag: the peers. Row "documents" packs about four documents
-into each row. The lowering that `attend` chooses is marked with *.
+torch's own kernel with a whole mask and with its causal flag: the peers. The last column is the better of them over
+"native", forward + backward. Row "documents" packs about four documents into each row. The lowering that `attend`
+chooses is marked with *.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ import time
 import torch
 from torch import Tensor
 
-from herd.model import LOWERINGS, AttentionMask, attend
+from herd.model import LOWERINGS, AttentionMask, attend, native_attention
 from herd.model.attention import choose_lowering
 from herd.model.attention_mask import KeyRanges
 
 # batch, query heads, key heads, sequence, head width
-SHAPES = [(8, 8, 4, 512, 32), (8, 4, 2, 512, 64), (8, 8, 8, 512, 64), (16, 8, 4, 256, 32), (4, 8, 4, 1024, 64)]
+SHAPES = [
+    (8, 4, 4, 512, 32),
+    (8, 8, 4, 512, 32),
+    (8, 4, 2, 512, 64),
+    (8, 8, 8, 512, 64),
+    (16, 8, 4, 256, 32),
+    (4, 8, 4, 1024, 64),
+]
 
 
 def once(name: str, inputs: tuple[Tensor, ...], grad: Tensor, ranges: KeyRanges, *, backward: bool) -> float:
@@ -43,8 +51,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(0)
     print(f"torch {torch.__version__}, {arguments.threads} thread(s), ms of CPU time: forward / forward + backward\n")
-    print("| B H G S K | type | mask | " + " | ".join(LOWERINGS) + " |")
-    print("|---|---|---|" + "---|" * len(LOWERINGS))
+    print("| B H G S K | type | mask | " + " | ".join(LOWERINGS) + " | torch / native |")
+    print("|---|---|---|" + "---|" * (len(LOWERINGS) + 1))
     for batch, heads, kv_heads, length, width in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             shapes = [(batch, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
@@ -54,6 +62,8 @@ def main() -> None:
             for mask_name, mask in (("causal", AttentionMask()), ("documents", AttentionMask(document_ids_BS=ids_BS))):
                 ranges = mask.key_ranges(length)
                 names = [name for name in LOWERINGS if name != "causal" or ranges.plain_causal]
+                if not native_attention.available(q):
+                    names.remove("native")
                 times: dict[tuple[str, bool], list[float]] = {(n, b): [] for n in names for b in (False, True)}
                 for repeat in range(arguments.repeats + 1):
                     for (name, backward), measured in times.items():
@@ -68,8 +78,10 @@ def main() -> None:
                     else "-"
                     for n in LOWERINGS
                 ]
+                peer = min(statistics.median(times[n, True]) for n in ("dense", "causal") if n in names)
+                ratio = f"{peer / statistics.median(times['native', True]):.1f}×" if "native" in names else "not built"
                 shape = f"{batch} {heads} {kv_heads} {length} {width}"
-                print(f"| {shape} | {str(dtype)[6:]} | {mask_name} | " + " | ".join(cells) + " |", flush=True)
+                print(f"| {shape} | {str(dtype)[6:]} | {mask_name} | " + " | ".join([*cells, ratio]) + " |", flush=True)
 
 
 if __name__ == "__main__":

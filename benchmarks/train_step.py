@@ -1,13 +1,12 @@
 """Training speed: Herd against transformers and litgpt on the same shapes, in tokens a second of whole steps.
 
-    python benchmarks/train_step.py [--shape 5M 60M pocket] [--rounds 7] [--threads N] [--clock wall|cpu] [--json]
+    python benchmarks/train_step.py [--shape 5M 5M-long 60M pocket] [--rounds 7] [--threads N] [--clock wall|cpu]
 
 A step is forward, loss, backward, clipping to norm 1 and AdamW. Every system and setting runs in a process of its own
-and steps only when it is its turn, so that rounds are interleaved; a turn is three steps, as in training one follows
-the other, and figures are medians over rounds. Peers get every
-setting: eager and torch.compile of the whole model, fp32 and bf16 autocast; outside their default also the fused
-AdamW. Herd runs its `Trainer` with all its callbacks. litgpt is skipped with the reason if it cannot be imported;
-`--litgpt-python` names another interpreter that has it.
+and steps only when it is its turn, so that rounds are interleaved; a turn is three steps, as one follows the other in
+training, and figures are medians over rounds. Peers get every setting: eager and torch.compile of the whole model, fp32
+and bf16 autocast; outside their default also the fused AdamW. Herd runs its `Trainer` with all its callbacks. litgpt is
+skipped with the reason if it cannot be imported; `--litgpt-python` names another interpreter that has it.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from typing import Any
 
 SHAPES: dict[str, dict[str, int]] = {
     "5M": {"vocab": 4096, "dim": 256, "layers": 4, "heads": 8, "kv": 4, "ffn": 688, "batch": 4, "seq": 256},
+    "5M-long": {"vocab": 4096, "dim": 256, "layers": 4, "heads": 8, "kv": 4, "ffn": 688, "batch": 8, "seq": 512},
     "60M": {"vocab": 32000, "dim": 512, "layers": 12, "heads": 8, "kv": 4, "ffn": 1376, "batch": 4, "seq": 256},
     # What recipes/pocket.yaml trains, in its batches.
     "pocket": {"vocab": 4096, "dim": 128, "layers": 4, "heads": 4, "kv": 4, "ffn": 384, "batch": 8, "seq": 512},
