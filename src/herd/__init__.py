@@ -1,4 +1,4 @@
-"""Herd: the Llama 3 paper as software, from raw text to a guarded, served model.
+"""Herd: the Llama 3 paper as software, from raw text to a model to chat with.
 
 `import herd` is light: rooms load when they are first used, and torch only where training needs it.
 """

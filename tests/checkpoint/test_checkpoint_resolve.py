@@ -11,7 +11,7 @@ import pytest
 
 from herd import FileFormatError, HerdError
 from herd.architecture import LlamaConfig
-from herd.checkpoint import open_checkpoint, pulled_repositories, resolve, save
+from herd.checkpoint import continuing, open_checkpoint, pulled_repositories, resolve, save
 
 Small = Callable[..., tuple[LlamaConfig, dict[str, np.ndarray]]]
 
@@ -46,6 +46,20 @@ def test_paths_run_directories_and_repositories_are_found(home: Path, small: Sma
     for name in ("runs/pocket", "m.gguf", "meta-llama/Llama-3.2-1B", "plain"):
         with open_checkpoint(name) as checkpoint:
             assert checkpoint.config == config
+
+
+def test_texts_are_continued_by_the_base_model_of_a_run(home: Path, small: Small) -> None:
+    run = _run_directory(home, small)
+    assert continuing(run) == resolve(run), "without a base model as everywhere"
+    config, weights = small("llama3")
+    base = save(run / "base-0123abcd" / "checkpoint", config, weights)
+    state = json.loads((run / "run.json").read_text())
+    for directory, expected in (("base-0123abcd", base), ("base-77", None), ("../base-0123abcd", None), (7, None)):
+        (run / "run.json").write_text(json.dumps(state | {"stages": {"base": {"directory": directory}}}))
+        assert continuing("runs/pocket") == (expected.resolve() if expected else resolve(run))
+    assert continuing(base) == base
+    with pytest.raises(HerdError, match="no such model"):
+        continuing("nowhere")
 
 
 def test_repositories_in_the_hugging_face_cache_are_found(home: Path, small: Small) -> None:

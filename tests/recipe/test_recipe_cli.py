@@ -9,6 +9,7 @@ import pytest
 
 import herd.recipe
 from herd.cli import main
+from herd.errors import UsageError
 
 
 @pytest.fixture
@@ -77,6 +78,9 @@ def test_failures_have_their_codes_and_the_next_command(herd_command, workshop) 
     code, _, err = herd_command("run", "small.yaml")
     assert code == 1 and "stage 'count' failed: RuntimeError: no luck" in err and "herd run small.yaml goes on" in err
     assert "Traceback" not in err
+    workshop.fail_with = UsageError("two fields contradict each other", allowed="one of them")
+    code, _, err = herd_command("run", "small.yaml")
+    assert code == 2 and "contradict" in err and "goes on" not in err, "the same command would fail again"
     for arguments, words in {
         ("run", "smal.yaml"): "no such recipe",
         ("run", "small.yaml", "cuont.top=1"): "did you mean 'count'",

@@ -15,7 +15,7 @@ from herd.architecture import LlamaConfig  # noqa: E402
 from herd.errors import ResourceError, UsageError  # noqa: E402
 from herd.files import read_json, write_json  # noqa: E402
 from herd.train import Batch, Callback, StepRecord, TrainConfig, Trainer, lr_factor, next_token_loss  # noqa: E402
-from herd.train.budget import Revision, TimeLimit, fitting_steps, read_plan, step_seconds  # noqa: E402
+from herd.train.budget import Revision, TimeLimit, fitting_steps, read_plan, step_seconds, within  # noqa: E402
 from herd.train.world import OneRank  # noqa: E402
 
 SHAPE = LlamaConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64, vocab_size=64)
@@ -164,6 +164,13 @@ def test_a_run_without_a_plan_cannot_be_limited_later(tmp_path: Path, monkeypatc
     (tmp_path / "plan.json").unlink()
     with pytest.raises(UsageError, match="no plan"):
         trained(tmp_path, Clock(monkeypatch, {9: 5.0})).fit()
+
+
+def test_short_stages_are_not_compiled_unless_asked_for() -> None:
+    config = TrainConfig()
+    assert within(20.0, config).compile == "off" and within(200.0, config) == config
+    asked = config.model_copy(update={"compile": "on"})
+    assert within(20.0, asked) == asked
 
 
 def test_steps_that_fit() -> None:

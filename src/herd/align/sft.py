@@ -26,7 +26,7 @@ from herd.corpus import PackedExamples, pack_examples
 from herd.errors import UsageError
 from herd.files import atomic_write, write_json
 from herd.train import Batch, PackedSource, TrainConfig, Trainer, next_token_loss
-from herd.train.budget import TimeLimit
+from herd.train.budget import TimeLimit, within
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
@@ -101,6 +101,7 @@ def run(
     train = _resolved(config, rows)
     limits = []
     if config.max_minutes is not None:
+        train = within(60 * config.max_minutes, train)
         limits.append(TimeLimit(60 * config.max_minutes, out / "plan.json", started=started))
     source = PackedSource(rows, train.micro_batch_rows)
     loop: Trainer[Batch] = Trainer(llama, next_token_loss, source, train, out, limits)

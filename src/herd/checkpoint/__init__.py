@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from herd.checkpoint.convert import convert, verify
-from herd.checkpoint.locate import models_home, pulled_repositories, resolve
+from herd.checkpoint.locate import continuing, models_home, pulled_repositories, resolve
 from herd.checkpoint.reading import Checkpoint, RawTensor, open_checkpoint
 from herd.checkpoint.writing import save
 from herd.lazy import lazy_names
@@ -19,6 +19,7 @@ __getattr__ = lazy_names(__name__, {"hub": ("pull",)})
 __all__ = [
     "Checkpoint",
     "RawTensor",
+    "continuing",
     "convert",
     "models_home",
     "open_checkpoint",

@@ -16,7 +16,7 @@ from herd.architecture import releases
 from herd.errors import FileFormatError, HerdError
 from herd.files import read_json_object
 
-__all__ = ["models_home", "pulled_repositories", "resolve"]
+__all__ = ["continuing", "models_home", "pulled_repositories", "resolve"]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]*/[A-Za-z0-9][A-Za-z0-9._\-]*")
 _RUN_FILE = "run.json"
@@ -53,6 +53,23 @@ def resolve(name: str | os.PathLike[str]) -> Path:
             if place is not None and place.is_dir():
                 return place
     raise _miss(text)
+
+
+def continuing(name: str | os.PathLike[str]) -> Path:
+    """As `resolve`, but of a run directory the base model, if it has one: a tuned model answers, it does not go on."""
+    try:
+        run = Path(name).expanduser()
+        if (run / _RUN_FILE).is_file():
+            stages = read_json_object(run / _RUN_FILE).get("stages")
+            base = stages.get("base") if isinstance(stages, dict) else None
+            directory = base.get("directory") if isinstance(base, dict) else None
+            if isinstance(directory, str) and re.fullmatch(r"base-[0-9a-f]+", directory):
+                checkpoint = run / directory / "checkpoint"
+                if checkpoint.is_dir():
+                    return checkpoint.resolve()
+    except (OSError, RuntimeError):
+        pass  # resolve says what is wrong with it
+    return resolve(name)
 
 
 def pulled_repositories() -> list[str]:

@@ -32,7 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
 _HELP = """\
 Usage: herd VERB [OPTIONS] …
 
-The Llama 3 paper as software: raw text to a guarded, served model.
+The Llama 3 paper as software: from raw text to a model to chat with.
 
 Verbs:
 {verbs}

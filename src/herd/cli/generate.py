@@ -30,6 +30,8 @@ def command(
 ) -> None:
     """Continue a text; the continuation streams to standard output, everything else goes to standard error.
 
+    Of a run directory it is the base model that continues: the tuned one is for `herd chat`.
+
     Examples:
 
         herd generate runs/pocket "def "
@@ -40,6 +42,7 @@ def command(
 
         cat start.py | herd generate runs/pocket
     """
+    from herd.checkpoint import continuing
     from herd.cli.output import console, emit, speak
     from herd.engine import LLM
     from herd.errors import UsageError
@@ -54,7 +57,7 @@ def command(
 
     prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # an argument may hold bytes that are no UTF-8
     status("loading …")
-    with LLM(model, quant=quant, ctx=ctx, threads=threads) as llm:
+    with LLM(continuing(model), quant=quant, ctx=ctx, threads=threads) as llm:
         status("")
         chunks = llm.stream(
             prompt,

@@ -16,7 +16,7 @@ from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import prepare
 from herd.pretrain.heldout import HeldOut, score
 from herd.train.batches import Batch, PackedSource
-from herd.train.budget import TimeLimit
+from herd.train.budget import TimeLimit, within
 from herd.train.callbacks import Callback
 from herd.train.config import TrainConfig
 from herd.train.losses import next_token_loss
@@ -49,6 +49,7 @@ def run(
     if config.max_minutes is not None:
         along, at_end = files.scored_tokens(config.evaluations)
         limit, plan = 60 * config.max_minutes, out / "plan.json"
+        train = within(limit, train)
         callbacks.append(TimeLimit(limit, plan, started=started, scored_along=along, scored_at_end=at_end))
     if files.probe is not None and config.evaluations:
         callbacks.append(HeldOut(_windows(files.probe, train), config.evaluations))

@@ -46,12 +46,14 @@ class StageFailed(HerdError):
     def __init__(self, stage: str, cause: Exception, log: Path, command: str) -> None:
         self.stage = stage
         self.exit_code = _exit_code(cause)
-        reason, fix = f"{type(cause).__name__}: {cause}".strip(": "), f"{command} goes on with this stage"
+        reason = f"{type(cause).__name__}: {cause}".strip(": ")
+        fix: str | None = f"{command} goes on with this stage"
         details: dict[str, Any] = {}
         if isinstance(cause, HerdError):
             reason = cause.what
             details = {"allowed": cause.allowed} | ({} if cause.value is None else {"value": cause.value})
-            fix = f"{cause.fix}; then {fix}" if cause.fix else fix
+            mistake = isinstance(cause, UsageError)  # the same command would fail again
+            fix = f"{cause.fix}; then {fix}" if cause.fix else None if mistake else fix
         else:
             fix = f"{fix} (the traceback is in {log})"
         super().__init__(f"stage {stage!r} failed: {reason}", **details, fix=fix)

@@ -21,6 +21,7 @@ import torch
 from herd.errors import FileFormatError, ResourceError, UsageError
 from herd.files import read_json, write_json
 from herd.train.callbacks import Callback, StepRecord
+from herd.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from herd.train.trainer import Trainer
@@ -31,6 +32,16 @@ SCORING = 0.5
 MARGIN = 0.95
 """Share of the remaining time that is planned for; what is left over goes into the next revision."""
 FEWEST_STEPS = 10
+
+
+SHORT = 180.0
+"""Seconds of a stage in which compiling, 10 to 60 of them, would not pay."""
+
+
+def within(seconds: float, config: TrainConfig) -> TrainConfig:
+    """The configuration for a stage of so many seconds: "auto" does not compile in a short one."""
+    short = config.compile == "auto" and seconds < SHORT
+    return config.model_copy(update={"compile": "off"}) if short else config
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,7 @@ def fitting_steps(seconds_left: float, per_step: float, most: int, fewest: int =
         raise ResourceError(
             f"only {steps} training steps of {per_step:.1f} s fit into the time",
             value=f"{max(seconds_left, 0):.0f} s left",
-            fix="raise max_minutes, or train a smaller model or smaller batches",
+            fix="raise max_minutes, take smaller batches, or do not compile (train.compile=off)",
         )
     return min(steps, most)
 

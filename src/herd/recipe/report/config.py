@@ -23,7 +23,7 @@ class ReportConfig(Config):
         default="Apache-2.0", min_length=1, max_length=200, description="licence of the trained weights"
     )
     data_licence: str = Field(
-        default="that of the sources; Python's standard library: PSF-2.0",
+        default="that of its sources (python-stdlib: PSF-2.0)",
         min_length=1,
         max_length=400,
         description="licence of the training text",
