@@ -125,7 +125,7 @@ def test_a_batch_that_grows_while_it_runs(make_model: Callable[..., Path]) -> No
         assert len({tuple(c.token_ids) for c in others}) == 1
 
 
-def test_spaces_of_sentencepiece(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_spaces_of_sentencepiece(make_model: Callable[..., Path], repository: Path, tmp_path: Path) -> None:
     """A continuation keeps the space its first token begins with, an answer in a chat does not: as `decode` has it."""
     import io
 
@@ -135,7 +135,7 @@ def test_spaces_of_sentencepiece(make_model: Callable[..., Path], tmp_path: Path
 
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(Path(herd.__file__).read_text().splitlines() * 3),
+        sentence_iterator=iter((repository / "LICENSE").read_text().splitlines()),
         model_writer=written,
         vocab_size=500,
         model_type="bpe",
