@@ -254,6 +254,8 @@ def compare(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             workers[setting] = Worker(shape, setting, options)
             rows.append(row)
         except RuntimeError as error:
+            if system == "herd":
+                raise
             rows.append(row | {"skipped": str(error)})
     times: dict[Setting, list[float]] = {setting: [] for setting in workers}
     for _ in range(options.rounds):
@@ -314,12 +316,14 @@ def main() -> None:
     parser.add_argument("--litgpt-python", default=sys.executable, help="interpreter that can import litgpt")
     parser.add_argument("--json", action="store_true", help="rows as JSON instead of a table")
     options = parser.parse_args()
-    rows = [compare(shape, options) for shape in options.shape]
+    rows = []
+    for shape in options.shape:
+        rows += (group := compare(shape, options))
+        if not options.json:
+            show(group, options)
+            sys.stdout.flush()
     if options.json:
-        print(json.dumps([row for group in rows for row in group], indent=2))
-        return
-    for group in rows:
-        show(group, options)
+        print(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

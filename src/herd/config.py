@@ -35,10 +35,11 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str, *, fix: str 
             raise UsageError(
                 f"{where}: there is no field {path!r}{more}", allowed=_near(str(first["loc"][-1]), known), fix=fix
             ) from None
-        message = first["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:]
-        if not path:  # fields that contradict each other
-            raise UsageError(f"{where}: {message}{more}", fix=fix) from None
+        if first["type"] == "missing":
+            raise UsageError(f"{where}: the field {path!r} is not given{more}", fix=fix) from None
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # fields that contradict each other
+            raise UsageError(f"{where}: {path}{': ' if path else ''}{message}{more}", fix=fix) from None
         what = f"{where}: field {path!r} is not valid{more}"
         raise UsageError(what, value=first["input"], allowed=message, fix=fix) from None
 

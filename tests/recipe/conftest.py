@@ -5,6 +5,7 @@ Every run of a stage writes a line into calls.txt beside the run directory, so t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from pydantic import Field
 from herd.architecture import LlamaConfig, tensor_shapes
 from herd.checkpoint import save
 from herd.config import Config
+from herd.evaluate import statistics
 from herd.files import write_json
 from herd.recipe import Decision, Stage, StageContext
 from herd.recipe.hashing import digest, fingerprint_paths
@@ -180,16 +182,7 @@ def trained(rows: list[dict[str, float]]) -> dict[str, object]:
 
 def proportion(correct: int, n: int) -> dict[str, float]:
     """A share with its intervals, as the evaluation writes it."""
-    share = correct / n
-    half = 1.96 * math.sqrt(share * (1 - share) / n)
-    return {
-        "correct": correct,
-        "n": n,
-        "score": share,
-        "ci95": half,
-        "low": max(0, share - half),
-        "high": min(1, share + half),
-    }
+    return dataclasses.asdict(statistics.proportion(correct, n))
 
 
 def evaluation() -> dict[str, object]:

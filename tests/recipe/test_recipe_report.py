@@ -120,7 +120,7 @@ def test_the_card_says_what_the_run_measured(finished_run: Path) -> None:
     # energy: 1.9 busy cores (see write_stage) for all seconds, 10 W, PUE 1.1, 0.385 kg/kWh
     hours = 1.9 * (21.3 + 4.2 + 478.0 + 110.5 + 61.0 + 14.0) / 3600
     assert f"{hours * 10 * 1.1:.1f} Wh" in card and f"{hours * 10 * 1.1 * 0.385:.1f} g CO2" in card
-    assert "| slices | medium | 100 | 0.0 ± 0.0 | 4.0 ± 3.8 | 70.0 ± 9.0 |" in card
+    assert "| slices | medium | 100 | 0.0 (≤ 3.7) | 4.0 ± 3.8 | 70.0 ± 9.0 |" in card
     for heading in (
         "Architecture",
         "Data",
@@ -160,7 +160,7 @@ def test_the_card_claims_nothing_that_nobody_measured(finished_run: Path) -> Non
     _, card = _texts(finished_run)
     assert "language:" not in card, "nothing in a run tells the language of its text"
     assert "pip install 'llama-herd[train]'" in card, "the only backend needs torch"
-    assert "25 (411 kB) held out, split by module." in card and "which is 0 at both ends" in card
+    assert "25 (411 kB) held out, split by module." in card and "Wilson's bound at 0 and 100" in card
     assert "small talk excepted" in card and "also run in llama.cpp" not in card
     figures = {"loss": 1.0981, "dialogs": 7011, "dialog_tokens": 1_200_300, "rehearsal_tokens": 60_001}
     _rewrite(finished_run, "sft", "result.json", lambda data: data.update(figures))

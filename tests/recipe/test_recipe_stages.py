@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from herd import tokenizer
+from herd.errors import UsageError
 from herd.files import read_json, write_json
+from herd.recipe import load_recipe, place
 
 pytest.importorskip("torch")
 
 from herd.recipe.quantise import QuantiseConfig, quantise
-from herd.recipe.stages import _trained
+from herd.recipe.stages import _trained, stage_table
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "base.train.seq_len=1024",
+            "base: rows are longer than the model's context; got 1024; allowed: seq_len up to 512",
+        ),
+        ("sft.train.seq_len=513", "sft: rows are longer than the model's context; got 513; allowed: seq_len up to 512"),
+        ("corpus.sources=[python-stdlib, nowhere]", "corpus: there is no such source; got nowhere"),
+        ("base.model.n_heads=3", "base: model: dim 128 is not a multiple of n_heads 3"),
+        ("base.model.n_kv_heads=3", "base: model: LlamaConfig: field 'n_kv_heads' is not valid; got 3"),
+        (
+            "base.train.micro_batch=9",
+            "base: train: micro_batch 9 is larger than batch_size 8; to fix: herd fields base",
+        ),
+        ("base.train.lr=-1", "base: field 'train.lr' is not valid; got -1; allowed: greater than 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(override: str, words: str, tmp_path: Path) -> None:
+    pocket = Path(__file__).parents[2] / "recipes" / "pocket.yaml"
+    with pytest.raises(UsageError, match=re.escape(words)):
+        place(load_recipe(pocket, [override]), stage_table(), tmp_path)
 
 
 def test_files_are_written_where_nothing_was_held_out(finished_run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ class _Source:
     def batch(self, step: int) -> list[Any]:
         return [_Number(step)]
 
+    def fingerprint(self) -> str:
+        return "numbers"
+
 
 class _Number:
     n_tokens = 1

@@ -26,6 +26,9 @@ class Random:
         tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(step))
         return [Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros(4, 16, dtype=torch.int32), torch.ones(4, 16))]
 
+    def fingerprint(self) -> str:
+        return "random"
+
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_measuring_leaves_no_trace(optimizer: str, tmp_path: Path) -> None:

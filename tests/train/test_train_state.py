@@ -23,8 +23,8 @@ SHAPE = LlamaConfig(
 )
 
 
-def _trainer(out: Path, shape: LlamaConfig = SHAPE, seed: int = 0, **fields: Any) -> Trainer[Any]:
-    rng = np.random.default_rng(0)
+def _trainer(out: Path, shape: LlamaConfig = SHAPE, seed: int = 0, text: int = 0, **fields: Any) -> Trainer[Any]:
+    rng = np.random.default_rng(text)
     examples = [((int(rng.integers(32)) + 3 * np.arange(9)) % 32, rng.random(9) < 0.8) for _ in range(40)]
     settings: dict[str, Any] = {"steps": 12, "seq_len": 16, "batch_size": 4, "lr": 0.01, "precision": "fp32"}
     settings |= {"compile": "off", "checkpoint_seconds": 0, "checkpoint_every": 4, "log_every": 1}
@@ -149,6 +149,13 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
         _trainer(tmp_path, lr=0.02).fit()
     # How often it is saved or logged does not change what is computed.
     assert _trainer(tmp_path, keep=1, checkpoint_every=3, log_every=7).fit().resumed_from == 12
+
+
+def test_other_data_is_refused_and_how_it_is_cut_does_not_matter(tmp_path: Path) -> None:
+    _trainer(tmp_path, micro_batch=4).fit()
+    with pytest.raises(UsageError, match="was trained on other data; to fix: train into another directory"):
+        _trainer(tmp_path, micro_batch=4, text=1).fit()
+    assert _trainer(tmp_path, micro_batch=2).data == _trainer(tmp_path, micro_batch=4).data
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

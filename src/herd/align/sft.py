@@ -23,7 +23,6 @@ from herd.align.exercises import generate
 from herd.architecture import parameter_count
 from herd.config import Config
 from herd.corpus import PackedExamples, pack_examples
-from herd.errors import UsageError
 from herd.files import atomic_write, write_json
 from herd.train import Batch, PackedSource, TrainConfig, Trainer, next_token_loss
 from herd.train.budget import TimeLimit, within
@@ -84,12 +83,7 @@ def run(
     started = time.monotonic()
     out = Path(out_dir)
     llama = model.load(base, dtype=torch.float32)
-    if config.train.seq_len > llama.config.context_length:
-        raise UsageError(
-            "rows are longer than the model's context",
-            value=config.train.seq_len,
-            allowed=f"seq_len up to {llama.config.context_length}",
-        )
+    config.train.check_context(llama.config.context_length)
     exercises = generate(config.seed, config.exercises, "train", kinds=config.kinds)
     conversations = dialogs(exercises, seed=config.seed, max_turns=config.max_turns, system_share=config.system_share)
     _write_dialogs(out / "dialogs.jsonl", conversations)

@@ -25,8 +25,10 @@ _HELP = """\
   /system TEXT  set the system text and forget the conversation; /system alone shows it
   /save FILE    write the conversation as JSON
   /help         this list
-  /quit         leave (also Ctrl-D)
+  /quit, /exit  leave (also Ctrl-D)
 Ctrl-C stops an answer; at the prompt, twice, it leaves. A message that begins with a space is never a command."""
+
+_LEAVE = ("/quit", "/exit")
 
 
 def command(
@@ -62,7 +64,24 @@ def command(
     with LLM(model, quant=quant, ctx=ctx, threads=threads) as llm:
         status("")
         session = ChatSession(llm, system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        return _Terminal(session, llm.context, max_tokens, as_json).run(f"{model} · {llm.context} tokens of context")
+        title = f"{model} · {llm.context} tokens of context · /help for commands, Ctrl-D to leave"
+        questions = _questions(Path(model)) if sys.stdin.isatty() else []
+        return _Terminal(session, llm.context, max_tokens, as_json).run("\n".join([title, *questions]))
+
+
+def _questions(model: Path) -> list[str]:
+    """What to ask a run's model, which knows little more than it was tuned on: some of its held-out exercises."""
+    from herd.errors import FileFormatError
+    from herd.files import read_json
+    from herd.recipe import read_run
+
+    try:
+        entry = read_run(model)["stages"]["evaluate"]
+        asked = read_json(model / entry["directory"] / "results.json")["dialogs"]
+        easy = [str(dialog["question"]) for dialog in asked if dialog["difficulty"] == "easy"]
+    except (FileFormatError, KeyError, TypeError):
+        return []
+    return [f"for example: {question}" for question in easy if question.isprintable()][:3]
 
 
 class _Terminal:
@@ -88,7 +107,7 @@ class _Terminal:
         if self._person:
             with contextlib.suppress(ImportError):  # line editing and history at the prompt, where there is one
                 import readline  # noqa: F401
-            self._note(f"{title} · /help for commands, Ctrl-D to leave")
+            self._note(title)
         interrupted = False
         while True:
             try:
@@ -105,7 +124,7 @@ class _Terminal:
                 self._note("\nCtrl-C again or Ctrl-D leaves")
                 continue
             interrupted = False
-            if line.strip() == "/quit":
+            if line.strip() in _LEAVE:
                 return 0
             try:
                 if line.startswith("/"):
@@ -178,7 +197,7 @@ class _Terminal:
         if action is not None:
             action(argument.strip())
             return
-        near = difflib.get_close_matches(name, [*self._commands, "/quit"], n=1)
+        near = difflib.get_close_matches(name, [*self._commands, *_LEAVE], n=1)
         self._note(f"no such command: {name}" + (f"; did you mean {near[0]}?" if near else "") + " /help lists them")
 
     def _reset(self, _: str) -> None:

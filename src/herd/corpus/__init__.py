@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from herd.corpus.packing import Batch, PackedDataset, PackedExamples, pack_examples
     from herd.corpus.pipeline import curate
     from herd.corpus.shards import TokenShards, pack_tokens
-    from herd.corpus.sources import SourceReport, read_sources, source_files
+    from herd.corpus.sources import SourceReport, check_sources, read_sources, source_files
     from herd.corpus.stats import CorpusStats
     from herd.corpus.windows import EvaluationBatch, EvaluationWindows
 
@@ -31,7 +31,7 @@ __getattr__ = lazy_names(
         "packing": ("Batch", "PackedDataset", "PackedExamples", "pack_examples"),
         "pipeline": ("curate",),
         "shards": ("TokenShards", "pack_tokens"),
-        "sources": ("SourceReport", "read_sources", "source_files"),
+        "sources": ("SourceReport", "check_sources", "read_sources", "source_files"),
         "stats": ("CorpusStats",),
         "windows": ("EvaluationBatch", "EvaluationWindows"),
     },
@@ -51,6 +51,7 @@ __all__ = [
     "Quality",
     "SourceReport",
     "TokenShards",
+    "check_sources",
     "curate",
     "pack_examples",
     "pack_tokens",

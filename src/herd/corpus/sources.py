@@ -12,7 +12,7 @@ import os
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -81,15 +81,7 @@ def read_sources(
     """
     report = report if report is not None else SourceReport()
     names = [os.fspath(source) for source in sources]
-    if not names:
-        raise UsageError("no source was given", allowed=f"{STDLIB}, folders, *.jsonl, *.jsonl.gz, text files")
-    for source in names:
-        if source != STDLIB and not os.path.exists(source):  # noqa: PTH110 (Path.exists raises for a name too long)
-            raise UsageError(
-                "there is no such source",
-                value=source,
-                allowed=f"{STDLIB}, an existing folder, *.jsonl, *.jsonl.gz or text file",
-            )
+    check_sources(names)
     seen: set[str] = set()
     for source in names:
         before, skipped_before = report.documents, report.skipped.copy()
@@ -104,6 +96,19 @@ def read_sources(
             raise HerdError(
                 f"the source {source!r} gave no document: {reasons}",
                 allowed="text files, or records with a non-empty text or content field",
+            )
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Raises UsageError where no source is given or one does not exist."""
+    if not sources:
+        raise UsageError("no source was given", allowed=f"{STDLIB}, folders, *.jsonl, *.jsonl.gz, text files")
+    for source in sources:
+        if source != STDLIB and not os.path.exists(source):  # noqa: PTH110 (Path.exists raises for a name too long)
+            raise UsageError(
+                "there is no such source",
+                value=source,
+                allowed=f"{STDLIB}, an existing folder, *.jsonl, *.jsonl.gz or text file",
             )
 
 

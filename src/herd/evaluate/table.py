@@ -69,8 +69,15 @@ def kinds_in_order(by_kind: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def score_text(data: Mapping[str, Any] | None) -> str:
-    """`93.2 ± 1.4`, in percent; nothing for a model that was not asked."""
-    return "" if data is None else f"{100 * data['score']:.1f} ± {100 * data['ci95']:.1f}"
+    """`93.2 ± 1.4`, in percent; at 0 and 100, where that interval is 0, Wilson's bound; nothing for a model that was
+    not asked."""
+    if data is None:
+        return ""
+    if data["score"] == 0:
+        return f"0.0 (≤ {100 * data['high']:.1f})"
+    if data["score"] == 1:
+        return f"100.0 (≥ {100 * data['low']:.1f})"
+    return f"{100 * data['score']:.1f} ± {100 * data['ci95']:.1f}"
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

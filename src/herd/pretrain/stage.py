@@ -89,13 +89,7 @@ def _check(train: TrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> None
             value=shape.vocab_size,
             allowed=f"at least {tokenizer.vocab_size}",
         )
-    if train.seq_len > shape.context_length:
-        raise UsageError(
-            "rows are longer than the model's context",
-            value=train.seq_len,
-            allowed=f"seq_len up to {shape.context_length}",
-            fix="lower train.seq_len or raise the model's context_length",
-        )
+    train.check_context(shape.context_length)
 
 
 def _windows(shards: TokenShards, train: TrainConfig) -> EvaluationWindows:

@@ -72,22 +72,24 @@ def run(
     """Bring a run directory up to date with its recipe; return the content of its run.json.
 
     `redo_from` runs that stage and all after it again even if they are done; `only` runs no other stage. Stages that
-    were stopped resume. `command`, by default the recipe's, is quoted in errors as the way to go on. Raises UsageError
-    before anything runs, StageFailed when a stage fails, ResourceError when another run holds the directory.
+    were stopped resume. `command`, by default the recipe's, is quoted in errors and reports as the way to go on. Raises
+    UsageError before anything runs, StageFailed when a stage fails, ResourceError when another run holds the directory.
     KeyboardInterrupt and SystemExit pass through once the stage's manifest is written.
     """
     run_dir = Path(run_dir)
+    command = command or recipe.command
     placed = place(recipe, table, run_dir, redo_from=redo_from, only=only)
     with run_lock(run_dir):
-        state = _begin_state(recipe, run_dir, placed)
+        state = _begin_state(recipe, run_dir, placed, command)
         for position, item in enumerate(placed):
             if item.wanted:
                 context = StageContext(
                     recipe=recipe,
                     configs={other.name: other.bound.config for other in placed},
                     directories={other.name: other.directory for other in placed[:position]},
+                    command=command,
                 )
-                _run_stage(item, context, state, run_dir, on_event, command or recipe.command)
+                _run_stage(item, context, state, run_dir, on_event)
             else:
                 _record(state, item, read_manifest(item.directory), run_dir)
     return state
@@ -112,7 +114,6 @@ def _run_stage(
     state: dict[str, Any],
     run_dir: Path,
     on_event: Callable[[StageEvent], None],
-    command: str,
 ) -> None:
     """Skip, run or resume one stage, and record it in `state`."""
     stage, out, name = item.bound.stage, item.directory, item.name
@@ -148,7 +149,7 @@ def _run_stage(
             manifest = stop(out, manifest, meter.read(), error=message)
             _record(state, item, manifest, run_dir)
         on_event(StageEvent("fail", name, out, seconds=manifest["wall_seconds"]))
-        raise StageFailed(name, error, out / ERROR_LOG, command) from error
+        raise StageFailed(name, error, out / ERROR_LOG, context.command) from error
     (out / ERROR_LOG).unlink(missing_ok=True)
     manifest = finish(out, manifest, meter.read(), summary)
     _record(state, item, manifest, run_dir)
@@ -169,7 +170,7 @@ def _inputs(item: Placed, state: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def _begin_state(recipe: Recipe, run_dir: Path, placed: Sequence[Placed]) -> dict[str, Any]:
+def _begin_state(recipe: Recipe, run_dir: Path, placed: Sequence[Placed], command: str) -> dict[str, Any]:
     """run.json as a run starts: the old run's model and report stay until this run has its own."""
     try:
         old = read_run(run_dir)
@@ -180,7 +181,7 @@ def _begin_state(recipe: Recipe, run_dir: Path, placed: Sequence[Placed]) -> dic
         "description": recipe.description,
         "seed": recipe.seed,
         "recipe": recipe.source,
-        "command": recipe.command,
+        "command": command,
         "order": [item.name for item in placed],
         "stages": {},
     }

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from herd.architecture import LlamaConfig, ffn_width
 from herd.config import Config
+from herd.errors import UsageError
 
 
 class ModelShape(Config):
@@ -26,13 +27,16 @@ class ModelShape(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> ModelShape:
-        self.to_llama(vocab_size=256)  # LlamaConfig checks what depends on several fields
+        try:
+            self.to_llama(vocab_size=256)  # LlamaConfig checks what depends on several fields
+        except UsageError as error:
+            raise ValueError(str(error)) from None  # so that it names recipe and stage
         return self
 
     def to_llama(self, vocab_size: int) -> LlamaConfig:
         """The complete configuration. Raises UsageError when the values contradict each other."""
         if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}, so head_dim must be given")
+            raise UsageError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}, so head_dim must be given")
         return LlamaConfig(
             dim=self.dim,
             n_layers=self.n_layers,

@@ -20,6 +20,8 @@ class StageContext:
     configs: Mapping[str, Config]
     directories: Mapping[str, Path]
     """Directories of all stages before this one, also of those that are not its inputs."""
+    command: str
+    """The command line that brings this run up to date."""
 
 
 RunFunction = Callable[[Any, Mapping[str, Path], Path, StageContext], str]
@@ -32,6 +34,8 @@ class Stage:
     `run(config, inputs, out, context)` reads the input directories, writes its artefacts into `out` and returns one
     line that says what came out. `version` is raised when the code's results change, so that old results are made
     again. `fingerprint(config)` describes what the stage reads from outside the run (files named in its config).
+    `check(config, configs of the stages before it)` raises UsageError for what no single config shows to be wrong, so
+    that it is refused before anything runs.
     A `resumes` stage continues from what it left in `out`; any other one starts in an empty directory.
     """
 
@@ -43,6 +47,7 @@ class Stage:
     version: int = 1
     resumes: bool = False
     fingerprint: Callable[[Any], object] | None = None
+    check: Callable[[Any, Mapping[str, Config]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,12 @@ def bind(recipe: Recipe, table: Sequence[Stage]) -> list[BoundStage]:
         if "seed" in stage.config.model_fields:
             filled.setdefault("seed", recipe.seed)
         inputs = stage.inputs + tuple(other for other in stage.optional_inputs if other in earlier)
-        bound.append(BoundStage(stage, parse_config(stage.config, filled, where, fix=f"herd fields {name}"), inputs))
+        config = parse_config(stage.config, filled, where, fix=f"herd fields {name}")
+        if stage.check is not None:
+            try:
+                stage.check(config, {other.name: other.config for other in bound})
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
+        bound.append(BoundStage(stage, config, inputs))
         earlier.append(name)
     return bound

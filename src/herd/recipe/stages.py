@@ -13,7 +13,8 @@ from pydantic import Field
 
 from herd import evaluate, pretrain, tokenizer
 from herd.align import sft
-from herd.corpus import CorpusConfig, curate, read_documents
+from herd.config import Config
+from herd.corpus import CorpusConfig, check_sources, curate, read_documents
 from herd.files import read_json
 from herd.pretrain import PretrainConfig
 from herd.recipe.hashing import fingerprint_paths
@@ -37,10 +38,10 @@ class BaseConfig(PretrainConfig):
 def stage_table() -> list[Stage]:
     """All known stages."""
     return [
-        Stage("corpus", CorpusConfig, _corpus, fingerprint=_sources),
+        Stage("corpus", CorpusConfig, _corpus, fingerprint=_sources, check=_sources_exist),
         Stage("tokenizer", TokenizerConfig, _tokenizer, inputs=("corpus",)),
-        Stage("base", BaseConfig, _base, inputs=("corpus", "tokenizer"), resumes=True),
-        Stage("sft", sft.SftConfig, _sft, inputs=("corpus", "tokenizer", "base"), resumes=True),
+        Stage("base", BaseConfig, _base, inputs=("corpus", "tokenizer"), resumes=True, check=_rows_fit),
+        Stage("sft", sft.SftConfig, _sft, inputs=("corpus", "tokenizer", "base"), resumes=True, check=_rows_fit),
         Stage("evaluate", evaluate.EvaluateConfig, _evaluate, inputs=("corpus", "base"), optional_inputs=("sft",)),
         Stage("quantise", QuantiseConfig, _quantise, inputs=("corpus", "base"), optional_inputs=("sft",)),
         Stage("report", ReportConfig, _report, optional_inputs=_REPORTED),
@@ -54,6 +55,17 @@ def _sources(config: CorpusConfig) -> object:
     """What stands behind the names of the sources now: this Python's version, the content of files and folders."""
     paths = [source for source in config.sources if source != _STDLIB]
     return {"paths": fingerprint_paths(paths), "python": sys.version if _STDLIB in config.sources else None}
+
+
+def _sources_exist(config: CorpusConfig, configs: Mapping[str, Config]) -> None:
+    check_sources(config.sources)
+
+
+def _rows_fit(config: BaseConfig | sft.SftConfig, configs: Mapping[str, Config]) -> None:
+    """Rows are at most as long as the context of the base model, which this stage makes or reads."""
+    base = config if isinstance(config, BaseConfig) else configs["base"]
+    assert isinstance(base, BaseConfig)
+    config.train.check_context(base.model.context_length)
 
 
 def _corpus(config: CorpusConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
@@ -101,7 +113,7 @@ def _report(config: ReportConfig, inputs: Inputs, out: Path, context: StageConte
     run = RunData(
         name=recipe.name,
         seed=recipe.seed,
-        command=recipe.command,
+        command=context.command,
         description=recipe.description,
         directories=inputs,
         config=config,

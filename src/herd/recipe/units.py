@@ -35,6 +35,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `1,200 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def scientific(number: float, digits: int = 2) -> str:
     """`1.23 × 10¹⁴`."""
     if number == 0:

@@ -5,6 +5,7 @@ B rows, S tokens of a row.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -51,15 +52,21 @@ B = TypeVar("B", bound=Movable)
 
 
 class BatchSource(Protocol[B]):
-    """Where the data comes from. `batch(step)` must give the same micro-batches whenever it is called."""
+    """Where the data comes from. `batch(step)` must give the same micro-batches whenever it is called; equal
+    `fingerprint()`s stand for equal data, whatever the rank."""
 
     def batch(self, step: int) -> list[B]: ...
+
+    def fingerprint(self) -> str: ...
 
 
 class RowSource(Protocol):
     """Rows as numpy arrays, a pure function of (seed, step): `herd.corpus.PackedDataset` or `PackedExamples`."""
 
     batch_size: int
+
+    @property
+    def rows_per_epoch(self) -> int: ...
 
     def batch(self, step: int, rows: slice = ...) -> ArrayBatch: ...
 
@@ -86,3 +93,11 @@ class PackedSource:
         whole = Batch.from_arrays(arrays)
         parts = [torch.split(tensor, self._micro_batch) for tensor in whole]
         return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the first step's rows, of all ranks, and of how many rows there are: other text, another order or
+        another packing would not give the same ones."""
+        state = hashlib.sha256(str(self._rows.rows_per_epoch).encode())
+        for array in self._rows.batch(0):
+            state.update(array.tobytes())
+        return state.hexdigest()

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from herd.config import Config
+from herd.errors import UsageError
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens of a micro-batch when the config leaves its size open: larger ones were not faster on any CPU measured."""
@@ -85,6 +86,16 @@ class TrainConfig(Config):
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch_size {self.batch_size}")
         return self
+
+    def check_context(self, context_length: int) -> None:
+        """Raises UsageError where rows are longer than a model's context."""
+        if self.seq_len > context_length:
+            raise UsageError(
+                "rows are longer than the model's context",
+                value=self.seq_len,
+                allowed=f"seq_len up to {context_length}",
+                fix="lower train.seq_len or raise the model's context_length",
+            )
 
     @property
     def batch_tokens(self) -> int:

@@ -35,6 +35,7 @@ def capture(trainer: Trainer[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "recent": list(trainer.recent),
         "random": [version, list(internal), gauss],
         "config": trainer.config.model_dump(mode="json"),
+        "data": trainer.data,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -42,7 +43,7 @@ def capture(trainer: Trainer[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def restore(trainer: Trainer[Any], tensors: dict[str, Any], values: dict[str, Any]) -> None:
-    """Put a captured state back. Raises UsageError when it belongs to a run with another configuration."""
+    """Put a captured state back. Raises UsageError when it belongs to a run of another configuration or data."""
     _same_run(trainer, values)
     saved = {name: state for name, state in tensors["callbacks"].items() if state}
     if missing := set(saved) - {callback.name for callback in trainer.callbacks}:
@@ -80,6 +81,11 @@ def _same_run(trainer: Trainer[Any], values: dict[str, Any]) -> None:
                 value=f"{name}={now[name]}",
                 fix=f"use {name}={old}, train into another directory, or remove {directory}",
             )
+    if values["data"] != trainer.data:
+        raise UsageError(
+            f"{directory} was trained on other data",
+            fix=f"train into another directory, or remove {directory}",
+        )
     for name, current in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
         if values[name] != current:
             announce(f"continuing with {name} {current} instead of {values[name]}: the last bits may differ")

@@ -90,6 +90,8 @@ class Trainer(Generic[B]):
         self.model = model.to(self.device)
         self.loss_fn = loss_fn
         self.source = source
+        self.data = source.fingerprint()
+        """What the data is known by: a state of other data is not continued."""
         self.out_dir = Path(out_dir)
         self.precision = matrix_dtype(self.device) if config.precision == "auto" else _DTYPES[config.precision]
         self.blocks = CompiledBlocks(model)

@@ -49,7 +49,7 @@ def rebuild_report(run_dir: str | Path) -> list[Path]:
         raise FileFormatError(
             "no stage of this run is done, so there is nothing to report",
             file=run_dir,
-            fix=f"{state.get('command', 'herd run recipes/pocket.yaml')} --out {run_dir}",
+            fix=str(state.get("command", f"herd run recipes/pocket.yaml --out {run_dir}")),
         )
     manifest = read_manifest(report) if report else None
     config = (

@@ -15,7 +15,10 @@ from herd.recipe.report.config import CARBON_REASON, WATTS_REASON
 from herd.recipe.report.data import RunData
 from herd.recipe.report.results import bits_and_cost, comparison_text, score_rows
 from herd.recipe.report.sections import headline, shape_rows, uncounted
-from herd.recipe.units import count, duration, scientific, size
+from herd.recipe.units import count, counted, duration, scientific, size
+
+# What `herd.corpus` calls its ways to split, in words.
+_SPLITS = {"module": "split by module", "module by rank": "split by module", "tail": "cut from the ends of documents"}
 
 
 def render_card(run: RunData) -> str:
@@ -62,12 +65,12 @@ def _data(run: RunData) -> str:
     tokenizer = run.result("tokenizer", "results.json")
     lines = [f"Sources: {_line(sources)}. " if sources else ""]
     lines[0] += (
-        f"After cleaning and removal of duplicates {stats['train_documents']:,} documents "
+        f"After cleaning and removal of duplicates {counted(stats['train_documents'], 'document')} "
         f"({size(stats['train_bytes'])}) for training"
     )
     if stats["heldout_documents"]:
         lines[0] += f" and {stats['heldout_documents']:,} ({size(stats['heldout_bytes'])}) held out"
-        lines[0] += f", split by {_line(stats.get('split', 'document'))}"
+        lines[0] += f", {_SPLITS.get(str(stats.get('split')), 'split by document')}"
     lines[0] += "."
     if tokenizer:
         part, text = ("heldout", "held-out") if tokenizer["heldout"]["tokens"] else ("train", "training")
@@ -161,8 +164,8 @@ def _evaluation(run: RunData) -> str:
         some = next(iter(results["bits_per_byte"].values()))
         both = [*run.bits.items(), *run.compressors.items()]
         parts.append(
-            f"Bits per byte on {some['documents']:,} held-out documents ({size(some['bytes'])}); less is better:\n\n"
-            + _table(["", "bits per byte"], [(name, f"{value:.3f}") for name, value in both], right=(1,))
+            f"Bits per byte on {counted(some['documents'], 'held-out document')} ({size(some['bytes'])}); less is "
+            "better:\n\n" + _table(["", "bits per byte"], [(name, f"{value:.3f}") for name, value in both], right=(1,))
         )
     if models := results.get("exact_match"):
         rows = [
@@ -175,8 +178,8 @@ def _evaluation(run: RunData) -> str:
             for row in score_rows(models)
         ]
         parts.append(
-            "Exact match on held-out exercises, percent ± 95 % interval, CI95(S) = 1.96·√(S(1−S)/N), which is 0 at "
-            "both ends (`results.json` has Wilson's interval as well):\n\n"
+            "Exact match on held-out exercises, percent ± 95 % interval, CI95(S) = 1.96·√(S(1−S)/N), and Wilson's "
+            "bound at 0 and 100, where that is 0:\n\n"
             + _table(["kind", "level", "N", *models], rows, right=range(2, 3 + len(models)))
         )
         if sentence := comparison_text(results.get("comparison")):
@@ -218,10 +221,12 @@ def _use(run: RunData) -> str:
 
 def _limitations(run: RunData) -> str:
     tuned = ", and in a chat only the kinds of questions it was tuned on" if "sft" in run.manifests else ""
+    epochs = run.result("base", "result.json").get("epochs", 0.0)
+    read = f", which it read {epochs:.1f} times" if epochs > 1 else ""
     said = [
         f"It knows its training text and nothing else: no facts about the world{tuned}.",
         "It states wrong answers as confidently as right ones. No safety training and no guard is part of this run.",
-        "It may repeat passages of its training text word for word.",
+        f"It may repeat passages of its training text word for word{read}.",
     ]
     if run.parameters and run.model:
         said.insert(

@@ -11,7 +11,7 @@ from herd.recipe.report.charts import Interval, Series, bars, interval_rows, lin
 from herd.recipe.report.data import RunData, Training
 from herd.recipe.report.html import Child, Html, join, table, tag
 from herd.recipe.report.sections import Section
-from herd.recipe.units import count, duration, size
+from herd.recipe.units import count, counted, duration, size
 
 _ROLES = ("s2", "s1", "s3", "s4")
 _MFU_NOTE = (
@@ -84,8 +84,8 @@ def evaluation_section(run: RunData) -> Section | None:
             tag("h3", "Bits per byte on held-out text"),
             tag(
                 "p",
-                f"{some['documents']:,} documents, {size(some['bytes'])}, never trained on. Less is better. The "
-                "compressors read the same text as one stream and learn as they go; the model was trained before.",
+                f"{counted(some['documents'], 'document')}, {size(some['bytes'])}, never trained on. Less is better. "
+                "The compressors read the same text as one stream and learn as they go; the model was trained before.",
                 class_="note",
             ),
             bars(sorted(rows, key=lambda row: row[1]), label="Bits per byte of models and compressors"),
@@ -127,7 +127,8 @@ def _exact_match(results: Mapping[str, Any]) -> list[Child]:
         interval_rows(marks, names, label="Exact match by kind of exercise"),
         tag(
             "p",
-            "In the table: percent ± 1.96·√(S(1−S)/N), the interval of the Llama 3 paper, which is 0 at the ends.",
+            "In the table: percent ± 1.96·√(S(1−S)/N), the interval of the Llama 3 paper; at 0 and 100, where that is "
+            "0, Wilson's bound.",
             class_="note",
         ),
         table(["kind", "level", "N", *(name for name, _ in names)], cells, numeric=range(2, 3 + len(models))),
