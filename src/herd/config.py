@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import pydantic
 
-from herd.errors import UsageError
+from herd.errors import UsageError, near
 
 
 class Config(pydantic.BaseModel):
@@ -33,7 +32,7 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str, *, fix: str 
         if first["type"] == "extra_forbidden":
             known = _fields_at(cls, first["loc"][:-1])
             raise UsageError(
-                f"{where}: there is no field {path!r}{more}", allowed=_near(str(first["loc"][-1]), known), fix=fix
+                f"{where}: there is no field {path!r}{more}", allowed=near(str(first["loc"][-1]), known), fix=fix
             ) from None
         if first["type"] == "missing":
             raise UsageError(f"{where}: the field {path!r} is not given{more}", fix=fix) from None
@@ -54,8 +53,3 @@ def _fields_at(cls: type[pydantic.BaseModel], path: tuple[int | str, ...]) -> li
             return []
         cls = found[0]
     return sorted(cls.model_fields)
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else ", ".join(known)

@@ -6,7 +6,10 @@ prints the message without a traceback and exits with the class's code: 2 wrong 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path, PurePath
+from typing import Self
 
 _ABSENT = object()
 
@@ -34,6 +37,12 @@ class HerdError(Exception):
         if fix:
             parts.append(f"to fix: {fix}")
         super().__init__("; ".join(parts))
+
+    def inside(self, where: str) -> Self:
+        """The same error, with where it happened in front."""
+        self.what = f"{where}: {self.what}"
+        self.args = (f"{where}: {self}",)
+        return self
 
 
 class UsageError(HerdError):
@@ -94,6 +103,13 @@ class MissingDependency(HerdError):
             f"this needs the package {package!r}, which is not installed",
             fix=f"pip install 'llama-herd[{extra}]'",
         )
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What an error about an unknown name says is allowed: the name that was meant, if one is near, else all."""
+    names = list(known)
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {found[0]!r}?" if found else ", ".join(names)
 
 
 def _shorten(value: object, limit: int = 160) -> str:

@@ -62,6 +62,21 @@ def test_convert_then_inspect(tmp_path: Path, small: Small, herd_command: Comman
     assert data["parameters"] == 74_048 and data["tensor_bytes"] == 2 * 74_048
 
 
+def test_only_a_checkpoint_is_replaced(tmp_path: Path, small: Small, herd_command: Command) -> None:
+    source = save(tmp_path / "model.gguf", *small("llama3.1"), format="gguf")
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "config.json").write_text("{}")
+    code, _, err = herd_command("convert", source, app, "--to", "hf", "--force")
+    assert code == 2 and "is not a checkpoint; it was left alone" in err and (app / "config.json").read_text() == "{}"
+    clone = save(tmp_path / "clone", *small("llama3.1"))
+    (clone / ".git").mkdir()
+    code, _, err = herd_command("convert", source, clone, "--to", "hf", "--force")
+    assert code == 2 and "holds more than a checkpoint" in err and (clone / ".git").is_dir()
+    (clone / ".git").rmdir()
+    assert herd_command("convert", source, clone, "--to", "hf", "--force")[0] == 0
+
+
 def test_inspect_finds_weights_that_are_no_numbers(tmp_path: Path, small: Small, herd_command: Command) -> None:
     config, weights = small("llama3")
     weights["layers.1.ffn.w2.weight"][3, 4:6] = np.nan

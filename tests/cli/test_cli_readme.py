@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from herd import checkpoint
+
 
 def blocks(repository: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (repository / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -57,7 +59,8 @@ def test_the_commands_run(repository: Path, newcomer: Path) -> None:
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
             continue
         assert words[0] == "herd", line
-        result = herd(words[1:], newcomer)
+        # The long command is said in full, and only planned here.
+        result = herd([*words[1:], *(["--dry-run"] if words[1] == "run" else [])], newcomer)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         ran += 1
     assert ran >= 10
@@ -69,6 +72,27 @@ def test_the_python_runs(repository: Path, newcomer: Path) -> None:
             [sys.executable, "-c", block], cwd=newcomer, capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0, result.stderr
+
+
+GUIDES = sorted(Path(__file__).parents[2].joinpath("docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("guide", [g for g in GUIDES if "```python" in g.read_text()], ids=lambda guide: guide.stem)
+def test_the_python_of_the_guides_runs(guide: Path, repository: Path, newcomer: Path) -> None:
+    """All blocks of a guide in one go, on little text and the small run's tokenizer."""
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL))
+    tiny = (repository / "tests" / "recipe" / "tiny.yaml").read_text().replace("python-stdlib", "text")
+    (newcomer / "tiny.yaml").write_text(tiny)
+    for said, used in (
+        ("recipes/pocket.yaml", "tiny.yaml"),
+        ("python-stdlib", "text"),
+        ("tokenizer.model", str(checkpoint.resolve(newcomer / "runs" / "pocket"))),
+        ("exercises=2000", "exercises=100, kinds=('add_small',), train={'seq_len': 256}"),
+    ):
+        code = code.replace(said, used)
+    (newcomer / "guide.py").write_text(code)
+    result = subprocess.run([sys.executable, "guide.py"], cwd=newcomer, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 def test_links_and_benchmarks_exist(repository: Path) -> None:

@@ -189,7 +189,7 @@ def test_full_context_is_said_and_nothing_is_dropped(small: Path, tmp_path: Path
     terminal.send("hello\n")
     shown = plain(terminal.expect(PROMPT))
     assert plain(visible(messages[1]["content"]))[:40] in shown
-    terminal.send("/quit\n")
+    terminal.send("/exit\n")
     assert terminal.exit_code() == 0
     os.close(terminal.handle)
 

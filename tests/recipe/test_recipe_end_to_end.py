@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from herd import LLM
+from herd.cli.chat import _questions
 from herd.recipe import StageEvent, load_recipe, run, stage_table
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
@@ -98,6 +99,14 @@ def test_the_report_has_what_was_measured(tiny: tuple[Path, dict[str, Any]]) -> 
     assert f"| {result['parameters']:,} |" in card and f"| {result['tokens']:,} |" in card
     mantissa, exponent = f"{result['training_flops']:.2e}".split("e+")
     assert f"{mantissa} × 10{str(int(exponent)).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}" in card
+
+
+def test_chat_says_what_to_ask(tiny: tuple[Path, dict[str, Any]]) -> None:
+    run_dir, state = tiny
+    dialogs = json.loads((run_dir / state["stages"]["evaluate"]["directory"] / "results.json").read_text())["dialogs"]
+    easy = [f"for example: {dialog['question']}" for dialog in dialogs if dialog["difficulty"] == "easy"]
+    assert easy and _questions(run_dir) == easy[:3]
+    assert _questions(run_dir / "run.json") == []
 
 
 def test_nothing_runs_twice_and_late_changes_run_late_stages(tiny: tuple[Path, dict[str, Any]], sources: Path) -> None:

@@ -393,6 +393,24 @@ def test_added_tokens_that_are_no_control_tokens_match_text(small_llama3: Tokeni
     assert tokenizer.load(tmp_path / "again").encode(text) == loaded.encode(text)
 
 
+def test_no_flag_of_a_file_makes_content_a_control_token(small_llama3: Tokenizer, tmp_path: Path) -> None:
+    """Files in circulation say of some control tokens that text may hold them."""
+    text = "".join(small_llama3.specials)
+    controls = set(small_llama3.specials.values())
+    small_llama3.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_text())
+    for entry in data["added_tokens"]:
+        entry["special"] = False
+    file.write_text(json.dumps(data))
+    metadata = small_llama3.gguf_metadata()
+    kinds = metadata["tokenizer.ggml.token_type"]
+    metadata["tokenizer.ggml.token_type"] = [4 if i in controls else kind for i, kind in enumerate(kinds)]
+    for loaded in (tokenizer.load(tmp_path), tokenizer.from_gguf_metadata(metadata)):
+        assert set(loaded.specials.values()) == controls
+        assert not controls & set(loaded.encode(text)) and loaded.decode(loaded.encode(text)) == text
+
+
 def test_llama2_json_with_added_tokens(shared_data: Path, tmp_path: Path) -> None:
     loaded = tokenizer.load(shared_data / "tokenizers" / "llama2.tokenizer.json")
     assert loaded.vocab_size == 32_003

@@ -92,6 +92,12 @@ def test_many_bad_steps_roll_back_and_leave_their_data_out(tmp_path: Path, capfd
     assert [line["step"] for line in lines if "event" not in line] == list(range(1, 41))
 
 
+def test_nothing_is_saved_while_steps_are_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trainer, _ = _run(tmp_path, {step: math.nan for step in (23, 24, 25)}, steps=40, max_skips=3, checkpoint_every=1)
+    trainer.fit()
+    assert "went back from step 26 to 23" in capfd.readouterr().err
+
+
 def test_it_gives_up_in_the_end(tmp_path: Path) -> None:
     trainer, _ = _run(tmp_path, {step: math.nan for step in range(5, 1000)}, max_skips=2, max_rollbacks=2)
     with pytest.raises(HerdError, match=r"diverged: 2 bad steps in a row, after going back 2 times.*lower lr"):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from herd.architecture import LlamaConfig
 from herd.model import Llama
-from herd.train import Batch, chunked_cross_entropy, next_token_loss
+from herd.train import Batch, chunked_cross_entropy, losses, next_token_loss
 
 T, D, V = 300, 24, 131
 
@@ -49,6 +49,12 @@ def test_extreme_logits_stay_finite_and_exact() -> None:
     assert x.grad is not None and torch.isfinite(x.grad).all()
     expected = _plain(x.double(), w.double(), targets, weights.double())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("vocabulary", "megabytes"), [(4096, 9), (32_000, 66), (128_256, 263)])
+def test_a_chunk_of_logits_has_a_bound_and_enough_rows(vocabulary: int, megabytes: int) -> None:
+    rows = losses._chunk_rows(vocabulary, cuda=False)
+    assert rows >= 1024 and rows * vocabulary * 2 <= megabytes * 10**6
 
 
 def test_bf16_products_stay_near_fp32() -> None:

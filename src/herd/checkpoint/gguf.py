@@ -249,7 +249,7 @@ def _quantized(type_name: str, block: Array, name: str) -> bytes:
     try:
         return quantize(type_name, block)
     except HerdError as error:
-        raise HerdError(f"{name}: {error.what}", value=error.value, allowed=error.allowed, fix=error.fix) from None
+        raise error.inside(name) from None
 
 
 def _string(text: str) -> bytes:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["save"]
 
 Tensors = Mapping[str, Array] | Iterable[tuple[str, Array]]
-# What may be replaced by a new checkpoint of the same name: only another checkpoint.
-_CHECKPOINT_FILES = ("config.json", "params.json")
+# What may be replaced by a new checkpoint of the same name: only another checkpoint, known by its shape and weights.
+_CHECKPOINT_FILES = (("config.json", "*.safetensors"), ("params.json", "consolidated.*.pth"))
 
 
 def save(
@@ -352,5 +352,11 @@ def _check_target(path: Path, fmt: str) -> None:
         return
     if not path.is_dir():
         raise UsageError(f"format {fmt!r} makes a directory, this is a file", value=path)
-    if any(path.iterdir()) and not any((path / name).exists() for name in _CHECKPOINT_FILES):
+    entries = list(path.iterdir())
+    known = any((path / shape).is_file() and any(path.glob(weights)) for shape, weights in _CHECKPOINT_FILES)
+    if entries and not known:
         raise UsageError("this directory exists and is not a checkpoint; it was left alone", value=path)
+    if folders := [entry.name for entry in entries if entry.is_dir() and entry.name != "original"]:
+        raise UsageError(
+            "this directory holds more than a checkpoint; it was left alone", value=path, fix=f"move {folders[0]} away"
+        )

@@ -65,7 +65,7 @@ def command(
         status("")
         session = ChatSession(llm, system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         title = f"{model} · {llm.context} tokens of context · /help for commands, Ctrl-D to leave"
-        questions = _questions(Path(model)) if sys.stdin.isatty() else []
+        questions = _questions(Path(model).expanduser()) if sys.stdin.isatty() else []
         return _Terminal(session, llm.context, max_tokens, as_json).run("\n".join([title, *questions]))
 
 

@@ -16,10 +16,10 @@ from herd.lazy import lazy_names
 if TYPE_CHECKING:
     from herd.corpus.config import CorpusConfig, Lines, NearDuplicates, Quality
     from herd.corpus.document import Document, read_documents, write_documents
-    from herd.corpus.packing import Batch, PackedDataset, PackedExamples, pack_examples
+    from herd.corpus.packing import Batch, PackedDataset, PackedExamples, RowSource, pack_examples
     from herd.corpus.pipeline import curate
     from herd.corpus.shards import TokenShards, pack_tokens
-    from herd.corpus.sources import SourceReport, check_sources, read_sources, source_files
+    from herd.corpus.sources import STDLIB, SourceReport, check_sources, read_sources, source_files
     from herd.corpus.stats import CorpusStats
     from herd.corpus.windows import EvaluationBatch, EvaluationWindows
 
@@ -28,16 +28,17 @@ __getattr__ = lazy_names(
     {
         "config": ("CorpusConfig", "Lines", "NearDuplicates", "Quality"),
         "document": ("Document", "read_documents", "write_documents"),
-        "packing": ("Batch", "PackedDataset", "PackedExamples", "pack_examples"),
+        "packing": ("Batch", "PackedDataset", "PackedExamples", "RowSource", "pack_examples"),
         "pipeline": ("curate",),
         "shards": ("TokenShards", "pack_tokens"),
-        "sources": ("SourceReport", "check_sources", "read_sources", "source_files"),
+        "sources": ("STDLIB", "SourceReport", "check_sources", "read_sources", "source_files"),
         "stats": ("CorpusStats",),
         "windows": ("EvaluationBatch", "EvaluationWindows"),
     },
 )
 
 __all__ = [
+    "STDLIB",
     "Batch",
     "CorpusConfig",
     "CorpusStats",
@@ -49,6 +50,7 @@ __all__ = [
     "PackedDataset",
     "PackedExamples",
     "Quality",
+    "RowSource",
     "SourceReport",
     "TokenShards",
     "check_sources",

@@ -14,6 +14,7 @@ B rows of a batch, S tokens of a row.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -71,6 +72,10 @@ class RowSource(ABC):
             raise UsageError("a step is counted from 0", value=step)
         start, stop, stride = rows.indices(self.batch_size)
         return self._fill([step * self.batch_size + row for row in range(start, stop, stride)])
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides what a step's rows are."""
 
     def rows(self, first: int, count: int) -> Batch:
         """Rows first … first + count - 1 of the endless sequence of rows, for batches whose size changes."""
@@ -135,7 +140,12 @@ class PackedDataset(RowSource):
             rows = -(-self.pairs_per_epoch // max(seq_len, 1))
         else:
             raise UsageError("unknown packing", value=packing, allowed="concat, best_fit")
+        self._packing = packing
         super().__init__(seq_len, batch_size, seed, rows, shards.eos_id)
+
+    def fingerprint(self) -> str:
+        made_of = (self._shards.checksums, self._packing, self.seq_len, self.batch_size, self.seed)
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
     def _pieces(self, epoch: int, row: int) -> Iterator[Piece]:
         slots = self._slots
@@ -180,6 +190,12 @@ class PackedExamples(RowSource):
         self._slots = _Slots(np.array([len(weights) for _, weights in examples], dtype=np.int64), seq_len)
         self._orders: dict[int, I64] = {}
         super().__init__(seq_len, batch_size, seed, self._slots.n_rows, pad_id)
+
+    def fingerprint(self) -> str:
+        state = hashlib.sha256(repr((self.seq_len, self.batch_size, self.seed, self.pad_id)).encode())
+        for ids, weights in self._examples:
+            state.update(len(ids).to_bytes(8) + np.asarray(ids, np.int64).tobytes() + weights.tobytes())
+        return state.hexdigest()
 
     def _pieces(self, epoch: int, row: int) -> Iterator[Piece]:
         order = _remember(self._orders, epoch, lambda: self._slots.assign(self.seed, epoch))

@@ -146,6 +146,11 @@ class TokenShards(Sequence[Ids]):
         """Tokens of all documents."""
         return int(self.lengths.sum())
 
+    @property
+    def checksums(self) -> list[str | None]:
+        """SHA-256 of every shard's tokens and index, as the manifests have them."""
+        return [part.checksum(name) for part in self._parts for name in ("tokens.bin", "index.bin")]
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -202,6 +207,12 @@ class _Shard:
             self._bad("is empty", field, "at least 1")
         return value
 
+    def checksum(self, name: str) -> str | None:
+        """SHA-256 of one of the files, as the manifest has it."""
+        files = self._manifest.get("files")
+        entry = files.get(name) if isinstance(files, dict) else None
+        return str(entry.get("sha256")) if isinstance(entry, dict) else None
+
     def _check_file(self, name: str, expected: int, verify: bool) -> None:
         file = self.path / name
         try:
@@ -212,11 +223,8 @@ class _Shard:
             raise FileFormatError(
                 "has the wrong size", file=file, field="bytes", value=size, allowed=str(expected), fix=_REBUILD
             )
-        if verify:
-            files = self._manifest.get("files")
-            entry = files.get(name) if isinstance(files, dict) else None
-            if not isinstance(entry, dict) or entry.get("sha256") != sha256_file(file):
-                raise FileFormatError("does not match its checksum", file=file, field="sha256", fix=_REBUILD)
+        if verify and self.checksum(name) != sha256_file(file):
+            raise FileFormatError("does not match its checksum", file=file, field="sha256", fix=_REBUILD)
 
     def _bad(self, what: str, field: str, allowed: str | None = None) -> NoReturn:
         raise FileFormatError(

@@ -107,11 +107,6 @@ class Llama(nn.Module):
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """The decoder layers, to compile, shard or checkpoint one by one."""
-        return self.layers
-
-    @property
     def output_weight(self) -> Tensor:
         """The output projection [V, D]; the embedding itself when they are tied."""
         return self.embed.weight if self.config.tied_embeddings else self.output.weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from herd.corpus import EvaluationWindows
@@ -20,14 +19,13 @@ def score(trainer: Trainer[Any], windows: EvaluationWindows) -> dict[str, float]
 class HeldOut(Callback):
     """Writes heldout_loss and heldout_bits_per_byte of `windows` into metrics.jsonl, `times` times and at the start.
 
-    The stage scores the end itself, on all held-out text. `seconds` is what the last evaluation took.
+    The stage scores the end itself, on all held-out text.
     """
 
     name = "heldout"
 
     def __init__(self, windows: EvaluationWindows, times: int) -> None:
         self._windows, self._times = windows, times
-        self.seconds = 0.0
 
     def on_start(self, trainer: Trainer[Any]) -> None:
         if self._times and trainer.step == 0:
@@ -40,6 +38,4 @@ class HeldOut(Callback):
             self._score(trainer)
 
     def _score(self, trainer: Trainer[Any]) -> None:
-        start = time.perf_counter()
         trainer.log(score(trainer, self._windows))
-        self.seconds = time.perf_counter() - start

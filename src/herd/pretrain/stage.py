@@ -75,7 +75,7 @@ def run(
     }
     if files.heldout is not None:
         final = score(loop, _windows(files.heldout, train))
-        if outcome.resumed_from != outcome.steps:
+        if not loop.logged("heldout_loss"):
             loop.log(final)
         result |= final
     write_json(out / "result.json", result)

@@ -15,14 +15,14 @@ import copy
 import difflib
 import re
 import shlex
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from herd.errors import FileFormatError, UsageError
+from herd.errors import FileFormatError, UsageError, near
 
 _TOP_LEVEL = ("description", "name", "seed", "stages")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -57,7 +57,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise FileFormatError("a recipe is a mapping with the keys name, seed and stages", file=file)
     for key in data:
         if key not in _TOP_LEVEL:
-            raise UsageError(f"{file}: there is no key {key!r} at the top", allowed=_near(str(key), _TOP_LEVEL))
+            raise UsageError(f"{file}: there is no key {key!r} at the top", allowed=near(str(key), _TOP_LEVEL))
     data["stages"] = _stage_mapping(data.get("stages"), file)
     for override in overrides:
         _apply(data, override)
@@ -73,23 +73,13 @@ def find_recipe(path: str | Path) -> Path:
     known = sorted(entry.stem for entry in folder.glob("*.yaml")) if folder.is_dir() else []
     if str(path) in known:
         return folder / f"{path}.yaml"
-    near = difflib.get_close_matches(file.stem, known, n=3)
+    close = difflib.get_close_matches(file.stem, known, n=3)
     raise UsageError(
         "there is no such recipe file",
         value=str(path),
-        allowed=", ".join(f"recipes/{name}.yaml" for name in near or known) or "a path of a .yaml file",
-        fix=f"herd run recipes/{(near or known)[0]}.yaml" if known else None,
+        allowed=", ".join(f"recipes/{name}.yaml" for name in close or known) or "a path of a .yaml file",
+        fix=f"herd run recipes/{(close or known)[0]}.yaml" if known else None,
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The advice part of an error about an unknown name: the near one if there is one, else all."""
-    return _near(name, tuple(known))
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else ", ".join(known)
 
 
 class _Loader(yaml.SafeLoader):
@@ -179,7 +169,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise UsageError(
             "an override names a stage that this recipe does not have",
             value=override,
-            allowed=_near(path[0], tuple(data["stages"])),
+            allowed=near(path[0], data["stages"]),
         )
     target = data["stages"]
     for depth, key in enumerate(path[:-1]):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from herd.errors import UsageError
+from herd.errors import UsageError, near
 from herd.recipe.hashing import digest, stage_key
-from herd.recipe.loading import Recipe, nearest
+from herd.recipe.loading import Recipe
 from herd.recipe.manifest import Decision, decide, read_manifest
 from herd.recipe.stage import BoundStage, Stage, bind
 
@@ -46,7 +46,7 @@ def place(
     names = [stage.name for stage in bound]
     for option, value in (("--from", redo_from), ("--only", only)):
         if value is not None and value not in names:
-            raise UsageError(f"{option}: {recipe.source} has no such stage", value=value, allowed=nearest(value, names))
+            raise UsageError(f"{option}: {recipe.source} has no such stage", value=value, allowed=near(value, names))
     hashes: dict[str, str] = {}
     placed: list[Placed] = []
     redo = False

@@ -85,7 +85,6 @@ def run(
             if item.wanted:
                 context = StageContext(
                     recipe=recipe,
-                    configs={other.name: other.bound.config for other in placed},
                     directories={other.name: other.directory for other in placed[:position]},
                     command=command,
                 )

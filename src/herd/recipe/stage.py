@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from herd.config import Config, parse_config
-from herd.errors import UsageError
-from herd.recipe.loading import Recipe, nearest
+from herd.errors import UsageError, near
+from herd.recipe.loading import Recipe
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,6 @@ class StageContext:
     """What a stage may know about its run besides its own config and inputs."""
 
     recipe: Recipe
-    configs: Mapping[str, Config]
     directories: Mapping[str, Path]
     """Directories of all stages before this one, also of those that are not its inputs."""
     command: str
@@ -71,7 +70,7 @@ def bind(recipe: Recipe, table: Sequence[Stage]) -> list[BoundStage]:
     for name, values in recipe.stages.items():
         where = f"{recipe.source}: {name}"
         if name not in known:
-            raise UsageError(f"{where}: there is no such stage", value=name, allowed=nearest(name, known))
+            raise UsageError(f"{where}: there is no such stage", value=name, allowed=near(name, known))
         stage = known[name]
         for needed in stage.inputs:
             if needed not in earlier:
@@ -88,7 +87,7 @@ def bind(recipe: Recipe, table: Sequence[Stage]) -> list[BoundStage]:
             try:
                 stage.check(config, {other.name: other.config for other in bound})
             except UsageError as error:
-                raise UsageError(f"{where}: {error}") from None
+                raise error.inside(where) from None
         bound.append(BoundStage(stage, config, inputs))
         earlier.append(name)
     return bound

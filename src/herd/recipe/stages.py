@@ -14,7 +14,7 @@ from pydantic import Field
 from herd import evaluate, pretrain, tokenizer
 from herd.align import sft
 from herd.config import Config
-from herd.corpus import CorpusConfig, check_sources, curate, read_documents
+from herd.corpus import STDLIB, CorpusConfig, check_sources, curate, read_documents
 from herd.files import read_json
 from herd.pretrain import PretrainConfig
 from herd.recipe.hashing import fingerprint_paths
@@ -26,7 +26,6 @@ from herd.recipe.tokenise import TokenizerConfig, train_tokenizer
 from herd.recipe.units import count, size
 
 Inputs = Mapping[str, Path]
-_STDLIB = "python-stdlib"
 
 
 class BaseConfig(PretrainConfig):
@@ -40,11 +39,20 @@ def stage_table() -> list[Stage]:
     return [
         Stage("corpus", CorpusConfig, _corpus, fingerprint=_sources, check=_sources_exist),
         Stage("tokenizer", TokenizerConfig, _tokenizer, inputs=("corpus",)),
-        Stage("base", BaseConfig, _base, inputs=("corpus", "tokenizer"), resumes=True, check=_rows_fit),
-        Stage("sft", sft.SftConfig, _sft, inputs=("corpus", "tokenizer", "base"), resumes=True, check=_rows_fit),
-        Stage("evaluate", evaluate.EvaluateConfig, _evaluate, inputs=("corpus", "base"), optional_inputs=("sft",)),
+        Stage("base", BaseConfig, _base, inputs=("corpus", "tokenizer"), version=2, resumes=True, check=_rows_fit),
+        Stage(
+            "sft", sft.SftConfig, _sft, inputs=("corpus", "tokenizer", "base"), version=2, resumes=True, check=_rows_fit
+        ),
+        Stage(
+            "evaluate",
+            evaluate.EvaluateConfig,
+            _evaluate,
+            inputs=("corpus", "base"),
+            optional_inputs=("sft",),
+            version=2,
+        ),
         Stage("quantise", QuantiseConfig, _quantise, inputs=("corpus", "base"), optional_inputs=("sft",)),
-        Stage("report", ReportConfig, _report, optional_inputs=_REPORTED),
+        Stage("report", ReportConfig, _report, optional_inputs=_REPORTED, version=2),
     ]
 
 
@@ -53,8 +61,8 @@ _REPORTED = ("corpus", "tokenizer", "base", "sft", "evaluate", "quantise")
 
 def _sources(config: CorpusConfig) -> object:
     """What stands behind the names of the sources now: this Python's version, the content of files and folders."""
-    paths = [source for source in config.sources if source != _STDLIB]
-    return {"paths": fingerprint_paths(paths), "python": sys.version if _STDLIB in config.sources else None}
+    paths = [source for source in config.sources if source != STDLIB]
+    return {"paths": fingerprint_paths(paths), "python": sys.version if STDLIB in config.sources else None}
 
 
 def _sources_exist(config: CorpusConfig, configs: Mapping[str, Config]) -> None:

@@ -14,7 +14,7 @@ from herd.errors import FileFormatError, HerdError
 from herd.tokenizer.bytechars import merges_of, ranks_say_the_same, to_bytes, to_text
 from herd.tokenizer.bytelevel import ByteLevelVocabulary
 from herd.tokenizer.pieces import SentencePieceVocabulary
-from herd.tokenizer.specials import GGUF_PRE_NAMES
+from herd.tokenizer.specials import CONTROLS, GGUF_PRE_NAMES
 from herd.tokenizer.spmodel import Piece, PieceType
 from herd.tokenizer.vocabulary import MAX_TOKEN, Vocabulary
 
@@ -69,7 +69,8 @@ class _Reader:
         added: dict[str, int] = {}
         tokens = self.texts("tokens")
         for number, (token, kind) in enumerate(zip(tokens, self.types(len(tokens)), strict=True)):
-            (ranks if kind is PieceType.NORMAL else specials if kind in _CONTROL_TYPES else added)[token] = number
+            control = kind in _CONTROL_TYPES or token in CONTROLS
+            (specials if control else ranks if kind is PieceType.NORMAL else added)[token] = number
         merges = self.merges(ranks)
         if merges is not None and added:
             self.fail("merges", "merges are not those of the ranks", len(merges), "control tokens only beside them")

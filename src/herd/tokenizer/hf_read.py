@@ -17,7 +17,7 @@ from herd.errors import FileFormatError, HerdError
 from herd.tokenizer.bytechars import ranks_say_the_same, to_bytes
 from herd.tokenizer.bytelevel import ByteLevelVocabulary
 from herd.tokenizer.pieces import SPACE, SentencePieceVocabulary
-from herd.tokenizer.specials import CODE_LLAMA_CONTROLS, LLAMA3_PATTERN, LLAMA4_PATTERN
+from herd.tokenizer.specials import CONTROLS, LLAMA3_PATTERN, LLAMA4_PATTERN
 from herd.tokenizer.spmodel import Piece, PieceType
 from herd.tokenizer.vocabulary import MAX_TOKEN, Vocabulary
 
@@ -103,7 +103,7 @@ class _Reader:
         def kind(token: str) -> PieceType:
             if token == unknown:
                 return PieceType.UNKNOWN
-            if token in self.special or token in CODE_LLAMA_CONTROLS:
+            if token in self.special or token in CONTROLS:
                 return PieceType.CONTROL
             if token in self.added:
                 return PieceType.USER_DEFINED
@@ -176,7 +176,7 @@ class _Reader:
                 name.encode()
             except UnicodeEncodeError:
                 self.fail(where, name, "Unicode text")
-            (special if entry.get("special") else added)[name] = number
+            (special if entry.get("special") or name in CONTROLS else added)[name] = number
         return special, added
 
     def bytes_of(self, token: str) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from herd.errors import HerdError
-from herd.tokenizer.specials import CODE_LLAMA_CONTROLS
+from herd.tokenizer.specials import CONTROLS
 from herd.tokenizer.spmodel import Piece, PieceType, write_model
 from herd.tokenizer.vocabulary import well_formed
 
@@ -37,9 +37,7 @@ class SentencePieceVocabulary:
     """
 
     def __init__(self, pieces: list[Piece], dummy_prefix: bool = True) -> None:
-        self.pieces = [
-            replace(piece, type=PieceType.CONTROL) if piece.text in CODE_LLAMA_CONTROLS else piece for piece in pieces
-        ]
+        self.pieces = [replace(piece, type=PieceType.CONTROL) if piece.text in CONTROLS else piece for piece in pieces]
         _check(self.pieces)
         self.drops_first_space = dummy_prefix
         self.specials = {piece.text: i for i, piece in enumerate(self.pieces) if piece.type in _CONTROLS}

@@ -32,7 +32,7 @@ GGUF_PRE_NAMES = {
     LLAMA4_PATTERN: ("llama4", "gpt-4o"),
 }
 
-N_LLAMA3_RANKS, N_LLAMA3_SPECIALS = 128_000, 256
+N_LLAMA3_SPECIALS = 256
 N_LLAMA4_RANKS, N_LLAMA4_SPECIALS = 200_000, 2048
 
 SMALLEST_CHAT_SPECIALS = 11  # Llama 3's list up to and with <|python_tag|>
@@ -113,8 +113,11 @@ LLAMA4_SPECIALS = (
     *_reserved("", 0, 904),
 )
 
-# Code Llama's added pieces: infilling marks and the turn mark of the 70B. Control tokens, whatever type the file gives.
-CODE_LLAMA_CONTROLS = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<step>")
+# Code Llama's added pieces: infilling marks and the turn mark of the 70B.
+_CODE_LLAMA_CONTROLS = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<step>")
+
+CONTROLS = frozenset([*LLAMA3_0_SPECIALS, *LLAMA3_SPECIALS, *LLAMA4_SPECIALS, *_CODE_LLAMA_CONTROLS])
+"""Control tokens whatever type or flag a file gives them: no content may become one."""
 
 # Which special token plays which part: the first name of a row that the vocabulary has.
 _BOS = ("<|begin_of_text|>", "<s>")

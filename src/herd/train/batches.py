@@ -5,13 +5,13 @@ B rows, S tokens of a row.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from herd.corpus import Batch as ArrayBatch
+from herd.corpus import RowSource
 from herd.errors import UsageError
 from herd.train.world import World, current_world
 
@@ -60,17 +60,6 @@ class BatchSource(Protocol[B]):
     def fingerprint(self) -> str: ...
 
 
-class RowSource(Protocol):
-    """Rows as numpy arrays, a pure function of (seed, step): `herd.corpus.PackedDataset` or `PackedExamples`."""
-
-    batch_size: int
-
-    @property
-    def rows_per_epoch(self) -> int: ...
-
-    def batch(self, step: int, rows: slice = ...) -> ArrayBatch: ...
-
-
 class PackedSource:
     """Micro-batches of packed rows. A rank takes its consecutive share of each step's rows, so that neither the
     number of ranks nor the size of the micro-batches changes which rows a step consists of."""
@@ -95,9 +84,4 @@ class PackedSource:
         return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the first step's rows, of all ranks, and of how many rows there are: other text, another order or
-        another packing would not give the same ones."""
-        state = hashlib.sha256(str(self._rows.rows_per_epoch).encode())
-        for array in self._rows.batch(0):
-            state.update(array.tobytes())
-        return state.hexdigest()
+        return self._rows.fingerprint()

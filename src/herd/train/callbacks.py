@@ -58,7 +58,7 @@ class Callback:
         """After a step, also a skipped one. `trainer.step` equals `record.step`."""
 
     def on_finish(self, trainer: Trainer[Any], result: TrainResult) -> None:
-        """After the last step, before the final state is written."""
+        """After the last step, when the final state has been written."""
 
     def limit(self, step: int) -> int | None:
         """Steps that the run is to have in all, as seen from `step`; None: no opinion."""

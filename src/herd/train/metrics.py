@@ -37,6 +37,13 @@ class MetricsFile:
             with atomic_write(self.path, "w") as file:
                 file.writelines(line + "\n" for line in kept)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a line of this step has the value `name`."""
+        if not self.path.exists():
+            return False
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return any(name in json.loads(line) for line in lines if _step_of(line) == step)
+
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line; numbers that JSON cannot hold (NaN, infinity) become null."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

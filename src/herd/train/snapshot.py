@@ -81,7 +81,7 @@ def _same_run(trainer: Trainer[Any], values: dict[str, Any]) -> None:
                 value=f"{name}={now[name]}",
                 fix=f"use {name}={old}, train into another directory, or remove {directory}",
             )
-    if values["data"] != trainer.data:
+    if values.get("data", trainer.data) != trainer.data:
         raise UsageError(
             f"{directory} was trained on other data",
             fix=f"train into another directory, or remove {directory}",

@@ -225,6 +225,10 @@ class Trainer(Generic[B]):
         if self.world.rank == 0:
             self._metrics.write(self.step, values)
 
+    def logged(self, name: str) -> bool:
+        """Whether metrics.jsonl has `name` for the current step, from before an interruption maybe."""
+        return self._metrics.has(self.step, name)
+
     def mfu(self, tokens_per_second: float) -> float | None:
         """Share of the measured matmul peak that this speed uses for the model's own arithmetic.
 

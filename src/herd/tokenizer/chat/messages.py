@@ -84,6 +84,8 @@ class DialogWriter:
         self._supervised: list[bool] = []
 
     def control(self, name: str, supervised: bool = False) -> None:
+        if name not in self._vocabulary.specials:
+            raise UsageError("the vocabulary lacks a control token that this dialogue needs", value=name)
         self._add([self._vocabulary.specials[name]], supervised)
 
     def text(self, text: str, supervised: bool = False) -> None:
