@@ -2,13 +2,7 @@
 // result does not depend on the number of threads.
 #include "herd/attention.h"
 
-#include <algorithm>
-#include <cstdlib>
-#include <map>
-#include <string>
-#include <vector>
-
-#include "herd/cpu.h"
+#include "herd/isa.h"
 #include "herd/parallel.h"
 
 namespace herd {
@@ -19,31 +13,15 @@ struct KernelSet {
   const AttentionKernels* kernels;
 };
 
-// The sets that this processor has, narrowest first, up to the one that HERD_ISA names.
-std::vector<KernelSet> available_sets() {
-  std::vector<KernelSet> sets{{"scalar", &kAttentionScalar}};
+// The set with bfloat16 products is for bfloat16 inputs only.
+KernelSet chosen(Number number) {
 #if defined(__x86_64__)
-  std::map<std::string, bool> has;
-  for (const auto& [name, present] : cpu_features()) has[name] = present;
-  if (has["avx2"] && has["fma"]) sets.push_back({"avx2", &kAttentionAvx2});
-  if (has["avx512f"] && has["avx512bw"] && has["avx512vl"]) {
-    sets.push_back({"avx512", &kAttentionAvx512});
-    if (has["avx512_bf16"]) sets.push_back({"avx512_bf16", &kAttentionAvx512Bf16});
-  }
-  if (const char* limit = std::getenv("HERD_ISA")) {
-    const auto named = std::find_if(sets.begin(), sets.end(),
-                                    [limit](const KernelSet& set) { return set.name == std::string(limit); });
-    if (named != sets.end()) sets.erase(named + 1, sets.end());
-  }
+  const Isa isa = widest_isa();
+  if (isa >= Isa::avx512_bf16 && number == Number::bf16) return {"avx512_bf16", &kAttentionAvx512Bf16};
+  if (isa >= Isa::avx512) return {"avx512", &kAttentionAvx512};
+  if (isa >= Isa::avx2) return {"avx2", &kAttentionAvx2};
 #endif
-  return sets;
-}
-
-// The widest set; the one with bfloat16 products is for bfloat16 inputs only.
-const KernelSet& chosen(Number number) {
-  static const std::vector<KernelSet> sets = available_sets();
-  const bool skip = number == Number::f32 && sets.back().kernels == &kAttentionAvx512Bf16;
-  return sets[sets.size() - (skip ? 2 : 1)];
+  return {"scalar", &kAttentionScalar};
 }
 
 }  // namespace

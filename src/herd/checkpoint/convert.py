@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from herd.checkpoint.locate import resolve
 from herd.checkpoint.reading import Checkpoint, open_checkpoint
@@ -27,12 +31,14 @@ def convert(
     dtype: str | None = None,
     shards: int = 1,
     max_shard_bytes: float = 5e9,
+    importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Path:
     """Write the model `src` to `dst` in format `to` ("hf", "meta", "gguf") and return the path.
 
-    With `dtype` None, or the source's own, every weight keeps its bits; weights in blocks (q8_0, q4_0) become float32
-    first. The tokenizer travels along where the source has one. `shards` is the number of Meta's files,
-    `max_shard_bytes` the size of one safetensors file. Raises what `open_checkpoint` and `save` raise.
+    With `dtype` None, or the source's own, every weight keeps its bits; weights in blocks (q8_0, q4_k, …) become
+    float32 first. The tokenizer travels along where the source has one. `shards` is the number of Meta's files,
+    `max_shard_bytes` the size of one safetensors file; `importance` is as for `save`. Raises what `open_checkpoint` and
+    `save` raise.
     """
     place, target = resolve(src), Path(dst)
     if target.exists() and place.resolve().is_relative_to(target.resolve()):
@@ -49,6 +55,7 @@ def convert(
             metadata={"name": _name_of(checkpoint)},
             shards=shards,
             max_shard_bytes=max_shard_bytes,
+            importance=importance,
             label="converting",
         )
 

@@ -4,8 +4,8 @@
     · padding to the alignment · data
 
 Offsets count from the start of the data and are multiples of `general.alignment` (32 unless given). A tensor's data is
-padded to the alignment as well. Source: the GGUF specification, version 3. Plain formats and the blocks Q8_0 and Q4_0
-are read and written; the other types are recognised by name, so that the error can say what a file holds.
+padded to the alignment as well. Source: the GGUF specification, version 3. Plain formats and the blocks of
+`herd.checkpoint.blocks` are read and written; other types are known by name, so that errors can say what a file holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from herd.checkpoint.blocks import dequantize, quantize
 from herd.checkpoint.bytefile import ByteFile
-from herd.checkpoint.numbers import BLOCK, BLOCK_BYTES, PLAIN, Array, cast, name_of, stored_bytes
+from herd.checkpoint.numbers import BLOCKS, PLAIN, Array, cast, name_of, stored_bytes
 from herd.checkpoint.tensorfile import StoredTensor
 from herd.errors import FileFormatError, HerdError, UsageError
 from herd.files import atomic_write
@@ -35,12 +35,14 @@ MAX_ALIGNMENT = 1 << 20
 MAX_NAME = 64  # bytes, by the specification
 MAX_DIMS = 4
 
-_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 8: "q8_0", 30: "bf16"}
+_TYPES = {
+    0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k",
+    13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16",
+}  # fmt: skip
 _CODES = {name: code for code, name in _TYPES.items()}
 _OTHER_TYPES = {
-    3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8",
+    25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 
 
@@ -67,7 +69,7 @@ class GgufFile:
         """Rows along the outermost axis; block formats are dequantised to float32."""
         tensor = self.tensors[name]
         row = tensor.shape[1:]
-        if not row and tensor.type_name in BLOCK_BYTES:  # a quantised vector is one row
+        if not row and tensor.type_name in BLOCKS:  # a quantised vector is one row
             whole = dequantize(tensor.type_name, self.raw(name))
             return whole[first : first + count]
         size = stored_bytes(tensor.type_name, row)
@@ -119,8 +121,8 @@ class GgufFile:
                 fix="convert the original weights with: herd convert SRC DST.gguf --to gguf --dtype q8_0",
             )
         type_name = _TYPES[code]
-        if type_name in BLOCK_BYTES and shape[-1] % BLOCK:
-            self._fail("rows must be whole blocks", name, start, value=list(shape), allowed=f"rows of {BLOCK}·n")
+        if type_name in BLOCKS and shape[-1] % (block := BLOCKS[type_name].weights):
+            self._fail("rows must be whole blocks", name, start, value=list(shape), allowed=f"rows of {block}·n")
         return StoredTensor(name, type_name, shape, cursor.number("<Q", name))
 
     def _table(self, infos: list[StoredTensor]) -> dict[str, StoredTensor]:
@@ -206,13 +208,16 @@ class GgufWriter:
         out.write(text)
         out.truncate(start + position)
 
-    def put(self, name: str, blocks: Iterable[Array]) -> None:
-        """Write tensor `name` from row blocks, cast or quantised to its planned type."""
+    def put(self, name: str, blocks: Iterable[Array], importance: npt.NDArray[np.float32] | None = None) -> None:
+        """Write tensor `name` from row blocks, cast or quantised to its planned type; see `quantize` on importance."""
         tensor = self._plan[name]
         self._out.seek(self._starts[name])
         for block in blocks:
-            if tensor.type_name in BLOCK_BYTES:
-                self._out.write(_quantized(tensor.type_name, block, name))
+            if tensor.type_name in BLOCKS:
+                try:
+                    self._out.write(quantize(tensor.type_name, block, importance))
+                except HerdError as error:
+                    raise error.inside(name) from None
             else:
                 self._out.write(np.ascontiguousarray(cast(block, tensor.type_name, name)).view(np.uint8).data)
         written = self._out.tell() - self._starts[name]
@@ -236,20 +241,13 @@ def write(
     types = types or {}
     plan = [StoredTensor(name, types.get(name, name_of(a)), a.shape) for name, a in tensors.items()]
     for tensor in plan:
-        if tensor.type_name in BLOCK_BYTES and tensor.shape[-1] % BLOCK:
+        if tensor.type_name in BLOCKS and tensor.shape[-1] % BLOCKS[tensor.type_name].weights:
             raise UsageError(f"{tensor.name}: {tensor.type_name} needs rows of whole blocks", value=tensor.shape)
     with atomic_write(Path(path)) as out:
         writer = GgufWriter(out, metadata, plan)
         for name, array in tensors.items():
             writer.put(name, [array])
         writer.finish()
-
-
-def _quantized(type_name: str, block: Array, name: str) -> bytes:
-    try:
-        return quantize(type_name, block)
-    except HerdError as error:
-        raise error.inside(name) from None
 
 
 def _string(text: str) -> bytes:

@@ -26,6 +26,7 @@ from herd.architecture import (
     rope_frequencies,
 )
 from herd.checkpoint.fields import Fields, build_config, guess_generation
+from herd.checkpoint.mixes import MIXES
 from herd.checkpoint.numbers import Array
 from herd.errors import FileFormatError, UsageError
 from herd.files import parse_json
@@ -33,7 +34,8 @@ from herd.ggufmeta import MetadataValue
 
 __all__ = ["config_from_gguf", "config_to_gguf", "rope_divisors"]
 
-_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's llama_ftype
+# llama.cpp's llama_ftype
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32} | {name: mix.file_type for name, mix in MIXES.items()}
 # (factor, low, high) of every released scaling; the original context is 8192 in all of them.
 _PUBLISHED = ((8.0, 1.0, 4.0), (32.0, 1.0, 4.0), (16.0, 1.0, 1.0), (8.0, 1.0, 1.0))
 _UNSAID = ("generation", "nope_interval", "attention_chunk", "qk_norm", "attention_temperature")

@@ -1,13 +1,14 @@
 """The number formats weights are stored in, their names in each file format, and exact conversion between them.
 
-Herd's own names are short and lower-case: "f32", "f16", "bf16" for plain numbers, "q8_0", "q4_0" for GGUF's blocks of
-32 weights that share one scale. bfloat16 is numpy's through `ml_dtypes`.
+Herd's own names are short and lower-case: "f32", "f16", "bf16" for plain numbers, "q8_0", "q4_k", … for GGUF's blocks
+of neighbouring weights that share scales. bfloat16 is numpy's through `ml_dtypes`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from herd.errors import HerdError, UsageError
 
-__all__ = ["BLOCK", "BLOCK_BYTES", "PLAIN", "cast", "check_dtype", "name_of", "stored_bytes"]
+__all__ = ["BLOCKS", "PLAIN", "BlockFormat", "cast", "name_of", "stored_bytes"]
 
 Array = npt.NDArray[np.generic]
 
@@ -26,11 +27,29 @@ PLAIN: dict[str, np.dtype[np.generic]] = {
 }
 """Plain number formats and their numpy types."""
 
-BLOCK = 32
-"""Weights in one block of a quantised format."""
 
-BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}
-"""Bytes of one block: a 16-bit scale and 32 weights of 8 or 4 bits."""
+class BlockFormat(NamedTuple):
+    """A quantised format: neighbouring weights of a row that make up a block, and the block's bytes."""
+
+    weights: int
+    bytes: int
+
+
+BLOCKS = {
+    "q4_0": BlockFormat(32, 18),
+    "q4_1": BlockFormat(32, 20),
+    "q5_0": BlockFormat(32, 22),
+    "q5_1": BlockFormat(32, 24),
+    "q8_0": BlockFormat(32, 34),
+    "iq4_nl": BlockFormat(32, 18),
+    "q2_k": BlockFormat(256, 84),
+    "q3_k": BlockFormat(256, 110),
+    "q4_k": BlockFormat(256, 144),
+    "q5_k": BlockFormat(256, 176),
+    "q6_k": BlockFormat(256, 210),
+    "iq4_xs": BlockFormat(256, 136),
+}
+"""GGUF's block formats; `herd.checkpoint.blocks` says what the bytes mean."""
 
 _NAMES = {dtype: name for name, dtype in PLAIN.items()}
 
@@ -43,20 +62,13 @@ def name_of(array: Array) -> str:
     return name
 
 
-def check_dtype(dtype: str | None, fmt: str) -> None:
-    """UsageError unless format `fmt` ("hf", "meta", "gguf") can store `dtype`; None means "as the source has it"."""
-    allowed = [*PLAIN, *BLOCK_BYTES] if fmt == "gguf" else [*PLAIN]
-    if dtype is not None and dtype not in allowed:
-        fix = "herd convert SRC DST.gguf --to gguf --dtype " + dtype if dtype in BLOCK_BYTES else None
-        raise UsageError(f"format {fmt!r} cannot store this dtype", value=dtype, allowed=", ".join(allowed), fix=fix)
-
-
 def stored_bytes(type_name: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor of `shape` stored as `type_name`. Blocks run along the last axis, a multiple of 32 wide."""
+    """Bytes of a tensor of `shape` stored as `type_name`. Blocks run along the last axis, which holds whole ones."""
     count = math.prod(shape)
     if type_name in PLAIN:
         return count * PLAIN[type_name].itemsize
-    return count // BLOCK * BLOCK_BYTES[type_name]
+    block = BLOCKS[type_name]
+    return count // block.weights * block.bytes
 
 
 def cast(array: Array, type_name: str, tensor: str) -> Array:

@@ -26,7 +26,7 @@ __all__ = ["Checkpoint", "RawTensor", "detect_format", "open_checkpoint"]
 
 @dataclass(frozen=True)
 class RawTensor:
-    """A canonical tensor's bytes. Block formats ("q8_0", "q4_0") keep their blocks, plain ones are little-endian."""
+    """A canonical tensor's bytes. Block formats ("q8_0", "q4_k", …) keep their blocks, plain ones are little-endian."""
 
     type_name: str
     shape: tuple[int, ...]

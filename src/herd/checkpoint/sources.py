@@ -21,7 +21,7 @@ from herd.checkpoint.gguf_config import config_from_gguf
 from herd.checkpoint.hf_config import config_from_hf
 from herd.checkpoint.layout import read_part, stored_shape
 from herd.checkpoint.meta_config import config_from_meta
-from herd.checkpoint.numbers import BLOCK_BYTES, PLAIN, Array
+from herd.checkpoint.numbers import BLOCKS, PLAIN, Array
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.shards import check_divisible, shard_shapes, shard_slice
 from herd.checkpoint.tensorfile import StoredTensor, TensorFile
@@ -102,14 +102,14 @@ class _Table:
             tensor = stored.get(name)
             if tensor is None:
                 raise FileFormatError("a tensor of the model is missing", file=place, field=name)
-            if tensor.type_name not in PLAIN and tensor.type_name not in BLOCK_BYTES:
+            if tensor.type_name not in PLAIN and tensor.type_name not in BLOCKS:
                 raise FileFormatError(
                     "weights are stored in a format Herd does not read",
                     file=file_of(name),
                     field=name,
                     offset=tensor.offset,
                     value=tensor.type_name,
-                    allowed=", ".join(PLAIN),
+                    allowed=", ".join([*PLAIN, *BLOCKS]),
                 )
             shape = stored_shape(rule, shapes)
             if tensor.shape != shape:

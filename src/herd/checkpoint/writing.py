@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from herd.architecture import LlamaConfig, Rule, stored_tensors, tensor_shapes
 from herd.checkpoint.gguf import GgufWriter
@@ -20,7 +21,8 @@ from herd.checkpoint.gguf_config import config_to_gguf, rope_divisors
 from herd.checkpoint.hf_config import config_to_hf
 from herd.checkpoint.layout import stored_blocks, stored_shape
 from herd.checkpoint.meta_config import config_to_meta, sidecar
-from herd.checkpoint.numbers import BLOCK, BLOCK_BYTES, PLAIN, Array, check_dtype, name_of
+from herd.checkpoint.mixes import MIXES, gguf_type
+from herd.checkpoint.numbers import BLOCKS, PLAIN, Array, name_of
 from herd.checkpoint.reading import Checkpoint
 from herd.checkpoint.safetensors import SafetensorsWriter
 from herd.checkpoint.shards import check_divisible, shard_shapes, shard_slice
@@ -51,6 +53,7 @@ def save(
     dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
     metadata: Mapping[str, str] | None = None,
+    importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
     max_shard_bytes: float = 5e9,
     shards: int = 1,
     label: str | None = None,
@@ -61,8 +64,9 @@ def save(
     - `tensors`: canonical names to arrays, as a mapping (an open Checkpoint, a state dictionary) or as pairs in any
       order. Each is taken once; missing, unknown and wrongly shaped ones are errors.
     - `format`: "hf" or "meta" (`path` is a directory) or "gguf" (a file).
-    - `dtype`: "f32", "bf16", "f16", for GGUF also "q8_0", "q4_0". None keeps the tensors' own; pairs then share the
-      first one's. GGUF keeps vectors and routers in float32, and embedding and output in q8_0 when the rest is q4_0.
+    - `dtype`: "f32", "bf16", "f16", for GGUF also one of `herd.checkpoint.mixes.MIXES`. None keeps the tensors' own;
+      pairs then share the first one's.
+    - `importance`: for quantising, canonical names to what the squared errors of a matrix' columns weigh.
     - `tokenizer`: its files, or its GGUF metadata, are written along.
     - `metadata`: text to keep with the weights (safetensors header, GGUF "general.…" keys such as "name").
     - `max_shard_bytes`: size of one safetensors file; `shards`: number of Meta's model-parallel files.
@@ -74,9 +78,9 @@ def save(
     formats: dict[str, Callable[..., None]] = {"hf": _save_hf, "meta": _save_meta, "gguf": _save_gguf}
     if format not in formats:
         raise UsageError("unknown checkpoint format", value=format, allowed=", ".join(formats))
-    check_dtype(dtype, format)
+    _check_dtype(dtype, format)
     _check_target(path, format)
-    feed = _Feed(config, tensors, dtype, label)
+    feed = _Feed(config, tensors, dtype, label, importance or {})
     options = {"hf": max_shard_bytes, "meta": shards, "gguf": dtype}
     formats[format](path, feed, tokenizer, dict(metadata or {}), options[format])
     return path
@@ -85,8 +89,16 @@ def save(
 class _Feed:
     """The tensors on their way in: their number formats for the plan, then groups that make up stored tensors."""
 
-    def __init__(self, config: LlamaConfig, tensors: Tensors, dtype: str | None, label: str | None) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        tensors: Tensors,
+        dtype: str | None,
+        label: str | None,
+        importance: Mapping[str, npt.NDArray[np.float32]],
+    ) -> None:
         self.config = config
+        self.importance = importance
         self._label = label
         self.shapes = tensor_shapes(config)
         self._pairs: Iterator[tuple[str, Array]] | None = None
@@ -233,7 +245,7 @@ def _save_gguf(
     plan = []
     for rule in rules:
         kept = _planned(rule, feed, feed.shapes)
-        plan.append(StoredTensor(kept.name, _gguf_type(kept), kept.shape))
+        plan.append(StoredTensor(kept.name, gguf_type(kept.name, kept.shape, kept.type_name, config), kept.shape))
     divisors = None
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         divisors = rope_divisors(config)
@@ -243,7 +255,8 @@ def _save_gguf(
         if divisors is not None:
             sink.put("rope_freqs.weight", [divisors])
         for rule, parts in feed.groups(rules):
-            sink.put(rule.stored, stored_blocks(rule, parts, config.head_dim))
+            importance = feed.importance.get(rule.parts[0])
+            sink.put(rule.stored, stored_blocks(rule, parts, config.head_dim), importance)
         sink.finish()
 
 
@@ -252,17 +265,6 @@ def _planned(rule: Rule, feed: _Feed, shapes: Mapping[str, tuple[int, ...]]) -> 
     # Parts of one stored tensor that differ in format share the one that holds them all.
     kind = kinds.pop() if len(kinds) == 1 else "f32"
     return StoredTensor(rule.stored, kind, stored_shape(rule, shapes))
-
-
-def _gguf_type(tensor: StoredTensor) -> str:
-    """llama.cpp's conventions: vectors and routers in float32; rows that are no whole blocks stay in float16."""
-    if len(tensor.shape) == 1 or tensor.name.endswith("ffn_gate_inp.weight"):
-        return "f32"
-    if tensor.type_name not in BLOCK_BYTES:
-        return tensor.type_name
-    if tensor.shape[-1] % BLOCK:
-        return "f16"
-    return "q8_0" if tensor.name in ("token_embd.weight", "output.weight") else tensor.type_name
 
 
 def _split(plan: list[StoredTensor], limit: float) -> dict[str, list[StoredTensor]]:
@@ -285,7 +287,7 @@ def _type_of(tensors: Mapping[str, Array], name: str) -> str:
     if not isinstance(tensors, Checkpoint):
         return name_of(tensors[name])
     kind = tensors.type_name(name)
-    if kind in BLOCK_BYTES:
+    if kind in BLOCKS:
         return "f32"
     if kind == "f32" and tensors.format == "gguf":
         return _widened_from(tensors, name)
@@ -335,6 +337,14 @@ def _vocabulary(tokenizer: Tokenizer | None, size: int) -> dict[str, MetadataVal
             if key in found:
                 found[key] = [*found[key], *([filler] * spare)]
     return found
+
+
+def _check_dtype(dtype: str | None, fmt: str) -> None:
+    """UsageError unless format `fmt` can store `dtype`; None means "as the source has it"."""
+    allowed = [*PLAIN, *MIXES] if fmt == "gguf" else [*PLAIN]
+    if dtype is not None and dtype not in allowed:
+        fix = f"herd quantize SRC DST.gguf --type {dtype}" if dtype in MIXES else None
+        raise UsageError(f"format {fmt!r} cannot store this dtype", value=dtype, allowed=", ".join(allowed), fix=fix)
 
 
 def _check_target(path: Path, fmt: str) -> None:

@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "list": ("list", "Every Llama release: parameters, context, memory, licence."),
     "inspect": ("inspect", "What is in a checkpoint file or directory."),
     "convert": ("convert", "Turn a checkpoint into another format: Hugging Face, Meta, GGUF."),
+    "quantize": ("quantize", "Write a GGUF file of few bits per weight."),
     "pull": ("pull", "Fetch a repository or a file from the Hugging Face hub."),
     "corpus": ("corpus", "Clean and deduplicate a folder of raw text."),
     "tokenize": ("tokenize", "Show the tokens of a text or a dialogue."),
@@ -68,6 +69,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     try:
         if verb not in VERBS:
             raise _unknown(verb)
+        if "HERD_ISA" in os.environ:
+            _check_isa()
         return _invoke(verb, arguments)
     except HerdError as error:
         sys.stderr.write(f"herd: {error}\n")
@@ -121,3 +124,17 @@ def _unknown(verb: str) -> HerdError:
         allowed=", ".join(VERBS),
         fix=f"herd {near[0]}" if near else "herd --help",
     )
+
+
+def _check_isa() -> None:
+    """A misspelt HERD_ISA is the user's mistake, not a kernel's."""
+    from herd.errors import UsageError
+
+    try:
+        from herd import _native
+    except ImportError:  # nothing that it could choose from
+        return
+    try:
+        _native.isa()
+    except ValueError as error:
+        raise UsageError(str(error)) from None

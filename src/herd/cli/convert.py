@@ -18,7 +18,7 @@ def command(
     to: Annotated[str, typer.Option(help="Format to write: hf, meta or gguf.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="f32, bf16, f16; for GGUF also q8_0, q4_0. Default: as the source has it, bit for bit."),
+        typer.Option(help="f32, bf16, f16; for GGUF also q8_0, q4_k_m, …. Default: as the source has it, bit for bit."),
     ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Model-parallel files of the Meta format.")] = 1,
     verify: Annotated[

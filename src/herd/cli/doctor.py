@@ -64,6 +64,7 @@ def _native_part() -> dict[str, Any]:
         "built": True,
         "cpu": native.cpu_name(),
         "cpus": native.usable_cpus(),
+        "isa": native.isa(),
         "instruction_sets": [name for name, present in native.cpu_features().items() if present],
     }
 
@@ -95,6 +96,7 @@ def _show(found: dict[str, Any]) -> None:
     if native["built"]:
         lines.append(f"{'cpu':<16}{native['cpu'] or 'unnamed'}, {native['cpus']} usable")
         lines.append(f"{'sets':<16}{' '.join(native['instruction_sets']) or 'none beyond the baseline'}")
+        lines.append(f"{'kernels for':<16}{native['isa']}")
     lines += [f"{name:<16}{version or 'not installed'}" for name, version in found["packages"].items()]
     lines += [f"! {advice}" for advice in found["advice"]] or ["all is well"]
     print("\n".join(lines))

@@ -3,6 +3,7 @@
 from herd.model.attention import LOWERINGS, attend
 from herd.model.attention_mask import AttentionMask, KeyRanges
 from herd.model.cache import KVCache
+from herd.model.calibration import input_squares
 from herd.model.llama import Llama
 from herd.model.load import from_arrays, load, state_arrays, to_array, to_tensor
 
@@ -14,6 +15,7 @@ __all__ = [
     "Llama",
     "attend",
     "from_arrays",
+    "input_squares",
     "load",
     "state_arrays",
     "to_array",

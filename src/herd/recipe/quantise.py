@@ -14,14 +14,17 @@ from herd.engine import LLM
 from herd.evaluate import bits_per_byte, first_documents
 from herd.files import write_json
 
-Format = Literal["f32", "bf16", "f16", "q8_0", "q4_0"]
+Format = Literal[
+    "f32", "bf16", "f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs",
+    "q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k",
+]  # fmt: skip
 
 
 class QuantiseConfig(Config):
     """Which files to write, and on how much text to score them."""
 
     formats: tuple[Format, ...] = Field(
-        default=("q8_0", "q4_0"), min_length=1, description="number formats, one file each"
+        default=("q8_0", "q4_0"), min_length=1, description="number formats or mixes, one file each"
     )
     heldout_bytes: int = Field(
         default=200_000, ge=1000, description="held-out text to score each file on: whole documents up to about this"

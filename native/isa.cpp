@@ -1,0 +1,51 @@
+#include "herd/isa.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "herd/cpu.h"
+
+namespace herd {
+namespace {
+
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+
+// Each set includes those before it, as on every processor that was ever made.
+Isa present_isa() {
+#if defined(__x86_64__)
+  std::map<std::string, bool> has;
+  for (const auto& [name, present] : cpu_features()) has[name] = present;
+  if (!has["avx2"] || !has["fma"] || !has["f16c"]) return Isa::scalar;
+  if (!has["avx512f"] || !has["avx512bw"] || !has["avx512vl"]) return Isa::avx2;
+  if (!has["avx512_vnni"]) return Isa::avx512;
+  return has["avx512_bf16"] ? Isa::avx512_bf16 : Isa::avx512_vnni;
+#else
+  return Isa::scalar;
+#endif
+}
+
+Isa allowed_isa() {
+  const char* limit = std::getenv("HERD_ISA");
+  if (!limit || !*limit) return present_isa();
+  const auto named = std::find(std::begin(kNames), std::end(kNames), std::string(limit));
+  if (named == std::end(kNames)) {
+    std::string known;
+    for (const char* name : kNames) known += std::string(known.empty() ? "" : ", ") + name;
+    throw std::invalid_argument("HERD_ISA=" + std::string(limit) + " is no instruction set; allowed: " + known);
+  }
+  return std::min(present_isa(), static_cast<Isa>(named - std::begin(kNames)));
+}
+
+}  // namespace
+
+Isa widest_isa() {
+  static const Isa isa = allowed_isa();
+  return isa;
+}
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+}  // namespace herd

@@ -1,0 +1,2 @@
+#define HERD_KERNELS kQuantizeAvx2
+#include "quantize_kernels.h"

@@ -1,0 +1,2 @@
+#define HERD_KERNELS kQuantizeAvx512
+#include "quantize_kernels.h"

@@ -1,0 +1,2 @@
+#define HERD_KERNELS kQuantizeScalar
+#include "quantize_kernels.h"

@@ -1,0 +1,170 @@
+"""Quantised files: which tensor gets which format, what the gguf package makes of them, and `herd quantize`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import gguf
+import numpy as np
+import pytest
+
+from herd import HerdError, tokenizer
+from herd.architecture import LlamaConfig, tensor_shapes
+from herd.checkpoint import blocks, open_checkpoint, save
+from herd.checkpoint.mixes import MIXES
+from herd.cli import main
+
+pytestmark = pytest.mark.skipif(blocks._native is None, reason="Herd was installed without a compiler")
+
+CONFIG = LlamaConfig(
+    dim=256, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=512, vocab_size=300, context_length=128
+)
+
+
+def weights(config: LlamaConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: (np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) * 0.05).astype(np.float32)
+        for name, shape in tensor_shapes(config).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = tokenizer.train(
+        ["def f(x):\n    return x + 1\n", "some words about nothing in particular"], 300, n_specials=16
+    )
+    assert words.vocab_size <= CONFIG.vocab_size
+    return save(tmp_path_factory.mktemp("models") / "m", CONFIG, weights(), tokenizer=words)
+
+
+def types(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_mix_is_read_back_and_by_the_gguf_package(mix: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "m.gguf", CONFIG, weights(), format="gguf", dtype=mix)
+    assert gguf.GGUFReader(path).get_field("general.file_type").contents() == MIXES[mix].file_type
+    expected = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    with open_checkpoint(path) as checkpoint:
+        for canonical, stored in (
+            ("layers.3.ffn.w2.weight", "blk.3.ffn_down.weight"),
+            ("embed.weight", "token_embd.weight"),
+        ):
+            np.testing.assert_array_equal(checkpoint[canonical], expected[stored].reshape(checkpoint.shape(canonical)))
+        for name, original in weights().items():
+            error = np.sqrt(np.mean((checkpoint[name] - original) ** 2) / np.mean(original**2))
+            assert error < 0.3, name
+
+
+def test_a_mix_spends_its_bits_where_errors_cost_most(tmp_path: Path) -> None:
+    found = types(save(tmp_path / "m.gguf", CONFIG, weights(), format="gguf", dtype="q4_k_m"))
+    assert found["output.weight"] == "q6_k" and found["token_embd.weight"] == "q4_k"
+    assert [found[f"blk.{i}.ffn_down.weight"] for i in range(8)] == [
+        "q6_k" if i in (0, 3, 6, 7) else "q4_k" for i in range(8)
+    ]
+    assert all(found[f"blk.{i}.attn_v.weight"] == found[f"blk.{i}.ffn_down.weight"] for i in range(8))
+    assert {
+        found[f"blk.{i}.{name}.weight"] for i in range(8) for name in ("attn_q", "attn_k", "ffn_gate", "ffn_up")
+    } == {"q4_k"}
+    assert found["blk.0.attn_norm.weight"] == "f32"
+    tied = LlamaConfig.from_dict(CONFIG.to_dict() | {"tied_embeddings": True})
+    assert (
+        types(save(tmp_path / "t.gguf", tied, weights(tied), format="gguf", dtype="q4_k_s"))["token_embd.weight"]
+        == "q6_k"
+    )
+
+
+def test_rows_that_do_not_fill_blocks_take_the_nearest_format(tmp_path: Path) -> None:
+    narrow = LlamaConfig.from_dict(
+        CONFIG.to_dict() | {"dim": 96, "n_heads": 2, "n_kv_heads": 1, "head_dim": 48, "ffn_dim": 80}
+    )
+    for mix, base, output in (("q4_k_m", "q5_0", "q8_0"), ("q2_k", "iq4_nl", "q8_0"), ("q5_k_m", "q5_1", "q8_0")):
+        found = types(save(tmp_path / f"{mix}.gguf", narrow, weights(narrow), format="gguf", dtype=mix))
+        assert (found["blk.1.attn_q.weight"], found["output.weight"]) == (base, output)
+        assert found["blk.1.ffn_down.weight"] == "f16"  # rows of 80
+
+
+def test_the_recipe_knows_every_mix() -> None:
+    pytest.importorskip("torch")
+    from herd.recipe.quantise import Format
+
+    assert set(get_args(Format)) == {*MIXES, "f32", "bf16", "f16"}
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def herd_command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return caught.value.code if isinstance(caught.value.code, int) else 0, captured.out, captured.err
+
+    return run
+
+
+def test_the_verb(model: Path, tmp_path: Path, herd_command: Command) -> None:
+    code, out, err = herd_command("quantize", model, tmp_path / "m.gguf")
+    assert (code, err) == (0, "") and "q4_k_m" in out and "bits per weight" in out
+    code, _, err = herd_command("quantize", model, tmp_path / "m.gguf")
+    assert code == 2 and "--force" in err
+    code, _, err = herd_command("quantize", model, tmp_path / "n.gguf", "--type", "q4_km")
+    assert code == 2 and "did you mean 'q4_k_m'?" in err and not (tmp_path / "n.gguf").exists()
+    code, out, _ = herd_command("quantize", model, tmp_path / "m.gguf", "--type", "q8_0", "--force", "--json")
+    data = json.loads(out)
+    assert data["type"] == "q8_0" and 8.5 <= data["bits_per_weight"] < 8.7
+    assert data["formats"]["q8_0"]["tensors"] == 7 * 8 + 2
+
+
+def test_importance_lowers_the_error_where_it_counts(model: Path, tmp_path: Path, herd_command: Command) -> None:
+    torch = pytest.importorskip("torch")
+    from herd.model import input_squares, load
+
+    text = tmp_path / "calibration.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 30)
+    for name, more in (("plain", []), ("weighed", ["--imatrix", text])):
+        code, _, err = herd_command("quantize", model, tmp_path / f"{name}.gguf", "--type", "q4_k_m", *more)
+        assert (code, err) == (0, "")
+    with open_checkpoint(model) as original:
+        ids = original.tokenizer.encode(text.read_text())
+        squares = input_squares(load(model, dtype=torch.float32), [ids[:100]])
+        assert set(squares) == {name for name in original if len(original.shape(name)) == 2 and name != "embed.weight"}
+        sums = {}
+        for name in ("plain", "weighed"):
+            with open_checkpoint(tmp_path / f"{name}.gguf") as quantised:
+                sums[name] = sum(
+                    float((squares[matrix] * (quantised[matrix] - original[matrix]) ** 2).sum()) for matrix in squares
+                )
+    assert sums["weighed"] < 0.98 * sums["plain"]  # random weights: every input is of like importance
+
+
+def test_bad_calibration_texts_are_refused(model: Path, tmp_path: Path, herd_command: Command) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, said, expected in (("empty", "is empty", 2), ("latin", "not UTF-8", 3), ("nowhere", "refused", 4)):
+        code, _, err = herd_command("quantize", model, tmp_path / "m.gguf", "--imatrix", tmp_path / f"{name}.txt")
+        assert code == expected and said in err and not (tmp_path / "m.gguf").exists()
+
+
+def test_a_misspelt_instruction_set_is_the_users_mistake(tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    result = subprocess.run(
+        [sys.executable, "-m", "herd", "doctor"], capture_output=True, text=True, env=os.environ | {"HERD_ISA": "avx51"}
+    )
+    assert result.returncode == 2 and "HERD_ISA=avx51 is no instruction set; allowed: scalar, avx2" in result.stderr
+
+
+def test_mixes_are_for_gguf_only(tmp_path: Path) -> None:
+    with pytest.raises(HerdError, match=r"cannot store this dtype; got q4_k_m.*herd quantize"):
+        save(tmp_path / "m", CONFIG, weights(), format="hf", dtype="q4_k_m")
