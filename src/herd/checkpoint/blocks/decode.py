@@ -101,7 +101,8 @@ def _iq4_xs(blocks: Bytes) -> Floats:
     high2 = (blocks[:, 2:4, None] >> _PAIRS[:, 0] & 3).reshape(-1, 8)
     scale = _half(blocks, 0) * ((low4 | high2 << 4).astype(np.float32) - np.float32(32))
     q = (blocks[:, 8:].reshape(-1, 8, 1, 16) >> _NIBBLES & 15).reshape(-1, 8, 32)
-    return scale[..., None] * CODEBOOK[q]
+    values: Floats = scale[..., None] * CODEBOOK[q]
+    return values
 
 
 def _half(blocks: Bytes, at: int) -> Floats:
