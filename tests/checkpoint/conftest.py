@@ -13,6 +13,7 @@ import pytest
 from herd import FileFormatError
 from herd.architecture import AttentionTemperature, LlamaConfig, MoeConfig, RopeScaling, tensor_shapes
 from herd.checkpoint import open_checkpoint, save
+from herd.cli import main
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
@@ -99,3 +100,17 @@ def hf(tmp_path: Path, small: Callable[..., tuple[LlamaConfig, dict[str, np.ndar
     """A small Hugging Face directory."""
     config, weights = small("llama3")
     return save(tmp_path / "hf", config, weights)
+
+
+@pytest.fixture
+def herd_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """herd_command("convert", …) → exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        code = caught.value.code
+        return code if isinstance(code, int) else 0, captured.out, captured.err
+
+    return run

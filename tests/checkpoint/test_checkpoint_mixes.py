@@ -15,7 +15,6 @@ from herd import HerdError, tokenizer
 from herd.architecture import LlamaConfig, tensor_shapes
 from herd.checkpoint import blocks, open_checkpoint, save
 from herd.checkpoint.mixes import MIXES
-from herd.cli import main
 
 pytestmark = pytest.mark.skipif(blocks._native is None, reason="Herd was installed without a compiler")
 
@@ -97,17 +96,6 @@ def test_the_recipe_knows_every_mix() -> None:
 
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def herd_command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return caught.value.code if isinstance(caught.value.code, int) else 0, captured.out, captured.err
-
-    return run
 
 
 def test_the_verb(model: Path, tmp_path: Path, herd_command: Command) -> None:

@@ -17,24 +17,9 @@ import herd.tokenizer
 from herd import HerdError
 from herd.architecture import LlamaConfig
 from herd.checkpoint import convert, open_checkpoint, save, verify
-from herd.cli import main
 
 Small = Callable[..., tuple[LlamaConfig, dict[str, np.ndarray]]]
 TEXT = "the quick brown fox jumps over the lazy dog and runs away " * 40
-
-
-@pytest.fixture
-def herd_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """herd_command("convert", …) → exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        code = caught.value.code
-        return code if isinstance(code, int) else 0, captured.out, captured.err
-
-    return run
 
 
 Command = Callable[..., tuple[int, str, str]]
