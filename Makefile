@@ -13,7 +13,7 @@ NATIVE := CMakeLists.txt $(shell find native -type f)
 setup: $(VENV)/.ready
 setup-test: $(VENV)/.ready-test
 
-# torch comes first and by exact version: a range could pull several GB of CUDA packages.
+# torch comes first and by exact version: whichever build of it is there already is kept.
 $(VENV)/.ready: requirements.txt pyproject.toml $(NATIVE) $(VENV)/.modules
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0

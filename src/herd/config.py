@@ -17,6 +17,14 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+# What pydantic says in words of its own, in ours.
+_PLAINER = {
+    "tuple_type": "a list, such as [a, b]",
+    "too_short": "at least {min_length} items",
+    "model_type": "a mapping of fields",
+    "model_attributes_type": "a mapping of fields",
+}
+
 C = TypeVar("C", bound=Config)
 
 
@@ -39,6 +47,7 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str, *, fix: str 
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # fields that contradict each other
             raise UsageError(f"{where}: {path}{': ' if path else ''}{message}{more}", fix=fix) from None
+        message = _PLAINER.get(first["type"], message).format(**first.get("ctx", {}))
         what = f"{where}: field {path!r} is not valid{more}"
         raise UsageError(what, value=first["input"], allowed=message, fix=fix) from None
 

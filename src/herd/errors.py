@@ -96,12 +96,12 @@ class ContextLengthExceeded(HerdError):
 
 
 class MissingDependency(HerdError):
-    """A Python package that only some uses need is not installed."""
+    """A Python package that only some uses need is not installed. `extra`: the extra of Herd's that has it."""
 
     def __init__(self, package: str, *, extra: str) -> None:
         super().__init__(
-            f"this needs the package {package!r}, which is not installed",
-            fix=f"pip install 'llama-herd[{extra}]'",
+            f"this needs the package {package!r} (of the extra [{extra}]), which is not installed",
+            fix=f"pip install {package}",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from herd.checkpoint.convert import convert, verify
+from herd.checkpoint.convert import convert
 from herd.checkpoint.locate import continuing, models_home, pulled_repositories, resolve
 from herd.checkpoint.reading import Checkpoint, RawTensor, open_checkpoint
 from herd.checkpoint.writing import save
@@ -27,5 +27,4 @@ __all__ = [
     "pulled_repositories",
     "resolve",
     "save",
-    "verify",
 ]

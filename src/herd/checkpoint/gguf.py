@@ -144,6 +144,7 @@ class GgufFile:
                     offset,
                     value=f"{tensor.nbytes:,} bytes",
                     allowed=f"at most {max(self._file.size - offset, 0):,} bytes",
+                    fix="the file is cut off or damaged: copy or convert it again",
                 )
             table[tensor.name] = StoredTensor(tensor.name, tensor.type_name, tensor.shape, offset)
         return {info.name: table[info.name] for info in infos}

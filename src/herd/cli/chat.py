@@ -198,7 +198,7 @@ class _Terminal:
             action(argument.strip())
             return
         near = difflib.get_close_matches(name, [*self._commands, *_LEAVE], n=1)
-        self._note(f"no such command: {name}" + (f"; did you mean {near[0]}?" if near else "") + " /help lists them")
+        self._note(f"no such command: {name}" + (f"; did you mean {near[0]}?" if near else "") + "; /help lists them")
 
     def _reset(self, _: str) -> None:
         self._session.reset()

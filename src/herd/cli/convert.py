@@ -49,7 +49,7 @@ def command(
     seconds = time.perf_counter() - start
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     size = sum(file.stat().st_size for file in files)
-    difference = checkpoint.verify(src, path) if verify else None
+    difference = _difference(src, path) if verify else None
     result = {"path": path, "format": to, "bytes": size, "seconds": seconds, "largest_logit_difference": difference}
 
     def human() -> None:
@@ -58,3 +58,9 @@ def command(
             print(f"largest logit difference to {src}: {difference:.3g}")
 
     emit(result, as_json, human)
+
+
+def _difference(src: str, path: Path) -> float:
+    from herd.model import largest_difference
+
+    return largest_difference(src, path)

@@ -45,6 +45,8 @@ def command(
 
 def describe(stats: CorpusStats, out: Path) -> str:
     """The account of a run as text."""
+    from herd.recipe.units import counted
+
     steps = [
         [s.name, s.documents_in, s.documents_out, f"{s.bytes_in:,}", f"{s.bytes_out:,}", f"{s.seconds:.2f}"]
         for s in stats.steps
@@ -63,8 +65,8 @@ def describe(stats: CorpusStats, out: Path) -> str:
         parts.append(table(["step", "reason", "docs", "bytes", "for example"], [*skipped, *reasons]))
     overlap = "not measured" if stats.max_overlap is None else f"{stats.max_overlap:.1%}"
     parts.append(
-        f"train     {stats.train_documents:,} documents, {stats.train_bytes:,} bytes\n"
-        f"held-out  {stats.heldout_documents:,} documents, {stats.heldout_bytes:,} bytes"
+        f"train     {counted(stats.train_documents, 'document')}, {stats.train_bytes:,} bytes\n"
+        f"held-out  {counted(stats.heldout_documents, 'document')}, {stats.heldout_bytes:,} bytes"
         f" (split: {stats.split}; largest overlap with train {overlap})\n"
         f"written   {out}/train.jsonl, heldout.jsonl, stats.json"
     )

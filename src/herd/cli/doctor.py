@@ -13,9 +13,9 @@ import typer
 from herd.cli.output import emit
 
 _OPTIONAL = {
-    "torch": ("train", "training, and running models until the native engine is here"),
-    "matplotlib": ("train", "plots in reports"),
-    "huggingface_hub": ("hub", "herd pull"),
+    "torch": "training, and running models until the native engine is here",
+    "matplotlib": "plots in reports",
+    "huggingface_hub": "herd pull",
 }
 
 
@@ -40,9 +40,8 @@ def examine() -> dict[str, Any]:
     advice = [] if native["built"] else [_native_advice(native)]
     packages = {name: _version(name) for name in _OPTIONAL}
     for name, version in packages.items():
-        extra, use = _OPTIONAL[name]
         if version is None:
-            advice.append(f"{name} is missing ({use}): pip install 'llama-herd[{extra}]'")
+            advice.append(f"{name} is missing ({_OPTIONAL[name]}): pip install {name}")
     return {
         "herd": __version__,
         "python": platform.python_version(),

@@ -30,11 +30,12 @@ def command(
 ) -> None:
     """Continue a text; the continuation streams to standard output, everything else goes to standard error.
 
-    Of a run directory it is the base model that continues: the tuned one is for `herd chat`.
+    Of a run directory it is the base model that continues: the tuned one is for `herd chat`. Spaces at the end of the
+    text are left to the model: tokens begin with them, so that no text it has read goes on behind one.
 
     Examples:
 
-        herd generate runs/pocket "def "
+        herd generate runs/pocket "def"
 
         herd generate model.gguf "import" --temperature 0 --max-tokens 40
 
@@ -56,6 +57,7 @@ def command(
         prompt = sys.stdin.read()
 
     prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # an argument may hold bytes that are no UTF-8
+    prompt = prompt.rstrip(" ")
     status("loading …")
     with LLM(continuing(model), quant=quant, ctx=ctx, threads=threads) as llm:
         status("")

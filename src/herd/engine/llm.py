@@ -1,6 +1,6 @@
 """`herd.LLM`: a model you can generate, stream, chat, score and embed with. One face over every backend.
 
-The smallest use is `LLM("runs/pocket").generate("def ", max_tokens=32).text`.
+The smallest use is `LLM("runs/pocket").generate("def", max_tokens=32).text`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ as it was shown, and says how it ended.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -56,7 +57,9 @@ class ChatSession:
         return self._answer(asked, chunks)
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON: {"model": ..., "messages": [...]}."""
+        """Write the conversation as JSON: {"model": ..., "messages": [...]}. OSError where there is no such folder."""
+        if not Path(path).parent.is_dir():  # a misspelt path is not made
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(Path(path).parent))
         write_json(path, {"model": str(self._llm.path), "messages": self.messages})
 
     def _answer(self, asked: Message, chunks: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:

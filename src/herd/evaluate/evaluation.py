@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from herd.engine import LLM
 
 VERSION = 1  # of results.json
-_SAMPLE_PROMPTS = ("def ", "import os\n", "class Stack:\n", "The ", "for name in ", '"""Return ', "try:\n    ")
+_SAMPLE_PROMPTS = ("def", "import os\n", "class Stack:\n", "The", "for name in", '"""Return ', "try:\n    ")
 
 
 class EvaluateConfig(Config):

@@ -4,6 +4,7 @@ from herd.model.attention import LOWERINGS, attend
 from herd.model.attention_mask import AttentionMask, KeyRanges
 from herd.model.cache import KVCache
 from herd.model.calibration import input_squares
+from herd.model.compare import largest_difference
 from herd.model.llama import Llama
 from herd.model.load import from_arrays, load, state_arrays, to_array, to_tensor
 
@@ -16,6 +17,7 @@ __all__ = [
     "attend",
     "from_arrays",
     "input_squares",
+    "largest_difference",
     "load",
     "state_arrays",
     "to_array",

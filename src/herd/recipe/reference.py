@@ -62,7 +62,9 @@ def _fields(config: type[BaseModel], path: str, defaults: BaseModel) -> Iterator
             continue
         own_seed = name == "seed" and "." not in path  # filled in by the recipe
         shown = "" if info.is_required() or own_seed else _yaml(default)
-        meaning = f"{info.description}; the recipe's unless given" if own_seed else info.description or ""
+        meaning = (
+            f"{(info.description or '').rstrip('.')}; the recipe's unless given" if own_seed else info.description or ""
+        )
         yield FieldReference(f"{path}.{name}", _allowed(info), shown, meaning)
 
 

@@ -173,7 +173,7 @@ def fitting_steps(seconds_left: float, per_step: float, most: int, fewest: int =
         raise ResourceError(
             f"only {steps} training steps of {per_step:.1f} s fit into the time",
             value=f"{max(seconds_left, 0):.0f} s left",
-            fix="raise max_minutes, take smaller batches, or do not compile (train.compile=off)",
+            fix="raise max_minutes, or lower what comes before training (sft.exercises) or what a step costs",
         )
     return min(steps, most)
 

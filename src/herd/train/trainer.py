@@ -42,8 +42,9 @@ from herd.train.world import World, current_world
 
 B = TypeVar("B", bound=Movable)
 LossFunction = Callable[[Any, B], tuple[Tensor, Tensor]]
-RECENT = 20
-"""Steps whose mean loss is the loss of a result: one batch alone says little."""
+RECENT = (20, 200)
+"""The loss of a result is the mean over the last twentieth of the steps, at least and at most so many: one batch alone
+says little, and a few of them where some of the text is of another kind."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Trainer(Generic[B]):
         self.tokens = self.supervised = 0
         self.seconds = 0.0
         self.resumed_from: int | None = None
-        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT[1])
         """(sum of losses, weight) of the last steps."""
         self._peak: float | None = None
         self._metrics = MetricsFile(self.out_dir / "metrics.jsonl")
@@ -311,7 +312,9 @@ class Trainer(Generic[B]):
         return found is not None
 
     def _result(self) -> TrainResult:
-        losses, weights = (sum(column) for column in zip(*self.recent, strict=True)) if self.recent else (0.0, 0.0)
+        few, many = RECENT
+        last = list(self.recent)[-min(max(few, self.step // 20), many) :]
+        losses, weights = (sum(column) for column in zip(*last, strict=True)) if last else (0.0, 0.0)
         speed = self.tokens / self.seconds if self.seconds else 0.0
         return TrainResult(
             steps=self.step,

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+from herd.corpus import STDLIB
 from herd.evaluate.table import score_text
 from herd.recipe.report.config import CARBON_REASON, WATTS_REASON
 from herd.recipe.report.data import RunData
@@ -36,7 +37,7 @@ def render_card(run: RunData) -> str:
         _quantised(run),
         _use(run),
         _limitations(run),
-        f"## Licence\n\nWeights: {_line(run.config.licence)}. Training text: {_line(run.config.data_licence)}.",
+        f"## Licence\n\nWeights: {_line(run.config.licence)}. Training text: {_data_licence(run)}.",
         _repeat(run),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -48,6 +49,12 @@ def _front_matter(run: RunData) -> str:
     lines = [f"license: {licence.lower()}" if known else f"license: other\nlicense_name: {json.dumps(licence)}"]
     lines += ["library_name: llama-herd", "pipeline_tag: text-generation", "tags:\n- llama\n- herd"]
     return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _data_licence(run: RunData) -> str:
+    sources = run.result("corpus", "stats.json").get("config", {}).get("sources")
+    known = "PSF-2.0 (the Python standard library)" if sources == [STDLIB] else "that of its sources"
+    return _line(run.config.data_licence or known)
 
 
 def _architecture(run: RunData) -> str:
@@ -126,7 +133,8 @@ def _training(run: RunData) -> str:
     if first:
         parts.append(
             f"FLOPs = 6·N·D + 6·L·H·K·S·D: N = {first.weights:,} multiplying weights, D tokens, L layers, H heads of "
-            "width K, S tokens in a row; forward and backward; an upper bound where documents are shorter than a row."
+            "width K, S tokens in a row; forward and backward; an upper bound where documents are shorter than a row. "
+            "In tuning, the output matrix counts for supervised tokens only."
         )
     return "## Training\n\n" + "\n\n".join(parts)
 
@@ -209,12 +217,12 @@ def _use(run: RunData) -> str:
             "## How to run it",
             "",
             "```",
-            "pip install 'llama-herd[train]'",
             "herd chat RUN_DIRECTORY",
-            'herd generate RUN_DIRECTORY "def "',
+            'herd generate RUN_DIRECTORY "def"',
             "```",
             "",
-            "The GGUF files follow llama.cpp's conventions; the checkpoint directories have the Hugging Face layout.",
+            "With Herd installed from its source. The GGUF files follow llama.cpp's conventions; the checkpoint "
+            "directories have the Hugging Face layout.",
         ]
     )
 
@@ -246,11 +254,15 @@ def _limitations(run: RunData) -> str:
 def _repeat(run: RunData) -> str:
     if not run.manifests:
         return ""
-    versions = list(run.manifests.values())[-1]["packages"]
+    last = list(run.manifests.values())[-1]
+    versions = {"Python": last["host"]["python"], **last["packages"]}
+    timed = ""
+    if exact := run.fixed_steps:
+        timed = f" Time limits decided the number of steps; as many without a clock: `{' '.join(exact)}`."
     return (
         f"## Repeat it\n\n`{_line(run.command)}`, seed {run.seed}, with "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + "."
+        + f".{timed}"
     )
 
 

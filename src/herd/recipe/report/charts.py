@@ -87,7 +87,7 @@ def interval_rows(
     rows: Sequence[tuple[str, Sequence[Interval]]], legend_entries: Sequence[tuple[str, str]], *, label: str
 ) -> Html:
     """Rows on a common axis from 0 to 100 %: one mark with its interval per entry. Values are shares, 0 to 1."""
-    left, step, top = 150, 34, 8
+    left, step, top = 150, 34, 24
     height = top + step * len(rows) + 30
     inner = WIDTH - left - 30
 
@@ -98,7 +98,8 @@ def interval_rows(
     for percent in (0, 25, 50, 75, 100):
         x = place(percent / 100)
         parts.append(tag("line", x1=x, x2=x, y1=top, y2=height - 28, class_="grid"))
-        parts.append(tag("text", f"{percent} %", x=x, y=height - 8, class_="tick mid"))
+        for y_text in (14, height - 8):  # the rows are many: the axis stands above them and below
+            parts.append(tag("text", f"{percent} %", x=x, y=y_text, class_="tick mid"))
     for index, (name, marks) in enumerate(rows):
         y = top + step * index + step / 2
         parts.append(tag("text", name, x=left - 14, y=y + 4, class_="row end"))
@@ -128,16 +129,23 @@ def bars(rows: Sequence[tuple[str, float, str]], *, label: str) -> Html:
 
 
 def smooth(points: Sequence[tuple[float, float]], share: float = 0.03) -> list[tuple[float, float]]:
-    """A trend that lags little: the mean over a centred window of `share` of the points, at least 5."""
+    """A trend that lags little: at each point the least squares line through the nearest `share` of the points, at
+    least 5. At the ends, where they lie on one side, a mean would lag and a single point would be no trend."""
     half = max(2, round(len(points) * share / 2))
-    totals = [0.0]
-    for _, y in points:
-        totals.append(totals[-1] + y)
+    width = min(2 * half + 1, len(points))
     result = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        result.append((x, (totals[i + reach + 1] - totals[i - reach]) / (2 * reach + 1)))
+        first = min(max(0, i - half), len(points) - width)
+        result.append((x, _line_through(points[first : first + width], x)))
     return result
+
+
+def _line_through(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Value at `at` of the least squares line."""
+    mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    return mean_y + slope * (at - mean_x)
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = _MAX_POINTS) -> list[tuple[float, float]]:

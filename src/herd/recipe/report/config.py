@@ -22,11 +22,11 @@ class ReportConfig(Config):
     licence: str = Field(
         default="Apache-2.0", min_length=1, max_length=200, description="licence of the trained weights"
     )
-    data_licence: str = Field(
-        default="that of its sources (python-stdlib: PSF-2.0)",
+    data_licence: str | None = Field(
+        default=None,
         min_length=1,
         max_length=400,
-        description="licence of the training text",
+        description="licence of the training text; null: PSF-2.0 for python-stdlib alone, else that of its sources",
     )
     watts_per_core: float = Field(default=10.0, gt=0, le=2000, description=f"power of one busy core; {WATTS_REASON}")
     pue: float = Field(default=1.1, ge=1, le=3, description="power usage effectiveness of the place it ran at")

@@ -76,6 +76,17 @@ class RunData:
         return {name: Training(self, name) for name in TRAINING_STAGES if name in self.manifests}
 
     @property
+    def fixed_steps(self) -> list[str]:
+        """Overrides for as many steps as there were, where a time limit decided that."""
+        overrides = []
+        for stage in self.training:
+            config, steps = self.stage_config(stage), self.result(stage, "result.json").get("steps")
+            if config.get("max_minutes") and steps:
+                overrides += [f"{stage}.max_minutes=null", f"{stage}.train.steps={steps}"]
+                overrides += [f"{stage}.epochs=null"] if config.get("epochs") else []
+        return overrides
+
+    @property
     def wall_seconds(self) -> float:
         """All stages together."""
         return float(sum(manifest["wall_seconds"] for manifest in self.manifests.values()))

@@ -242,6 +242,7 @@ def cost_section(run: RunData) -> Section | None:
 def repeat_section(run: RunData) -> Section:
     """Command, machine, versions, and every value that was used."""
     last = list(run.manifests.values())[-1] if run.manifests else {}
+    exact = run.fixed_steps
     machine: dict[str, Any] = last.get("host", {})
     facts: list[list[Child]] = [
         ["seed", str(run.seed)],
@@ -262,6 +263,7 @@ def repeat_section(run: RunData) -> Section:
     ]
     body = [
         tag("pre", run.command, class_="formula"),
+        tag("p", "As many steps without a clock: ", tag("code", " ".join(exact)), class_="note") if exact else None,
         table(["", ""], facts, class_="facts"),
         tag("h3", "Every value, stage by stage"),
         configs,
