@@ -142,7 +142,8 @@ def smooth(points: Sequence[tuple[float, float]], share: float = 0.03) -> list[t
 
 def _line_through(points: Sequence[tuple[float, float]], at: float) -> float:
     """Value at `at` of the least squares line."""
-    mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
     return mean_y + slope * (at - mean_x)
