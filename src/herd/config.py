@@ -20,7 +20,7 @@ class Config(pydantic.BaseModel):
 # What pydantic says in words of its own, in ours.
 _PLAINER = {
     "tuple_type": "a list, such as [a, b]",
-    "too_short": "at least {min_length} items",
+    "too_short": "{min_length} or more of them",
     "model_type": "a mapping of fields",
     "model_attributes_type": "a mapping of fields",
 }

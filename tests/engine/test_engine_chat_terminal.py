@@ -288,6 +288,7 @@ def test_generate_command(small: Path, run: Run) -> None:
     options = ["--temperature", "0", "--max-tokens", "9"]
     assert run("generate", str(small), "def f", *options) == (0, expected.text + "\n", "")
     assert run("generate", str(small), *options, stdin="def f") == (0, expected.text + "\n", "")
+    assert run("generate", str(small), "def f  ", *options) == (0, expected.text + "\n", ""), "spaces are the model's"
     code, out, _ = run("generate", str(small), "def f", *options, "--json")
     data = json.loads(out)
     assert code == 0 and (data["text"], data["token_ids"]) == (expected.text, expected.token_ids)

@@ -109,6 +109,10 @@ def test_a_second_call_returns_the_same_without_training(
     same = ("loss", "tokens", "heldout_loss", "heldout_bits_per_byte", "seconds")
     assert {key: again[key] for key in same} == {key: before[key] for key in same}
     assert (finished / "metrics.jsonl").read_text() == metrics
+    # Killed between the final state and the last line: the end of the curve is not lost.
+    (finished / "metrics.jsonl").write_text("\n".join(metrics.splitlines()[:-1]) + "\n")
+    run(_config(), _shape(words), corpus, words, finished)
+    assert (finished / "metrics.jsonl").read_text() == metrics
 
 
 def test_an_interrupted_stage_ends_in_the_same_weights(

@@ -171,6 +171,19 @@ def test_the_card_claims_nothing_that_nobody_measured(finished_run: Path) -> Non
     assert "| sft | 200 | 1,638,400 | 1.098 |" in card, "the mean over the last steps, not the last line of the metrics"
 
 
+def test_the_card_says_what_the_clock_and_the_sources_decided(finished_run: Path) -> None:
+    card = _texts(finished_run)[1]
+    assert "Training text: PSF-2.0 (the Python standard library)." in card and "without a clock" not in card
+    _rewrite(finished_run, "corpus", "stats.json", lambda data: data["config"].update(sources=["notes"]))
+    for stage, more in (("base", {}), ("sft", {"epochs": 2.5})):
+        _rewrite(finished_run, stage, "stage.json", lambda d, m=more: d["key"]["config"].update(max_minutes=6, **m))
+        _rewrite(finished_run, stage, "result.json", lambda data: data.update(steps=321))
+    page, card = _texts(finished_run)
+    assert "Training text: that of its sources." in card
+    exact = "base.max_minutes=null base.train.steps=321 sft.max_minutes=null sft.train.steps=321 sft.epochs=null"
+    assert f"`{exact}`" in card and exact in page
+
+
 def test_a_run_without_held_out_text(finished_run: Path) -> None:
     def unscored(data: dict[str, Any]) -> None:
         data.update(bytes=0, documents=0)

@@ -33,6 +33,9 @@ from herd.recipe.stages import _trained, stage_table
             "base.train.micro_batch=9",
             "base: train: micro_batch 9 is larger than batch_size 8; to fix: herd fields base",
         ),
+        ("corpus.sources=docs", "corpus: field 'sources' is not valid; got docs; allowed: a list, such as [a, b]"),
+        ("corpus.sources=[]", "corpus: field 'sources' is not valid; got []; allowed: 1 or more of them"),
+        ("base.model=3", "base: field 'model' is not valid; got 3; allowed: a mapping of fields"),
         ("base.train.lr=-1", "base: field 'train.lr' is not valid; got -1; allowed: greater than 0"),
     ],
 )
