@@ -24,4 +24,5 @@ NB_MODULE(_native, m) {
         "The widest instruction set that kernels may use here: what the processor has, up to HERD_ISA.");
   bind_attention(m);
   bind_quantize(m);
+  bind_engine(m);
 }

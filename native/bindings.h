@@ -5,3 +5,4 @@
 
 void bind_attention(nanobind::module_& m);
 void bind_quantize(nanobind::module_& m);
+void bind_engine(nanobind::module_& m);

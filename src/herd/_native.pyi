@@ -27,3 +27,58 @@ def attention_isa(bf16: bool) -> str: ...
 
 # weights [R, N] and importance [N] are float32, out is uint8.
 def quantize(format: str, weights: Any, importance: Any | None, out: Any, threads: int) -> bool: ...
+
+# A matrix in the engine's memory, and the engine itself. Arrays are numpy's, contiguous.
+def packed_bytes(format: str, rows: int, columns: int) -> int: ...
+
+class Cache:
+    def __init__(
+        self, type: str, layers: int, heads: int, head_dim: int, page_tokens: int, pages: int
+    ) -> None: ...
+    def copy_page(self, source: int, target: int) -> None: ...
+    @property
+    def page_bytes(self) -> int: ...
+
+class Engine:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        vocab: int,
+        norm_eps: float,
+        qk_norm: bool,
+        temperature: float,
+        temperature_floor: int,
+        experts: int,
+        top_k: int,
+        rotates: list[bool],
+        chunks: list[int],
+        matrices: list[tuple[str, str, int, int]],
+        threads: int,
+        cpus: list[int],
+    ) -> None: ...
+    def load(self, name: str, data: Any) -> None: ...
+    def load_norm(self, name: str, data: Any) -> None: ...
+    def ready(self) -> None: ...
+    def step(
+        self,
+        cache: Cache,
+        tokens: Any,
+        spans: Any,
+        pages: Any,
+        cosine: Any,
+        sine: Any,
+        wanted: Any,
+        logits: Any | None = None,
+        states: Any | None = None,
+        targets: Any | None = None,
+        log_probabilities: Any | None = None,
+    ) -> bool: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def work_bytes(self) -> int: ...
+    @property
+    def threads(self) -> int: ...

@@ -3,6 +3,7 @@
 A backend holds the weights and the key/value cache. It knows nothing of text, sampling or requests: the scheduler
 reserves room for a sequence, appends tokens to any number of sequences in one ragged step, and gets logits back.
 A prompt is a long span, a generated token a span of one; both may stand in the same step.
+Room may be given as it is needed: then `grow` can fail, and the scheduler takes back a sequence and computes it again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from herd.architecture import LlamaConfig
 from herd.errors import HerdError, MissingDependency, UsageError
 
-KvType = Literal["bf16", "f32"]
+KvType = Literal["bf16", "f32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,14 @@ class BackendOptions:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens to append to one sequence in a step. `sequence` is the number `Backend.reserve` gave."""
+    """Tokens to append to one sequence in a step. `sequence` is the number `Backend.reserve` gave.
+
+    `outputs`: how many of the last tokens logits are wanted after.
+    """
 
     sequence: int
     tokens: Sequence[int]
+    outputs: int = 1
 
 
 class Backend(Protocol):
@@ -51,14 +56,21 @@ class Backend(Protocol):
     max_sequences: int
     """Sequences that may be reserved at the same time."""
 
-    def reserve(self, capacity: int) -> int | None:
-        """Room for a new sequence of up to `capacity` tokens; None when there is none before another is released.
+    def reserve(self, capacity: int, prompt: Sequence[int] = ()) -> tuple[int, int] | None:
+        """A new sequence of up to `capacity` tokens; None when there is no room before another is released.
 
-        When no sequence is reserved, a capacity up to `context` always succeeds.
+        Returns its number, and how many of the first tokens of `prompt` it holds already: never all of them. When no
+        sequence is reserved, a capacity up to `context` always succeeds.
         """
 
     def fork(self, sequence: int, capacity: int) -> int | None:
         """A new sequence that begins with everything `sequence` holds; None when there is no room."""
+
+    def grow(self, sequence: int, n_tokens: int) -> bool:
+        """Room for `n_tokens` more tokens of a sequence; False when another one must give room first."""
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a sequence; what is forgotten was appended by the last step."""
 
     def release(self, sequence: int) -> None:
         """Give a sequence's room back."""
@@ -66,7 +78,7 @@ class Backend(Protocol):
     def step(self, spans: Sequence[Span]) -> npt.NDArray[np.float32]:
         """Append every span to its sequence (each sequence at most once).
 
-        Returns the logits after the last token of each span, [len(spans), V]; the array is the caller's.
+        Returns the logits after the last `outputs` tokens of each span, [sum of outputs, V]; the array is the caller's.
         """
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
@@ -79,22 +91,25 @@ class Backend(Protocol):
         """Free the weights and the cache."""
 
 
-# In the order of preference of "auto": name -> (module with `open_backend(options)`, package it needs, extra).
-BACKENDS = {"torch": ("herd.engine.torch_backend", "torch", "train")}
+# In the order of preference of "auto": name -> (module with `open_backend(options)`, the module that it needs).
+BACKENDS = {
+    "native": ("herd.engine.native_backend", "herd._native"),
+    "torch": ("herd.engine.torch_backend", "torch"),
+}
 
 
 def open_backend(name: str, options: BackendOptions) -> Backend:
     """Load a model with the backend `name`, or with the first that can run here for "auto"."""
     if name != "auto" and name not in BACKENDS:
         raise UsageError("no such backend", value=name, allowed=", ".join(["auto", *BACKENDS]))
-    candidates = list(BACKENDS) if name == "auto" else [name]
-    for candidate in candidates:
-        module, package, _ = BACKENDS[candidate]
-        if importlib.util.find_spec(package) is not None:
+    for candidate in BACKENDS if name == "auto" else [name]:
+        module, needed = BACKENDS[candidate]
+        if importlib.util.find_spec(needed) is not None:
             backend: Backend = importlib.import_module(module).open_backend(options)
             return backend
-    _, package, extra = BACKENDS[candidates[-1]]
-    raise MissingDependency(package, extra=extra)
+    if name == "native":
+        raise HerdError("Herd's compiled part is missing", fix="herd doctor says why")
+    raise MissingDependency("torch", extra="train")
 
 
 class EngineClosed(HerdError):

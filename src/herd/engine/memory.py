@@ -6,7 +6,8 @@ All sizes in bytes. The plan is the backend's promise: weights, one sequence of 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from herd.architecture import LlamaConfig
@@ -37,6 +38,10 @@ class MemoryPlan:
         return self.weights + self.cache + self.work
 
     @property
+    def fits(self) -> bool:
+        return self.free is None or self.needed <= self.free
+
+    @property
     def spare(self) -> int | None:
         """What remains for further sequences beside the first."""
         return None if self.free is None else self.free - self.needed
@@ -60,24 +65,29 @@ def plan_memory(
     )
 
 
-def require_memory(plan: MemoryPlan, *, weights: str, name: str) -> None:
-    """Raise ResourceError when the plan does not fit, with the nearest thing that does."""
-    if plan.free is None or plan.needed <= plan.free:
+def require_memory(plan: MemoryPlan, *, name: str, alternatives: Iterable[tuple[str, MemoryPlan]]) -> None:
+    """Raise ResourceError when the plan does not fit, with the first alternative that does.
+
+    `alternatives`: (how to load the model, what that takes), best first.
+    """
+    if plan.fits:
         return
-    room = plan.free - plan.weights - plan.work
-    smaller_context = room // plan.cache_per_token // 256 * 256
-    if smaller_context >= 256:
-        fix = f"load it with ctx={smaller_context}"
-    elif weights == "f32" and plan.weights // 2 + plan.work < plan.free:
-        fix = 'load it with quant="bf16", which halves the weights'
-    else:
-        fix = "use a smaller model"
+    fix = next((f"load it with {how}" for how, other in alternatives if other.fits), "use a smaller model")
+    assert plan.free is not None
     raise ResourceError(
         f"{name} needs {plan.needed / GIB:.1f} GiB of memory (weights {plan.weights / GIB:.1f}, "
         f"cache for {plan.context} tokens {plan.cache / GIB:.1f}, work {plan.work / GIB:.1f})",
         value=f"{plan.free / GIB:.1f} GiB free",
         fix=fix,
     )
+
+
+def smaller_contexts(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
+    """The same with the longest context that fits, if that is worth having."""
+    if plan.free is not None:
+        room = (plan.free - plan.weights - plan.work) // plan.cache_per_token // 256 * 256
+        if 256 <= room < plan.context:
+            yield f"ctx={room}", replace(plan, context=room)
 
 
 def available_bytes() -> int | None:

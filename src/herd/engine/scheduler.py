@@ -1,8 +1,10 @@
 """Continuous batching: sequences join and leave the running batch at any step, so no answer waits for a longer one.
 
-One step is: let waiting sequences in while there is room, append to every running sequence (a piece of its prompt, or
-the token chosen last) in one ragged call of the backend, choose a token for each sequence whose prompt is complete, and
-let finished sequences go. Long prompts enter in pieces, so that running answers keep moving.
+One step is: let waiting sequences in while there is room, append to every running sequence what the backend does not
+have of it yet (a piece of its prompt, or the token chosen last) in one ragged call, choose a token for each sequence
+that is complete there, and let finished sequences go. Long prompts enter in pieces, so that running answers keep
+moving. When room runs out, the sequence that came last goes back to the queue with all its tokens, and is computed
+again later.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ class LiveSequence:
     """Sequence with the same prompt to take the computed prompt from."""
 
     handle: int | None = None
-    n_prefilled: int = 0
+    n_computed: int = 0
+    """Tokens the backend has."""
+    n_reused: int = 0
+    """Prompt tokens that did not have to be computed, because the backend remembered them."""
     choices: list[Choice] = field(default_factory=list)
     completion: Completion | None = None
     error: BaseException | None = None
@@ -46,14 +51,20 @@ class LiveSequence:
     added: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     first_token: float = 0.0
+    tokens: list[int] = field(init=False)
+    """The prompt and what was chosen after it."""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
 
     @property
     def capacity(self) -> int:
         return len(self.prompt) + self.max_tokens
 
     @property
-    def prefilled(self) -> bool:
-        return self.n_prefilled == len(self.prompt)
+    def computed(self) -> bool:
+        """The backend has all tokens, and so the logits after the last one."""
+        return self.n_computed == len(self.tokens)
 
     def accept(self, choice: Choice) -> None:
         """Take the next token: extend the text, and complete when a stop or the length says so."""
@@ -62,6 +73,7 @@ class LiveSequence:
             self.first_token = now
         self.choices.append(choice)
         token_id = choice.token_id
+        self.tokens.append(token_id)
         reason: FinishReason | None = None
         stop: str | int | None = None
         if token_id in self.stop_ids:
@@ -182,20 +194,28 @@ class Scheduler:
         self._waiting.clear()
 
     def _admit(self) -> None:
-        """First come, first served; a sequence that must wait holds back those behind it, so none starves."""
-        while self._waiting:
+        """First come, first served; a sequence that must wait holds back those behind it, so none starves.
+
+        No more enter than this step can take prompt tokens: a later one may find its beginning computed by then.
+        """
+        entering = sum(len(s.tokens) - s.n_computed for s in self._running if not s.choices)
+        while self._waiting and entering < PREFILL_TOKENS:
             sequence = self._waiting[0]
             leader = sequence.leader
-            if leader is not None and leader.handle is not None and not leader.prefilled:
+            if leader is not None and leader.handle is not None and not leader.choices:
                 return  # its prompt is being computed by its leader: it forks when that is done
-            handle = self._backend.reserve(sequence.capacity)
-            if handle is None:
+            reserved = self._backend.reserve(sequence.capacity, sequence.tokens)
+            if reserved is None:
                 return
+            handle, sequence.n_computed = reserved
+            if not sequence.choices:
+                sequence.n_reused = sequence.n_computed
             self._enter(self._waiting.popleft(), handle)
+            entering += len(sequence.tokens) - sequence.n_computed
 
     def _enter(self, sequence: LiveSequence, handle: int) -> None:
         sequence.handle = handle
-        sequence.started = time.perf_counter()
+        sequence.started = sequence.started or time.perf_counter()
         self._running.append(sequence)
 
     def _leave(self, sequence: LiveSequence) -> None:
@@ -208,16 +228,15 @@ class Scheduler:
         spans: list[Span] = []
         owners: list[LiveSequence] = []
         budget = PREFILL_TOKENS
-        for sequence in self._running:
-            assert sequence.handle is not None
-            if sequence.prefilled:
-                tokens: Sequence[int] = [sequence.choices[-1].token_id]
-            else:
-                tokens = sequence.prompt[sequence.n_prefilled : sequence.n_prefilled + budget]
+        for sequence in list(self._running):
+            tokens = sequence.tokens[sequence.n_computed :]
+            if len(tokens) > 1:
+                tokens = tokens[:budget]
                 budget -= len(tokens)
-                sequence.n_prefilled += len(tokens)
-            if tokens:
-                spans.append(Span(sequence.handle, tokens))
+            if tokens and self._make_room(sequence, len(tokens)):
+                assert sequence.handle is not None
+                sequence.n_computed += len(tokens)
+                spans.append(Span(sequence.handle, tokens, outputs=int(sequence.computed)))
                 owners.append(sequence)
         if not spans:
             return
@@ -225,12 +244,13 @@ class Scheduler:
         if logits_BV.shape[1] > self._vocabulary:
             logits_BV[:, self._vocabulary :] = -np.inf
 
-        sources = [b for b, sequence in enumerate(owners) if sequence.prefilled]
-        sampled = [owners[b] for b in sources]
-        for leader, b in [(owners[b], b) for b in sources if not owners[b].choices]:
-            followers = self._fork_followers(leader)
-            sampled += followers
-            sources += [b] * len(followers)
+        sampled = owners = [sequence for sequence in owners if sequence.computed]
+        sources = list(range(len(owners)))
+        for b, leader in enumerate(owners):
+            if not leader.choices:
+                followers = self._fork_followers(leader)
+                sampled = sampled + followers
+                sources += [b] * len(followers)
         if not sampled:
             return
         if sources != list(range(len(owners))):
@@ -240,6 +260,17 @@ class Scheduler:
         for sequence in sampled:
             if sequence.completion is not None:
                 self._leave(sequence)
+
+    def _make_room(self, sequence: LiveSequence, n_tokens: int) -> bool:
+        """Room for more tokens of a running sequence; False when it had to give up its own place."""
+        while sequence.handle is not None:
+            if self._backend.grow(sequence.handle, n_tokens):
+                return True
+            last = self._running[-1]
+            self._leave(last)
+            last.n_computed = 0
+            self._waiting.appendleft(last)
+        return False
 
     def _fork_followers(self, leader: LiveSequence) -> list[LiveSequence]:
         """Let waiting sequences with the leader's prompt begin from its cache; without room they compute it anew."""
@@ -251,6 +282,6 @@ class Scheduler:
                 break
             self._waiting.remove(sequence)
             self._enter(sequence, handle)
-            sequence.n_prefilled = len(sequence.prompt)
+            sequence.n_computed = sequence.n_reused = len(sequence.prompt)
             followers.append(sequence)
         return followers

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from herd.architecture import LlamaConfig
 from herd.checkpoint import open_checkpoint
-from herd.engine.backend import BackendOptions, Span
-from herd.engine.memory import MemoryPlan, plan_memory, require_memory
+from herd.engine.backend import BackendOptions, KvType, Span
+from herd.engine.memory import MemoryPlan, plan_memory, require_memory, smaller_contexts
 from herd.engine.scheduler import PREFILL_TOKENS
 from herd.errors import UsageError
 from herd.model import KVCache, Llama, from_arrays
@@ -35,6 +35,8 @@ def open_backend(options: BackendOptions) -> TorchBackend:
     weights = options.quant or "f32"
     if weights not in _DTYPES:
         raise UsageError("the torch backend cannot hold weights like this", value=weights, allowed=", ".join(_DTYPES))
+    if options.kv not in _DTYPES:
+        raise UsageError("the torch backend has no such cache", value=options.kv, allowed=", ".join(_DTYPES))
     with open_checkpoint(options.path) as checkpoint:
         config = checkpoint.config
         context = config.context_length if options.ctx is None else options.ctx
@@ -42,19 +44,19 @@ def open_backend(options: BackendOptions) -> TorchBackend:
             raise UsageError(
                 "ctx is beyond the model's context", value=context, allowed=f"1 to {config.context_length}"
             )
-        plan = plan_memory(
-            config,
-            weights=weights,
-            kv=options.kv,
-            context=context,
-            prefill_tokens=max(PREFILL_TOKENS, _SCORE_TOKENS),
-            rows=MAX_SEQUENCES,
-        )
-        require_memory(plan, weights=weights, name=options.path.name)
+        plan = _plan(config, weights, options.kv, context)
+        halved = [('quant="bf16", which halves the weights', _plan(config, "bf16", options.kv, context))]
+        others = [*smaller_contexts(plan), *(halved if weights == "f32" else [])]
+        require_memory(plan, name=options.path.name, alternatives=others)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         model = from_arrays(config, checkpoint, dtype=_DTYPES[weights])
     return TorchBackend(model.eval(), context, plan, _DTYPES[options.kv])
+
+
+def _plan(config: LlamaConfig, weights: str, kv: KvType, context: int) -> MemoryPlan:
+    tokens = max(PREFILL_TOKENS, _SCORE_TOKENS)
+    return plan_memory(config, weights=weights, kv=kv, context=context, prefill_tokens=tokens, rows=MAX_SEQUENCES)
 
 
 class TorchBackend:
@@ -74,22 +76,29 @@ class TorchBackend:
         self._capacities: dict[int, int] = {}
         self._next = 0
 
-    def reserve(self, capacity: int) -> int | None:
+    def reserve(self, capacity: int, prompt: Sequence[int] = ()) -> tuple[int, int] | None:
         tokens = (len(self._rows) + 1) * _rounded(max([capacity, *self._capacities.values()]))
         if self._rows and (len(self._rows) == self.max_sequences or tokens > self._max_tokens):
             return None
         self._next += 1
         self._rows.append(self._next)
         self._capacities[self._next] = capacity
-        return self._next
+        return self._next, 0
 
     @torch.inference_mode()
     def fork(self, sequence: int, capacity: int) -> int | None:
-        copy = self.reserve(capacity)
-        if copy is not None:
-            cache = self._fitting_cache()
-            cache.copy_row(self._rows.index(sequence), self._rows.index(copy))
-        return copy
+        reserved = self.reserve(capacity)
+        if reserved is None:
+            return None
+        cache = self._fitting_cache()
+        cache.copy_row(self._rows.index(sequence), self._rows.index(reserved[0]))
+        return reserved[0]
+
+    def grow(self, sequence: int, n_tokens: int) -> bool:
+        return True  # `reserve` gave room for all tokens
+
+    def truncate(self, sequence: int, length: int) -> None:
+        self._fitting_cache().select([self._rows.index(sequence)]).truncate([length])
 
     @torch.inference_mode()
     def release(self, sequence: int) -> None:
@@ -109,16 +118,17 @@ class TorchBackend:
         rows = [row_of[span.sequence] for span in spans]
         decoding = [i for i, span in enumerate(spans) if len(span.tokens) == 1]
         entering = [i for i, span in enumerate(spans) if len(span.tokens) > 1]
-        if len(decoding) == len(spans):
-            return self._decode(cache, rows, [span.tokens[0] for span in spans])
-        logits_BV = np.empty((len(spans), self.config.vocab_size), np.float32)
+        ends = np.cumsum([span.outputs for span in spans])
+        places = [range(end - span.outputs, end) for span, end in zip(spans, ends.tolist(), strict=True)]
+        logits_NV = np.empty((int(ends[-1]), self.config.vocab_size), np.float32)
         if decoding:
-            logits_BV[decoding] = self._decode(
-                cache, [rows[i] for i in decoding], [spans[i].tokens[0] for i in decoding]
-            )
+            found = self._decode(cache, [rows[i] for i in decoding], [spans[i].tokens[0] for i in decoding])
+            for i, logits_V in zip(decoding, found, strict=True):
+                logits_NV[places[i]] = logits_V
         for group in _groups(entering, [len(span.tokens) for span in spans]):
-            logits_BV[group] = self._enter(cache, [rows[i] for i in group], [spans[i].tokens for i in group])
-        return logits_BV
+            found = self._enter(cache, [rows[i] for i in group], [spans[i] for i in group])
+            logits_NV[[place for i in group for place in places[i]]] = found
+        return logits_NV
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
@@ -160,11 +170,12 @@ class TorchBackend:
         x_BSD = self._model.hidden(torch.tensor(padded).unsqueeze(1), cache=first_rows, lengths=lengths)
         return self._logits(x_BSD[rows, 0])
 
-    def _enter(self, cache: KVCache, rows: list[int], prompts: list[Sequence[int]]) -> npt.NDArray[np.float32]:
-        """Several tokens for each of `rows`; logits after the last one of each."""
-        lengths = [len(prompt) for prompt in prompts]
-        x_BSD = self._model.hidden(_padded(prompts), cache=cache.select(rows), lengths=lengths)
-        return self._logits(x_BSD[range(len(rows)), [length - 1 for length in lengths]])
+    def _enter(self, cache: KVCache, rows: list[int], spans: list[Span]) -> npt.NDArray[np.float32]:
+        """Several tokens for each of `rows`; logits after the last `outputs` of each."""
+        lengths = [len(span.tokens) for span in spans]
+        x_BSD = self._model.hidden(_padded([span.tokens for span in spans]), cache=cache.select(rows), lengths=lengths)
+        wanted = [x_SD[n - span.outputs : n] for x_SD, n, span in zip(x_BSD, lengths, spans, strict=True)]
+        return self._logits(torch.cat(wanted))
 
     def _logits(self, x_BD: Tensor) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = functional.linear(x_BD, self._model.output_weight).float().numpy()

@@ -1,0 +1,150 @@
+// The engine, in the Python module. Everything that comes from outside is checked here; the engine trusts it.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "herd/engine.h"
+#include "herd/isa.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace herd;
+
+namespace {
+
+template <class T, int Axes>
+using Array = nb::ndarray<T, nb::ndim<Axes>, nb::c_contig, nb::device::cpu>;
+using Bytes = Array<const std::uint8_t, 1>;
+using Ints = Array<const std::int32_t, 1>;
+using Floats = Array<const float, 1>;
+using Table = Array<const float, 2>;
+using OutRows = std::optional<Array<float, 2>>;
+using OutRow = std::optional<Array<float, 1>>;
+
+void require(bool condition, const char* what) {
+  if (!condition) throw nb::value_error(what);
+}
+
+KvType kv_type(const std::string& name) {
+  if (name == "f32") return KvType::f32;
+  if (name == "bf16") return KvType::bf16;
+  if (name == "int8") return KvType::int8;
+  throw nb::value_error("no such cache type");
+}
+
+using SpecTuple = std::tuple<std::string, std::string, std::int64_t, std::int64_t>;
+
+void make_engine(Engine* self, int dim, int heads, int kv_heads, int head_dim, int vocab, float norm_eps, bool qk_norm,
+                 float temperature, int temperature_floor, int experts, int top_k, const std::vector<bool>& rotates,
+                 const std::vector<int>& chunks, const std::vector<SpecTuple>& matrices, int threads,
+                 std::vector<int> cpus) {
+  require(rotates.size() == chunks.size(), "rotates and chunks have one value a layer");
+  require(dim > 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && vocab > 0, "impossible shape");
+  require(experts >= 0 && top_k >= 0 && top_k <= experts, "impossible experts");
+  std::vector<Layer> layers(rotates.size());
+  for (std::size_t i = 0; i < layers.size(); ++i) layers[i].rotates = rotates[i], layers[i].chunk = chunks[i];
+  std::vector<Engine::Spec> specs;
+  for (const auto& [name, format, rows, columns] : matrices) {
+    require(rows > 0 && columns > 0, "a matrix is empty");
+    specs.push_back({name, format_named(format), rows, columns});
+  }
+  const DecoderShape shape{dim,         static_cast<int>(layers.size()), heads,   kv_heads, head_dim, vocab, norm_eps, qk_norm,
+                           temperature, std::max(1, temperature_floor),  experts, top_k};
+  new (self) Engine(shape, layers, specs, threads, std::move(cpus));
+}
+
+bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const std::int64_t, 2>& spans, const Ints& pages,
+          const Table& cosine, const Table& sine, const Ints& wanted, const OutRows& logits, const OutRows& states,
+          const std::optional<Ints>& targets, const OutRow& log_probabilities) {
+  const DecoderShape& shape = engine.shape();
+  const CacheShape& cached = cache.shape();
+  const auto rows = static_cast<std::int64_t>(tokens.shape(0)), positions = static_cast<std::int64_t>(cosine.shape(0));
+  require(cached.layers == shape.layers && cached.heads == shape.kv_heads && cached.head_dim == shape.head_dim,
+          "the cache is of another model");
+  require(spans.shape(1) == 3, "spans are [n, 3]: rows, position, first page");
+  require(cosine.shape(1) == static_cast<std::size_t>(shape.head_dim / 2) && sine.shape(0) == cosine.shape(0) &&
+              sine.shape(1) == cosine.shape(1), "cosine and sine are [positions, head_dim / 2]");
+  for (std::int64_t t = 0; t < rows; ++t)
+    require(tokens.data()[t] >= 0 && tokens.data()[t] < shape.vocab, "no such token");
+  Step work{tokens.data(), {}, cosine.data(), sine.data(), {}};
+  std::int64_t total = 0;
+  for (std::size_t s = 0; s < spans.shape(0); ++s) {
+    const std::int64_t *span = spans.data() + 3 * s, count = span[0], position = span[1], first = span[2];
+    require(count > 0 && count <= rows && position >= 0 && position + count <= positions, "a span is out of range");
+    const std::int64_t n_pages = (position + count + cached.page_tokens - 1) / cached.page_tokens;
+    require(first >= 0 && first + n_pages <= static_cast<std::int64_t>(pages.shape(0)), "a span has too few pages");
+    for (std::int64_t i = 0; i < n_pages; ++i)
+      require(pages.data()[first + i] >= 0 && pages.data()[first + i] < cache.pages(), "no such page");
+    work.spans.push_back({static_cast<int>(count), position, pages.data() + first});
+    total += count;
+  }
+  require(total == rows && rows > 0, "spans must cover the tokens");
+  const std::size_t n_wanted = wanted.shape(0);
+  work.wanted.assign(wanted.data(), wanted.data() + n_wanted);
+  for (const std::int32_t row : work.wanted) require(row >= 0 && row < rows, "no such row");
+  if (logits) {
+    require(logits->shape(0) == n_wanted && logits->shape(1) == static_cast<std::size_t>(shape.vocab), "logits are [n, V]");
+    work.logits = logits->data();
+  }
+  if (states) {
+    require(states->shape(0) == n_wanted && states->shape(1) == static_cast<std::size_t>(shape.dim), "states are [n, D]");
+    work.states = states->data();
+  }
+  if (log_probabilities) {
+    require(targets && targets->shape(0) == n_wanted && log_probabilities->shape(0) == n_wanted, "one target a row");
+    for (std::size_t i = 0; i < n_wanted; ++i)
+      require(targets->data()[i] >= 0 && targets->data()[i] < shape.vocab, "no such token");
+    work.targets = targets->data(), work.log_probabilities = log_probabilities->data();
+  }
+  bool finished;
+  {
+    const nb::gil_scoped_release unlocked;
+    finished = engine.step(work, cache, [] {
+      const nb::gil_scoped_acquire locked;
+      return PyErr_CheckSignals() != 0;
+    });
+  }
+  if (!finished) throw nb::python_error();  // what the signal's handler raised
+  return true;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  m.def("packed_bytes",
+        [](const std::string& format, std::int64_t rows, std::int64_t columns) {
+          return Matrix{format_named(format), rows, columns, nullptr}.bytes();
+        }, "format"_a, "rows"_a, "columns"_a, "Memory that a matrix takes in the engine.");
+  nb::class_<Cache>(m, "Cache", "Pages of keys and values.")
+      .def("__init__",
+           [](Cache* self, const std::string& type, int layers, int heads, int head_dim, int page_tokens, std::int64_t pages) {
+             require(layers > 0 && heads > 0 && head_dim > 0 && head_dim <= 1024 && pages > 0, "impossible shape");
+             require(page_tokens > 0 && page_tokens % 16 == 0, "page_tokens must be a multiple of 16");
+             new (self) Cache({kv_type(type), layers, heads, head_dim, page_tokens}, pages);
+           },
+           "type"_a, "layers"_a, "heads"_a, "head_dim"_a, "page_tokens"_a, "pages"_a)
+      .def("copy_page", &Cache::copy_page, "source"_a, "target"_a)
+      .def_prop_ro("page_bytes", [](const Cache& c) { return c.shape().page_bytes(); });
+  nb::class_<Engine>(m, "Engine", "Packed weights of a decoder, and the step through all its layers.")
+      .def("__init__", &make_engine, "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "vocab"_a, "norm_eps"_a, "qk_norm"_a,
+           "temperature"_a, "temperature_floor"_a, "experts"_a, "top_k"_a, "rotates"_a, "chunks"_a, "matrices"_a,
+           "threads"_a, "cpus"_a)
+      .def("load",
+           [](Engine& self, const std::string& name, const Bytes& data) {
+             const nb::gil_scoped_release unlocked;
+             self.load(name, data.data(), data.size(), self.threads());
+           }, "name"_a, "data"_a, "A matrix as it lies in a file, row by row.")
+      .def("load_norm", [](Engine& self, const std::string& name, const Floats& data) { self.load_norm(name, data.data(), data.size()); },
+           "name"_a, "data"_a)
+      .def("ready", &Engine::ready, "All is loaded. ValueError when something is missing.")
+      .def("step", &step, "cache"_a, "tokens"_a, "spans"_a, "pages"_a, "cosine"_a, "sine"_a, "wanted"_a,
+           "logits"_a = nb::none(), "states"_a = nb::none(), "targets"_a = nb::none(), "log_probabilities"_a = nb::none(),
+           "Appends spans [n, 3] (rows, position, index of its first page in `pages`) and fills the given outputs.")
+      .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+      .def_prop_ro("work_bytes", &Engine::work_bytes)
+      .def_prop_ro("threads", &Engine::threads);
+}

@@ -1,0 +1,122 @@
+// Weights and cache: what a model holds between steps. The step itself is in step.cpp.
+#include "herd/engine.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "herd/isa.h"
+#include "step.h"
+
+namespace herd {
+namespace {
+
+constexpr std::int64_t kSlack = 8192;  // kernels fetch ahead of what they read
+
+std::int64_t aligned(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+std::size_t total_bytes(const std::vector<Engine::Spec>& matrices) {
+  std::int64_t total = kSlack;
+  for (const auto& spec : matrices) total += aligned(Matrix{spec.format, spec.rows, spec.columns, nullptr}.bytes());
+  return static_cast<std::size_t>(total);
+}
+
+}  // namespace
+
+const EngineKernels& engine_kernels() {
+#if defined(__x86_64__)
+  switch (widest_isa()) {
+    case Isa::avx512_bf16: return kEngineAvx512Bf16;
+    case Isa::avx512_vnni: return kEngineAvx512Vnni;
+    case Isa::avx512: return kEngineAvx512;
+    case Isa::avx2: return kEngineAvx2;
+    case Isa::scalar: break;
+  }
+#endif
+  return kEngineScalar;
+}
+
+Cache::Cache(const CacheShape& shape, std::int64_t pages)
+    : shape_(shape), pages_(pages), memory_(static_cast<std::size_t>(pages * shape.page_bytes())) {}
+
+void Cache::copy_page(std::int64_t from, std::int64_t to) {
+  if (from < 0 || to < 0 || from >= pages_ || to >= pages_) throw std::invalid_argument("no such page");
+  const auto bytes = shape_.page_bytes();
+  std::memcpy(memory_.data() + to * bytes, memory_.data() + from * bytes, static_cast<std::size_t>(bytes));
+}
+
+Engine::Engine(const DecoderShape& shape, const std::vector<Layer>& layers, const std::vector<Spec>& matrices,
+               int threads, std::vector<int> cpus)
+    : shape_(shape), layers_(layers), memory_(total_bytes(matrices)), team_(threads, std::move(cpus)),
+      buffers_(std::make_unique<Buffers>()) {
+  if (shape.head_dim > 1024 || shape.head_dim % 2) throw std::invalid_argument("head_dim is even, at most 1024");
+  std::int64_t offset = 0;
+  for (const auto& spec : matrices) {
+    Matrix matrix{spec.format, spec.rows, spec.columns, memory_.data() + offset};
+    offset += aligned(matrix.bytes());
+    if (!matrices_.emplace(spec.name, matrix).second) throw std::invalid_argument("twice: " + spec.name);
+  }
+}
+
+Engine::~Engine() = default;
+
+void Engine::load(const std::string& name, const std::uint8_t* data, std::size_t bytes, int threads) {
+  const auto found = matrices_.find(name);
+  if (found == matrices_.end()) throw std::invalid_argument("no such matrix: " + name);
+  const Matrix& matrix = found->second;
+  if (bytes != static_cast<std::size_t>(matrix.rows * stored_row_bytes(matrix.format, matrix.columns)))
+    throw std::invalid_argument("wrong number of bytes for " + name);
+  pack(matrix, data, const_cast<std::uint8_t*>(matrix.data), threads);
+}
+
+void Engine::load_norm(const std::string& name, const float* data, std::size_t count) {
+  if (count != static_cast<std::size_t>(shape_.dim)) throw std::invalid_argument("wrong size of " + name);
+  norms_[name].assign(data, data + count);
+}
+
+void Engine::ready() {
+  const auto matrix = [this](const std::string& name, std::int64_t rows, std::int64_t columns) {
+    const auto found = matrices_.find(name);
+    if (found == matrices_.end()) throw std::invalid_argument("missing: " + name);
+    if (found->second.rows != rows || found->second.columns != columns)
+      throw std::invalid_argument("wrong shape of " + name);
+    return found->second;
+  };
+  const auto norm = [this](const std::string& name) {
+    const auto found = norms_.find(name);
+    if (found == norms_.end()) throw std::invalid_argument("missing: " + name);
+    return found->second.data();
+  };
+  const auto feed_forward = [&](const std::string& prefix, const std::string& suffix) {
+    const auto found = matrices_.find(prefix + "w1" + suffix);
+    const std::int64_t width = found == matrices_.end() ? 0 : found->second.rows;
+    return FeedForward{matrix(prefix + "w1" + suffix, width, shape_.dim), matrix(prefix + "w3" + suffix, width, shape_.dim),
+                       matrix(prefix + "w2" + suffix, shape_.dim, width)};
+  };
+  const int width = shape_.heads * shape_.head_dim, kv_width = shape_.kv_heads * shape_.head_dim;
+  embedding_ = matrix("embed.weight", shape_.vocab, shape_.dim);
+  head_ = matrices_.count("output.weight") ? matrix("output.weight", shape_.vocab, shape_.dim) : embedding_;
+  norm_ = norm("norm.weight");
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    const std::string prefix = "layers." + std::to_string(i) + ".";
+    Layer& layer = layers_[i];
+    layer.attention_norm = norm(prefix + "attention_norm.weight");
+    layer.ffn_norm = norm(prefix + "ffn_norm.weight");
+    layer.wq = matrix(prefix + "attention.wq.weight", width, shape_.dim);
+    layer.wk = matrix(prefix + "attention.wk.weight", kv_width, shape_.dim);
+    layer.wv = matrix(prefix + "attention.wv.weight", kv_width, shape_.dim);
+    layer.wo = matrix(prefix + "attention.wo.weight", shape_.dim, width);
+    if (!matrices_.count(prefix + "moe.router.weight")) {
+      layer.ffn = feed_forward(prefix + "ffn.", ".weight");
+      continue;
+    }
+    layer.router = matrix(prefix + "moe.router.weight", shape_.experts, shape_.dim);
+    layer.ffn = feed_forward(prefix + "moe.shared.", ".weight");
+    for (int e = 0; e < shape_.experts; ++e)
+      layer.experts.push_back(feed_forward(prefix + "moe.experts.", "." + std::to_string(e)));
+  }
+  ready_ = true;
+}
+
+std::int64_t Engine::work_bytes() const { return buffers_->bytes(); }
+
+}  // namespace herd

@@ -1,0 +1,331 @@
+// What stands between the matrix products of a decoder layer: norm, rotation, activation, attention over the cache.
+// Every function works on one row, or on rows apart: no row's bits depend on another row.
+#include "herd/engine_kernels.h"
+#include "vectors.h"
+
+namespace herd {
+namespace {
+
+void normalise(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
+  Floats squares[2] = {};
+  std::int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    for (int j = 0; j < 2; ++j) {
+      const Floats v = load(x + i + j * kLanes);
+      squares[j] += v * v;
+    }
+  for (; i < n; i += kLanes) {
+    const Floats v = load_some(x + i, static_cast<int>(std::min<std::int64_t>(kLanes, n - i)));
+    squares[0] += v * v;
+  }
+  const float factor = 1.0f / std::sqrt(sum(squares[0] + squares[1]) / static_cast<float>(n) + eps);
+  for (i = 0; i < n; ++i) out[i] = weight ? x[i] * factor * weight[i] : x[i] * factor;
+}
+
+void swiglu(const float* gate, const float* up, std::int64_t n, float* out) {
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const int count = static_cast<int>(std::min<std::int64_t>(kLanes, n - i));
+    const Floats g = load_some(gate + i, count);
+    store_some(out + i, g / (1.0f + exponential(-g)) * load_some(up + i, count), count);
+  }
+}
+
+void rotate(float* x, int heads, int head_dim, const float* cosine, const float* sine) {
+  for (int h = 0; h < heads; ++h, x += head_dim)
+    for (int j = 0; j < head_dim / 2; ++j) {
+      const float a = x[2 * j], b = x[2 * j + 1];
+      x[2 * j] = a * cosine[j] - b * sine[j];
+      x[2 * j + 1] = a * sine[j] + b * cosine[j];
+    }
+}
+
+float log_probability(const float* logits, std::int64_t n, std::int64_t target) {
+  float largest = -kInfinity;
+  for (std::int64_t i = 0; i < n; ++i) largest = logits[i] > largest ? logits[i] : largest;
+  double total = 0;
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) total += sum(exponential(load(logits + i) - largest));
+  for (; i < n; ++i) total += std::exp(logits[i] - largest);
+  return static_cast<float>(static_cast<double>(logits[target] - largest) - std::log(total));
+}
+
+// The cache's number types. A query is prepared once; scores and sums take N queries at a time.
+struct KvF32 {
+  static constexpr int kQueryFloats = 1;  // 4-byte words of a prepared query per 1 of width
+  static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
+    auto* p = reinterpret_cast<float*>(tile);
+    for (int k = 0; k < width; ++k) p[16 * k + lane] = x[k];
+  }
+  static void put_value(std::uint8_t* tile, int lane, int width, const float* x) {
+    std::memcpy(reinterpret_cast<float*>(tile) + lane * width, x, sizeof(float) * static_cast<std::size_t>(width));
+  }
+  static void prepare(const float* q, int width, float* out) {
+    std::memcpy(out, q, sizeof(float) * static_cast<std::size_t>(width));
+  }
+  template <int N>
+  static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
+    const auto* keys = reinterpret_cast<const float*>(tile);
+    for (int n = 0; n < N; ++n) s[n] = Floats{};
+    for (int k = 0; k < width; ++k) {
+      const Floats key = load(keys + 16 * k);
+      for (int n = 0; n < N; ++n) s[n] += key * q[n * stride + k];
+    }
+  }
+  template <int N, int Vectors>
+  static void add_values(const std::uint8_t* tile, int width, int at, const float* p, std::int64_t stride,
+                         Floats (*o)[Vectors]) {
+    for (int j = 0; j < 16; ++j) {
+      const auto* values = reinterpret_cast<const float*>(tile) + j * width + at;
+      for (int v = 0; v < Vectors; ++v) {
+        const Floats value = load(values + 16 * v);
+        for (int n = 0; n < N; ++n) o[n][v] += value * p[n * stride + j];
+      }
+    }
+  }
+};
+
+struct KvInt8 {
+  static float* scales(std::uint8_t* tile, int width) { return reinterpret_cast<float*>(tile + 16 * width); }
+  static float quantise(const float* x, int width, std::int8_t* codes) {
+    float largest = 0, poison = 0;
+    for (int k = 0; k < width; ++k) largest = std::max(largest, std::fabs(x[k])), poison += x[k] * 0.0f;
+    const float inverse = largest > 0 && poison == 0 ? 127.0f / largest : 0.0f;
+    for (int k = 0; k < width; ++k) codes[k] = static_cast<std::int8_t>(std::lrintf(inverse == 0 ? 0 : x[k] * inverse));
+    return largest / 127.0f + poison;
+  }
+  static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
+    std::int8_t codes[1024];
+    scales(tile, width)[lane] = quantise(x, width, codes);
+    for (int k = 0; k < width; ++k) tile[16 * k + lane] = static_cast<std::uint8_t>(codes[k]);
+  }
+  static void put_value(std::uint8_t* tile, int lane, int width, const float* x) {
+    scales(tile, width)[lane] = quantise(x, width, reinterpret_cast<std::int8_t*>(tile) + lane * width);
+  }
+  static void prepare(const float* q, int width, float* out) { KvF32::prepare(q, width, out); }
+  template <int N>
+  static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
+    for (int n = 0; n < N; ++n) s[n] = Floats{};
+    for (int k = 0; k < width; ++k) {
+      const Floats key = from_signed(tile + 16 * k);
+      for (int n = 0; n < N; ++n) s[n] += key * q[n * stride + k];
+    }
+    const Floats scale = load(tile + 16 * width);
+    for (int n = 0; n < N; ++n) s[n] *= scale;
+  }
+  template <int N, int Vectors>
+  static void add_values(const std::uint8_t* tile, int width, int at, const float* p, std::int64_t stride,
+                         Floats (*o)[Vectors]) {
+    float weights[N][16];
+    const Floats scale = load(tile + 16 * width);
+    for (int n = 0; n < N; ++n) store(weights[n], load(p + n * stride) * scale);
+    for (int j = 0; j < 16; ++j)
+      for (int v = 0; v < Vectors; ++v) {
+        const Floats value = from_signed(tile + j * width + at + 16 * v);
+        for (int n = 0; n < N; ++n) o[n][v] += value * weights[n][j];
+      }
+  }
+};
+
+// bfloat16: keys in pairs along the width, [width/2][16 keys][2]; values in pairs of keys, [8][width][2]. Where the
+// processor multiplies bfloat16, queries and probabilities are rounded to it, as GPUs do; sums have 32 bits.
+struct KvBf16 {
+  static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
+    auto* p = reinterpret_cast<std::uint16_t*>(tile);
+    for (int k = 0; k < width; ++k) p[(k / 2 * 16 + lane) * 2 + k % 2] = to_bf16(x[k]);
+  }
+  static void put_value(std::uint8_t* tile, int lane, int width, const float* x) {
+    auto* p = reinterpret_cast<std::uint16_t*>(tile);
+    for (int k = 0; k < width; ++k) p[(lane / 2 * width + k) * 2 + lane % 2] = to_bf16(x[k]);
+  }
+#if defined(__AVX512BF16__)
+  static __m512bh pair(const float* p) {
+    std::int32_t both;
+    std::memcpy(&both, p, 4);
+    return (__m512bh)_mm512_set1_epi32(both);
+  }
+  static void prepare(const float* q, int width, float* out) {
+    for (int k = 0; k < width; k += 16) {
+      const auto rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(q + k));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k / 2), rounded);
+    }
+  }
+  template <int N>
+  static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
+    __m512 sums[N];
+    for (int n = 0; n < N; ++n) sums[n] = _mm512_setzero_ps();
+    for (int k = 0; k < width / 2; ++k) {
+      const auto keys = (__m512bh)_mm512_loadu_si512(tile + 64 * k);
+      for (int n = 0; n < N; ++n) sums[n] = _mm512_dpbf16_ps(sums[n], keys, pair(q + n * stride + k));
+    }
+    for (int n = 0; n < N; ++n) s[n] = (Floats)sums[n];
+  }
+  template <int N, int Vectors>
+  static void add_values(const std::uint8_t* tile, int width, int at, const float* p, std::int64_t stride,
+                         Floats (*o)[Vectors]) {
+    float pairs[N][8];
+    for (int n = 0; n < N; ++n)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs[n]), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p + n * stride)));
+    for (int j = 0; j < 8; ++j)
+      for (int v = 0; v < Vectors; ++v) {
+        const auto values = (__m512bh)_mm512_loadu_si512(tile + 4 * (j * width + at + 16 * v));
+        for (int n = 0; n < N; ++n) o[n][v] = (Floats)_mm512_dpbf16_ps((__m512)o[n][v], values, pair(pairs[n] + j));
+      }
+  }
+#else
+  static void prepare(const float* q, int width, float* out) { KvF32::prepare(q, width, out); }
+  template <int N>
+  static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
+    for (int n = 0; n < N; ++n) s[n] = Floats{};
+    for (int k = 0; k < width / 2; ++k) {
+      const Words keys = load<Words>(tile + 64 * k);
+      const Floats even = even_bf16(keys), odd = odd_bf16(keys);
+      for (int n = 0; n < N; ++n) {
+        s[n] += even * q[n * stride + 2 * k];
+        s[n] += odd * q[n * stride + 2 * k + 1];
+      }
+    }
+  }
+  template <int N, int Vectors>
+  static void add_values(const std::uint8_t* tile, int width, int at, const float* p, std::int64_t stride,
+                         Floats (*o)[Vectors]) {
+    for (int j = 0; j < 8; ++j)
+      for (int v = 0; v < Vectors; ++v) {
+        const Words values = load<Words>(tile + 4 * (j * width + at + 16 * v));
+        const Floats even = even_bf16(values), odd = odd_bf16(values);
+        for (int n = 0; n < N; ++n) {
+          o[n][v] += even * p[n * stride + 2 * j];
+          o[n][v] += odd * p[n * stride + 2 * j + 1];
+        }
+      }
+  }
+#endif
+};
+
+// o[n][0 … width) += Σ p·v over the tiles of a chunk, for N queries.
+template <class Kv, int N>
+void add_chunk(const std::uint8_t* const* tiles, int n_tiles, int width, const float* p, float* o) {
+  const auto columns = [&]<int Vectors>(int at) {
+    Floats sums[N][Vectors];
+    for (int n = 0; n < N; ++n)
+      for (int v = 0; v < Vectors; ++v) sums[n][v] = Floats{};
+    for (int t = 0; t < n_tiles; ++t)
+      Kv::template add_values<N, Vectors>(tiles[t], width, at, p + 16 * t, kKeyChunk, sums);
+    for (int n = 0; n < N; ++n)
+      for (int v = 0; v < Vectors; ++v) {
+        float* to = o + n * width + at + 16 * v;
+        store(to, load(to) + sums[n][v]);
+      }
+  };
+  int at = 0;
+  for (; at + 64 <= width; at += 64) columns.template operator()<4>(at);
+  for (; at < width; at += 16) columns.template operator()<1>(at);
+}
+
+// Attention of a tile of queries, chunk after chunk of keys. Within a chunk the softmax is plain; between chunks sums are
+// rescaled to the larger maximum (Milakov and Gimelshein, arXiv 1805.02867). Chunks begin at multiples of kKeyChunk, and
+// a masked key adds an exact zero, so a query's bits depend on its own keys alone.
+template <class Kv>
+void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
+  const int width = cache.shape->width(), head_dim = cache.shape->head_dim, count = x.rows * x.heads;
+  float* const prepared = scratch;
+  float* const sums = prepared + count * width;
+  float* const p = sums + count * width;
+  float* const largest = p + count * kKeyChunk;
+  float* const total = largest + count;
+  float padded[1024];
+  for (int n = 0; n < count; ++n) {
+    const float* q = x.q + n / x.heads * x.row_stride + n % x.heads * head_dim;
+    for (int k = 0; k < width; ++k) padded[k] = k < head_dim ? q[k] * x.scale : 0.0f;
+    Kv::prepare(padded, width, prepared + n * width);
+    largest[n] = -kInfinity, total[n] = 0;
+  }
+  std::fill(sums, sums + count * width, 0.0f);
+  const auto first_of = [&x](std::int64_t position) { return x.chunk ? position / x.chunk * x.chunk : 0; };
+  const std::int64_t first = first_of(x.position), last = x.position + x.rows - 1;
+
+  for (std::int64_t chunk = first / kKeyChunk * kKeyChunk; chunk <= last; chunk += kKeyChunk) {
+    const std::uint8_t *keys[kKeyChunk / 16], *values[kKeyChunk / 16];
+    const int n_tiles = static_cast<int>(std::min<std::int64_t>(kKeyChunk, last + 1 - chunk) + 15) / 16;
+    for (int t = 0; t < n_tiles; ++t) {
+      // Tiles before the first visible key may not be in memory any more: they are read as the first one is.
+      const std::int64_t token = std::max(chunk + 16 * t, first);
+      keys[t] = cache.key_tile(token), values[t] = cache.value_tile(token);
+    }
+    for (int t = 0; t < n_tiles; ++t) {
+      const auto take = [&]<int N>(int n) {
+        Floats s[N];
+        Kv::template scores<N>(keys[t], width, prepared + n * width, width, s);
+        for (int i = 0; i < N; ++i) store(p + (n + i) * kKeyChunk + 16 * t, s[i]);
+      };
+      int n = 0;
+      for (; n + 8 <= count; n += 8) take.template operator()<8>(n);
+      for (; n + 4 <= count; n += 4) take.template operator()<4>(n);
+      for (; n < count; ++n) take.template operator()<1>(n);
+    }
+    for (int n = 0; n < count; ++n) {
+      float* row = p + n * kKeyChunk;
+      const std::int64_t position = x.position + n / x.heads;
+      const int begin = static_cast<int>(std::max<std::int64_t>(0, first_of(position) - chunk));
+      const int end = static_cast<int>(std::clamp<std::int64_t>(position + 1 - chunk, 0, 16 * n_tiles));
+      for (int i = 0; i < std::min(begin, 16 * n_tiles); ++i) row[i] = -kInfinity;
+      for (int i = end; i < 16 * n_tiles; ++i) row[i] = -kInfinity;
+      Floats highest = Floats{} - kInfinity;
+      for (int i = 0; i < 16 * n_tiles; i += 16) highest = larger(highest, load(row + i));
+      const float top = std::max(largest[n], maximum(highest));
+      if (top == -kInfinity) {  // nothing visible so far
+        std::fill(row, row + 16 * n_tiles, 0.0f);
+        continue;
+      }
+      Floats weights{};
+      for (int i = 0; i < 16 * n_tiles; i += 16) {
+        const Floats s = load(row + i);
+        const Floats e = s == -kInfinity ? Floats{} : exponential(s - top);
+        store(row + i, e);
+        weights += e;
+      }
+      if (top != largest[n]) {
+        const float shrink = largest[n] == -kInfinity ? 0.0f : std::exp(largest[n] - top);
+        total[n] *= shrink;
+        for (int k = 0; k < width; k += 16) store(sums + n * width + k, load(sums + n * width + k) * shrink);
+        largest[n] = top;
+      }
+      total[n] += sum(weights);
+    }
+    int n = 0;
+    for (; n + 4 <= count; n += 4) add_chunk<Kv, 4>(values, n_tiles, width, p + n * kKeyChunk, sums + n * width);
+    for (; n < count; ++n) add_chunk<Kv, 1>(values, n_tiles, width, p + n * kKeyChunk, sums + n * width);
+  }
+  for (int n = 0; n < count; ++n) {
+    float* out = x.out + n / x.heads * x.out_stride + n % x.heads * head_dim;
+    for (int k = 0; k < head_dim; ++k) out[k] = sums[n * width + k] / total[n];
+  }
+}
+
+template <class Function>
+void with_kv(KvType type, const Function& f) {
+  switch (type) {
+    case KvType::f32: return f(KvF32{});
+    case KvType::bf16: return f(KvBf16{});
+    case KvType::int8: return f(KvInt8{});
+  }
+}
+
+void put(const CachedHead& cache, std::int64_t token, const float* x, bool key) {
+  const int width = cache.shape->width(), lane = static_cast<int>(token % 16);
+  float padded[1024];
+  for (int k = 0; k < width; ++k) padded[k] = k < cache.shape->head_dim ? x[k] : 0.0f;
+  with_kv(cache.shape->type, [&](auto kv) {
+    using Kv = decltype(kv);
+    if (key) Kv::put_key(cache.key_tile(token), lane, width, padded);
+    else Kv::put_value(cache.value_tile(token), lane, width, padded);
+  });
+}
+void put_key(const CachedHead& cache, std::int64_t token, const float* x) { put(cache, token, x, true); }
+void put_value(const CachedHead& cache, std::int64_t token, const float* x) { put(cache, token, x, false); }
+
+void attend(const CachedHead& cache, const Queries& queries, float* scratch) {
+  with_kv(cache.shape->type, [&](auto kv) { attend_with<decltype(kv)>(cache, queries, scratch); });
+}
+
+}  // namespace
+}  // namespace herd

@@ -1,0 +1,2 @@
+#define HERD_KERNELS kEngineAvx2
+#include "engine_kernels.h"

@@ -1,0 +1,2 @@
+#define HERD_KERNELS kEngineAvx512Vnni
+#include "engine_kernels.h"

@@ -1,0 +1,2 @@
+#define HERD_KERNELS kEngineScalar
+#include "engine_kernels.h"

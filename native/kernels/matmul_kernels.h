@@ -1,0 +1,243 @@
+// y = x·Wᵀ, one strip of 16 outputs at a time.
+//
+// Quantised weights: inputs are int8 in blocks of 32, a block's products are added exactly in 32 bits, then scaled and
+// added in the order of the blocks. Plain weights: products in floating point, even and odd columns apart. So the bits
+// of a row's outputs depend on the row and the weights, and never on how many rows are computed together.
+#include "tile_formats.h"
+
+namespace herd {
+namespace {
+
+constexpr std::int64_t kAhead = 4096;  // bytes between what is multiplied and what is fetched from memory
+
+// acc[r] += Σ codes[r][i]·x[i], i < 4, for 16 rows r. Codes have at most kBits bits.
+template <int kBits>
+inline Ints add_products(Ints acc, Codes codes, const std::int8_t* x) {
+  std::int32_t four;
+  std::memcpy(&four, x, 4);
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(four));
+#elif defined(__AVX512BW__)
+  // Sums of two products fit in 16 bits up to seven bits of code; the eighth is multiplied by itself.
+  const __m512i inputs = _mm512_set1_epi32(four), ones = _mm512_set1_epi16(1);
+  const __m512i low = kBits < 8 ? (__m512i)codes : (__m512i)(codes & 127);
+  __m512i sums = _mm512_madd_epi16(_mm512_maddubs_epi16(low, inputs), ones);
+  if constexpr (kBits == 8) {
+    const __m512i high = _mm512_maddubs_epi16((__m512i)(codes >> 7), inputs);
+    sums = _mm512_add_epi32(sums, _mm512_slli_epi32(_mm512_madd_epi16(high, ones), 7));
+  }
+  return acc + (Ints)sums;
+#elif defined(__AVX2__)
+  const __m256i inputs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  __m256i half[2], sums[2];
+  std::memcpy(half, &codes, 64);
+  for (int h = 0; h < 2; ++h) {
+    const __m256i low = kBits < 8 ? half[h] : _mm256_and_si256(half[h], _mm256_set1_epi8(127));
+    sums[h] = _mm256_madd_epi16(_mm256_maddubs_epi16(low, inputs), ones);
+    if constexpr (kBits == 8) {
+      const __m256i bit = _mm256_and_si256(_mm256_srli_epi16(half[h], 7), _mm256_set1_epi8(1));
+      const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(bit, inputs), ones);
+      sums[h] = _mm256_add_epi32(sums[h], _mm256_slli_epi32(high, 7));
+    }
+  }
+  return acc + load<Ints>(sums);
+#else
+  for (int r = 0; r < 16; ++r)
+    for (int i = 0; i < 4; ++i) acc[r] += codes[4 * r + i] * x[i];
+  return acc;
+#endif
+}
+
+// Outputs of Rows rows with one strip of quantised weights.
+template <class F, int Rows>
+inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, std::int64_t blocks, Floats* y) {
+  constexpr int kChunk = F::kGroups == 1 ? 8 : 4;  // vectors of codes that share a scale
+  constexpr int kPair = Rows % 2 ? 1 : 2;          // rows whose chains of products run side by side
+  constexpr int kHeader = tile_size(F::kFormat).header, kBytes = tile_size(F::kFormat).tile;
+  for (int m = 0; m < Rows; ++m) y[m] = Floats{};
+  const std::uint8_t* header = w;
+  for (std::int64_t b = 0; b < blocks; ++b, x += Rows) {
+    if (kHeader && b % 8 == 0) header = w, w += kHeader;
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(w + kAhead + i, 0, 2);
+    Codes c[8];
+    Floats scale[2], offset[2];
+    F::read(w, header, c, scale, offset);
+    w += kBytes;
+#pragma GCC unroll 8
+    for (int m = 0; m < Rows; m += kPair) {
+#pragma GCC unroll 2
+      for (int group = 0; group < F::kGroups; ++group) {
+        Ints s[kPair];
+        const int part = F::kGroups == 1 ? 0 : group + 1;
+        for (int p = 0; p < kPair; ++p) s[p] = (Ints{} + x[m + p].minus[part]) * F::kZero;
+#pragma GCC unroll 8
+        for (int g = 0; g < kChunk; ++g)
+          for (int p = 0; p < kPair; ++p) {
+            const int at = kChunk * group + g;
+            s[p] = add_products<F::kBits>(s[p], c[at], x[m + p].codes + 4 * at);
+          }
+        for (int p = 0; p < kPair; ++p) {
+          y[m + p] += convert(s[p]) * (scale[group] * x[m + p].scale);
+          if (F::kOffset) y[m + p] -= offset[group] * x[m + p].sum[part];
+        }
+      }
+    }
+  }
+}
+
+// The same with plain weights and inputs of 32 bits.
+template <class F, int Rows>
+inline void plain_strip(const std::uint8_t* w, const float* x, std::int64_t blocks, Floats* y) {
+  constexpr int kBytes = tile_size(F::kFormat).tile;
+  Floats even_sum[Rows] = {}, odd_sum[Rows] = {};
+  for (std::int64_t b = 0; b < blocks; ++b, x += Rows * kTile, w += kBytes) {
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(w + kAhead + i, 0, 2);
+    for (int pair = 0; pair < kTile / 2; ++pair) {
+      Floats even, odd;
+      F::read(w, pair, &even, &odd);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        even_sum[m] += even * x[kTile * m + 2 * pair];
+        odd_sum[m] += odd * x[kTile * m + 2 * pair + 1];
+      }
+    }
+  }
+  for (int m = 0; m < Rows; ++m) y[m] = even_sum[m] + odd_sum[m];
+}
+
+#if defined(__AVX512BF16__)
+template <int Rows>
+inline void bf16_strip(const std::uint8_t* w, const std::uint16_t* x, std::int64_t blocks, Floats* y) {
+  __m512 sums[2][Rows];
+  for (auto& part : sums)
+    for (auto& s : part) s = _mm512_setzero_ps();
+  for (std::int64_t b = 0; b < blocks; ++b, x += Rows * kTile, w += 1024) {
+    for (int i = 0; i < 1024; i += 64) __builtin_prefetch(w + kAhead + i, 0, 2);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < kTile / 2; ++pair) {
+      const auto weights = (__m512bh)_mm512_loadu_si512(w + 64 * pair);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        std::int32_t both;
+        std::memcpy(&both, x + kTile * m + 2 * pair, 4);
+        sums[pair % 2][m] = _mm512_dpbf16_ps(sums[pair % 2][m], weights, (__m512bh)_mm512_set1_epi32(both));
+      }
+    }
+  }
+  for (int m = 0; m < Rows; ++m) y[m] = (Floats)_mm512_add_ps(sums[0][m], sums[1][m]);
+}
+#endif
+
+constexpr Inputs inputs_of(Format format) {
+#if defined(__AVX512BF16__)
+  if (format == Format::bf16) return Inputs::bf16;
+#endif
+  return format <= Format::bf16 ? Inputs::f32 : Inputs::int8;
+}
+
+template <class F, int Rows>
+inline void strip_of_group(const std::uint8_t* w, const std::uint8_t* x, std::int64_t blocks, Floats* y) {
+  if constexpr (inputs_of(F::kFormat) == Inputs::int8) {
+    quantised_strip<F, Rows>(w, reinterpret_cast<const Int8Block*>(x), blocks, y);
+#if defined(__AVX512BF16__)
+  } else if constexpr (F::kFormat == Format::bf16) {
+    bf16_strip<Rows>(w, reinterpret_cast<const std::uint16_t*>(x), blocks, y);
+#endif
+  } else {
+    plain_strip<F, Rows>(w, reinterpret_cast<const float*>(x), blocks, y);
+  }
+}
+
+// y[m][0 … width) (+)= the outputs of strip `index` for all rows m of x.
+template <class F>
+void strip_of_panel(const Matrix& w, std::int64_t index, const Panel& x, float* y, std::int64_t stride, bool add) {
+  const std::uint8_t* strip = w.strip(index);
+  const int width = static_cast<int>(std::min<std::int64_t>(kStrip, w.rows - kStrip * index));
+  for (int first = 0; first < x.rows;) {
+    const Panel::Group group = x.group_of(first);
+    Floats out[8];
+    switch (group.size) {
+      case 8: strip_of_group<F, 8>(strip, x.group(group), x.blocks, out); break;
+      case 4: strip_of_group<F, 4>(strip, x.group(group), x.blocks, out); break;
+      case 2: strip_of_group<F, 2>(strip, x.group(group), x.blocks, out); break;
+      default: strip_of_group<F, 1>(strip, x.group(group), x.blocks, out);
+    }
+    for (int m = 0; m < group.size; ++m) {
+      float* row = y + (first + m) * stride;
+      if (width == kStrip) {
+        store(row, add ? load(row) + out[m] : out[m]);
+      } else {
+        store_some(row, add ? load_some(row, width) + out[m] : out[m], width);
+      }
+    }
+    first += group.size;
+  }
+}
+
+void multiply(const Matrix& w, std::int64_t strip, const Panel& x, float* y, std::int64_t stride, bool add) {
+  with_format(w.format, [&](auto format) { strip_of_panel<decltype(format)>(w, strip, x, y, stride, add); });
+}
+
+// Inputs 32·b … of one row into a panel.
+void put_block(const Panel& panel, int row, std::int64_t b, const float* values) {
+  std::uint8_t* to = panel.block(row, b);
+  if (panel.kind == Inputs::f32) {
+    std::memcpy(to, values, 4 * kTile);
+  } else if (panel.kind == Inputs::bf16) {
+    for (int i = 0; i < kTile; ++i) reinterpret_cast<std::uint16_t*>(to)[i] = to_bf16(values[i]);
+  } else {
+    auto& block = *reinterpret_cast<Int8Block*>(to);
+    const Floats low = load(values), high = load(values + 16);
+    const float largest = maximum(larger(magnitude(low), magnitude(high)));
+    // Added to the scale: nothing, or not a number where an input is none, so that the outputs are none either.
+    const float poison = sum(low * 0.0f + high * 0.0f);
+    block.scale = largest * (1.0f / 127.0f) + poison;
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    // 1.5·2^23 rounds to whole numbers and leaves them in the low bits.
+    const Ints a = bits<Ints>(low * inverse + 12582912.0f) - 0x4b400000;
+    const Ints c = bits<Ints>(high * inverse + 12582912.0f) - 0x4b400000;
+    std::int32_t first = 0, second = 0;
+    for (int i = 0; i < 16; ++i) {
+      block.codes[i] = static_cast<std::int8_t>(a[i]), block.codes[16 + i] = static_cast<std::int8_t>(c[i]);
+      first += a[i], second += c[i];
+    }
+    block.minus[0] = -first - second, block.minus[1] = -first, block.minus[2] = -second;
+    for (int i = 0; i < 3; ++i) block.sum[i] = -block.scale * static_cast<float>(block.minus[i]);
+  }
+}
+
+// The stored values of row `index` of a matrix.
+void read_row(const Matrix& w, std::int64_t index, float* out) {
+  const std::uint8_t* strip = w.strip(index / kStrip);
+  const int lane = static_cast<int>(index % kStrip);
+  with_format(w.format, [&](auto format) {
+    using F = decltype(format);
+    constexpr TileSize size = tile_size(F::kFormat);
+    const std::uint8_t *p = strip, *header = strip;
+    for (std::int64_t b = 0; b < w.tiles(); ++b, p += size.tile) {
+      if (size.header && b % 8 == 0) header = p, p += size.header;
+      float values[kTile];
+      if constexpr (F::kFormat <= Format::bf16) {
+        for (int pair = 0; pair < kTile / 2; ++pair) {
+          Floats even, odd;
+          F::read(p, pair, &even, &odd);
+          values[2 * pair] = even[lane], values[2 * pair + 1] = odd[lane];
+        }
+      } else {
+        Codes c[8];
+        Floats scale[2], offset[2] = {};
+        F::read(p, header, c, scale, offset);
+        for (int i = 0; i < kTile; ++i) {
+          const int group = F::kGroups == 1 ? 0 : i / 16;
+          const float code = static_cast<float>(c[i / 4][4 * lane + i % 4] - F::kZero);
+          values[i] = scale[group][lane] * code - (F::kOffset ? offset[group][lane] : 0.0f);
+        }
+      }
+      const auto count = std::min<std::int64_t>(kTile, w.columns - kTile * b);
+      std::memcpy(out + kTile * b, values, sizeof(float) * static_cast<std::size_t>(count));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace herd

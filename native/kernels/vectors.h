@@ -1,0 +1,136 @@
+// Vectors of 16 lanes, which every instruction set has in as many registers as it needs, and the functions of them that
+// compilers do not find by themselves.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "herd/half.h"
+
+namespace herd {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+typedef float Floats __attribute__((vector_size(64)));
+typedef std::int32_t Ints __attribute__((vector_size(64)));
+typedef std::uint32_t Words __attribute__((vector_size(64)));
+typedef std::uint8_t Codes __attribute__((vector_size(64)));
+
+template <class V = Floats>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+// The first n of 16 lanes.
+inline Floats load_some(const float* p, int n) {
+  Floats v{};
+  std::memcpy(&v, p, sizeof(float) * static_cast<std::size_t>(n));
+  return v;
+}
+inline void store_some(float* p, Floats v, int n) { std::memcpy(p, &v, sizeof(float) * static_cast<std::size_t>(n)); }
+
+template <class To, class From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Sixteen numbers in memory as floats: float16, bytes without and with sign.
+inline Floats from_halves(const void* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  const auto* q = static_cast<const __m128i*>(p);
+  const __m256 both[2] = {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+  return load(both);
+#else
+  std::uint16_t halves[16];
+  std::memcpy(halves, p, sizeof halves);
+  Floats v;
+  for (int i = 0; i < 16; ++i) v[i] = half_to_float(halves[i]);
+  return v;
+#endif
+}
+inline Floats from_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
+  std::uint8_t bytes[16];
+  std::memcpy(bytes, p, sizeof bytes);
+  Floats v;
+  for (int i = 0; i < 16; ++i) v[i] = bytes[i];
+  return v;
+#endif
+}
+inline Floats from_signed(const void* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
+  std::int8_t bytes[16];
+  std::memcpy(bytes, p, sizeof bytes);
+  Floats v;
+  for (int i = 0; i < 16; ++i) v[i] = bytes[i];
+  return v;
+#endif
+}
+
+// The even and the odd ones of 32 bfloat16.
+inline Floats even_bf16(Words pairs) { return bits<Floats>(pairs << 16); }
+inline Floats odd_bf16(Words pairs) { return bits<Floats>(pairs & 0xffff0000u); }
+
+// Rounded to the nearest bfloat16, ties to even.
+inline std::uint16_t to_bf16(float x) {
+  const auto word = bits<std::uint32_t>(x);
+  if (x != x) return static_cast<std::uint16_t>(word >> 16 | 0x40u);
+  return static_cast<std::uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
+}
+
+inline Floats convert(Ints v) { return __builtin_convertvector(v, Floats); }
+
+// By halves, so that it takes four steps and its order is the same everywhere.
+inline float sum(Floats v) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+inline float maximum(Floats v) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+  return v[0];
+}
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats magnitude(Floats v) { return bits<Floats>(bits<Words>(v) & 0x7fffffffu); }
+
+// e^x to about 1 ulp: x = n·ln2 + r with ln2 in two parts, then a degree-6 polynomial of r in [-ln2/2, ln2/2]. Below
+// -87 the result is that of -87, above 88 that of 88.
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  x = x > 88.0f ? Floats{} + 88.0f : x;
+  const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2^23: the integer lands in the low mantissa bits
+  const Floats n = shifted - 12582912.0f;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return bits<Floats>(bits<Ints>(p) + (bits<Ints>(shifted) << 23));
+}
+
+}  // namespace
+}  // namespace herd

@@ -1,0 +1,96 @@
+// Memory of a step, kept between steps: it grows to the largest batch that was ever run.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "herd/engine.h"
+
+namespace herd {
+
+// Uninitialised, aligned memory that only grows.
+template <class T>
+class Buffer {
+ public:
+  T* reserve(std::int64_t count) {
+    if (count > count_) {
+      data_.reset();
+      data_.reset(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), std::align_val_t{64})));
+      count_ = count;
+    }
+    return data_.get();
+  }
+  T* data() const { return data_.get(); }
+  std::int64_t bytes() const { return count_ * static_cast<std::int64_t>(sizeof(T)); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T, Free> data_;
+  std::int64_t count_ = 0;
+};
+
+// The same rows of inputs in each form that some product takes.
+struct Panels {
+  Panel of[3] = {};
+  bool used[3] = {};
+
+  const Panel& operator[](Inputs kind) const { return of[static_cast<int>(kind)]; }
+};
+
+// Memory for panels of up to three forms.
+class PanelBuffer {
+ public:
+  // For `rows` rows of `columns` inputs, multiplied with these matrices.
+  Panels reserve(int rows, std::int64_t columns, std::initializer_list<const Matrix*> matrices) {
+    Panels panels;
+    const std::int64_t blocks = (columns + kTile - 1) / kTile;
+    for (const Matrix* matrix : matrices) {
+      const Inputs kind = engine_kernels().inputs_of(matrix->format);
+      const int at = static_cast<int>(kind);
+      if (panels.used[at]) continue;
+      panels.used[at] = true;
+      panels.of[at] = {kind, rows, blocks, bytes_[at].reserve(rows * blocks * block_bytes(kind))};
+    }
+    return panels;
+  }
+  std::int64_t bytes() const { return bytes_[0].bytes() + bytes_[1].bytes() + bytes_[2].bytes(); }
+
+ private:
+  Buffer<std::uint8_t> bytes_[3];
+};
+
+// A feed-forward network at work on some rows: all of them, or those that were routed to one expert.
+struct Branch {
+  const FeedForward* network;
+  Panels in, hidden;
+  float* out;  // [rows, dim]
+  bool add;
+};
+
+struct Engine::Buffers {
+  Buffer<float> x, normed, qkv, attended, router, routed, states, logits;
+  PanelBuffer in, out, down, head;
+  std::vector<PanelBuffer> expert_in, expert_down;
+  std::vector<Buffer<float>> scratch;  // of each thread
+  // Of a mixture layer: the experts of each row, with their scores, and the rows of each expert one after the other.
+  std::vector<int> chosen, slot_of, row_of;
+  std::vector<float> score_of;
+  std::vector<Branch> branches;
+
+  std::int64_t bytes() const {
+    std::int64_t total = in.bytes() + out.bytes() + down.bytes() + head.bytes();
+    for (const auto* b : {&x, &normed, &qkv, &attended, &router, &routed, &states, &logits}) total += b->bytes();
+    for (const auto& b : expert_in) total += b.bytes();
+    for (const auto& b : expert_down) total += b.bytes();
+    for (const auto& b : scratch) total += b.bytes();
+    return total;
+  }
+};
+
+}  // namespace herd

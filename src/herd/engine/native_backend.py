@@ -1,0 +1,221 @@
+"""The native backend: Herd's compiled engine behind the engine's protocol. It needs no torch.
+
+All arithmetic is in C++ (native/), one call per step; which sequence owns which page of the cache is decided here and
+in paged_cache.py. Letters: T rows of a step, V vocabulary, D model width, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from herd import _native
+from herd.architecture import LlamaConfig, attention_scale, rope_frequencies
+from herd.checkpoint import open_checkpoint
+from herd.engine.backend import BackendOptions, Span
+from herd.engine.memory import require_memory
+from herd.engine.native_weights import load_weights, make_engine, plan_native, smaller_plans, weight_formats
+from herd.engine.paged_cache import CachedSequence, PagedCache
+from herd.errors import ContextLengthExceeded, UsageError
+
+PAGE_TOKENS = 64
+MAX_SEQUENCES = 256
+ROWS = 512
+"""Rows of one native call at most; longer steps are cut. It bounds the working memory and how long Ctrl-C waits."""
+
+
+def open_backend(options: BackendOptions) -> NativeBackend:
+    """Check that the model fits into memory, then load it. Raises UsageError, ResourceError, HerdError."""
+    with open_checkpoint(options.path) as checkpoint:
+        config = checkpoint.config
+        context = config.context_length if options.ctx is None else options.ctx
+        if context > config.context_length:
+            raise UsageError(
+                "ctx is beyond the model's context", value=context, allowed=f"1 to {config.context_length}"
+            )
+        formats = weight_formats(checkpoint, options.quant)
+        plan = plan_native(checkpoint, formats, kv=options.kv, context=context, rows=ROWS)
+        others = smaller_plans(checkpoint, plan, quant=options.quant, kv=options.kv, rows=ROWS)
+        require_memory(plan, name=options.path.name, alternatives=others)
+        threads = options.threads or _native.usable_cpus()
+        engine = make_engine(config, formats, checkpoint, threads)
+        load_weights(engine, checkpoint, formats)
+    pages = -(-context // PAGE_TOKENS)
+    spare = (MAX_SEQUENCES - 1) * plan.cache if plan.spare is None else plan.spare // 2
+    page_bytes = max(1, plan.cache_per_token * PAGE_TOKENS)
+    pages += max(0, min(spare // page_bytes, (MAX_SEQUENCES - 1) * pages))
+    cache = _native.Cache(options.kv, config.n_layers, config.n_kv_heads, config.head_dim, PAGE_TOKENS, pages)
+    return NativeBackend(config, engine, cache, PagedCache(pages, PAGE_TOKENS, cache.copy_page), context)
+
+
+class NativeBackend:
+    """See `herd.engine.backend.Backend`."""
+
+    def __init__(
+        self, config: LlamaConfig, engine: _native.Engine, cache: _native.Cache, pages: PagedCache, context: int
+    ) -> None:
+        self.config = config
+        self.context = context
+        self.max_sequences = MAX_SEQUENCES
+        self._engine: _native.Engine | None = engine
+        self._cache: _native.Cache | None = cache
+        self._pages = pages
+        self._rotation = Rotation(config, context)
+        self._sequences: dict[int, CachedSequence] = {}
+        self._next = 0
+
+    def reserve(self, capacity: int, prompt: Sequence[int] = ()) -> tuple[int, int] | None:
+        if len(self._sequences) == self.max_sequences:
+            return None
+        sequence = self._pages.open(prompt)
+        if self._sequences and not self._pages.grow(sequence, len(prompt) + 1 - len(sequence.tokens)):
+            self._pages.release(sequence)
+            return None
+        return self._add(sequence), len(sequence.tokens)
+
+    def fork(self, sequence: int, capacity: int) -> int | None:
+        if len(self._sequences) == self.max_sequences:
+            return None
+        return self._add(self._pages.fork(self._sequences[sequence]))
+
+    def grow(self, sequence: int, n_tokens: int) -> bool:
+        return self._pages.grow(self._sequences[sequence], n_tokens)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        self._pages.truncate(self._sequences[sequence], length)
+
+    def release(self, sequence: int) -> None:
+        self._pages.release(self._sequences.pop(sequence))
+
+    def step(self, spans: Sequence[Span]) -> npt.NDArray[np.float32]:
+        logits_NV = np.empty((sum(span.outputs for span in spans), self.config.vocab_size), np.float32)
+        done = 0
+        for part in _parts(spans):
+            wanted = _wanted(part)
+            self._run(part, wanted, logits=logits_NV[done : done + len(wanted)])
+            done += len(wanted)
+        return logits_NV
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+        results = []
+        for tokens in sequences:
+            logprobs = np.empty(max(0, len(tokens) - 1), np.float32)
+            for start, part in self._passes(tokens[:-1]):
+                end = start + len(part.tokens)
+                targets = np.asarray(tokens[start + 1 : end + 1], np.int32)
+                wanted = np.arange(len(part.tokens), dtype=np.int32)
+                self._run([part], wanted, targets=targets, log_probabilities=logprobs[start:end])
+            results.append(logprobs)
+        return results
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        vectors_ND = np.empty((len(sequences), self.config.dim), np.float32)
+        for vector_D, tokens in zip(vectors_ND, sequences, strict=True):
+            states_SD = np.empty((len(tokens), self.config.dim), np.float32)
+            for start, part in self._passes(tokens):
+                wanted = np.arange(len(part.tokens), dtype=np.int32)
+                self._run([part], wanted, states=states_SD[start : start + len(wanted)])
+            vector_D[:] = states_SD.mean(0)
+        return vectors_ND
+
+    def close(self) -> None:
+        self._engine = self._cache = None
+        self._sequences.clear()
+
+    def _add(self, sequence: CachedSequence) -> int:
+        self._next += 1
+        self._sequences[self._next] = sequence
+        return self._next
+
+    def _passes(self, tokens: Sequence[int]) -> Iterator[tuple[int, Span]]:
+        """A sequence of its own for `tokens`, appended to piece by piece: (start, span to run next)."""
+        if not tokens:
+            return
+        handle = self._add(CachedSequence())  # without the prefix cache: every token's output is wanted
+        try:
+            for start in range(0, len(tokens), ROWS):
+                yield start, Span(handle, tokens[start : start + ROWS])
+        finally:
+            self.release(handle)
+
+    def _run(self, spans: Sequence[Span], wanted: npt.NDArray[np.int32], **outputs: npt.NDArray[np.generic]) -> None:
+        """One native call: append the spans, and fill `outputs` for the wanted rows."""
+        assert self._engine is not None and self._cache is not None
+        tokens: list[int] = []
+        table: list[int] = []
+        places = np.empty((len(spans), 3), np.int64)
+        longest = 0
+        for i, span in enumerate(spans):
+            sequence = self._sequences[span.sequence]
+            if not self._pages.grow(sequence, len(span.tokens)):
+                raise ContextLengthExceeded(len(sequence.tokens) + len(span.tokens), self.context)
+            places[i] = len(span.tokens), len(sequence.tokens), len(table)
+            tokens += span.tokens
+            table += sequence.pages
+            longest = max(longest, len(sequence.tokens) + len(span.tokens))
+        cosine, sine = self._rotation.up_to(longest)
+        self._engine.step(
+            self._cache, np.array(tokens, np.int32), places, np.array(table, np.int32), cosine, sine, wanted, **outputs
+        )
+        for span in spans:
+            self._pages.append(self._sequences[span.sequence], span.tokens)
+
+
+class Rotation:
+    """Cosines and sines of the rotary angles, [positions, K/2], computed as far as they are needed.
+
+    With "dynamic" scaling a position's frequencies are those of a text that ends there: so they are a function of the
+    position alone, and a prompt gives the same keys whatever pieces it enters in.
+    """
+
+    def __init__(self, config: LlamaConfig, context: int) -> None:
+        self._config = config
+        self._context = context
+        self._tables = (np.empty((0, config.head_dim // 2), np.float32),) * 2
+
+    def up_to(self, length: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Tables of at least the first `length` positions."""
+        if len(self._tables[0]) < length:
+            size = min(self._context, max(2 * len(self._tables[0]), length, 512))
+            self._tables = self._compute(max(size, length))
+        return self._tables
+
+    def _compute(self, length: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        positions = np.arange(length, dtype=np.float32)[:, None]
+        frequencies = np.array(rope_frequencies(self._config, 1), np.float32)[None]
+        scaling = self._config.rope_scaling
+        if scaling is not None and scaling.kind == "dynamic" and length > scaling.original_context:
+            frequencies = np.array([rope_frequencies(self._config, p + 1) for p in range(length)], np.float32)
+        angles = positions * frequencies
+        scale = np.float32(attention_scale(self._config))
+        return np.cos(angles) * scale, np.sin(angles) * scale
+
+
+def _parts(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """The spans in calls of at most `ROWS` rows, cut where that takes it."""
+    part: list[Span] = []
+    room = ROWS
+    for span in spans:
+        start = 0
+        while start < len(span.tokens):
+            if room == 0:
+                yield part
+                part, room = [], ROWS
+            count = min(room, len(span.tokens) - start)
+            end = start + count
+            outputs = max(0, end - max(start, len(span.tokens) - span.outputs))
+            part.append(Span(span.sequence, span.tokens[start:end], outputs))
+            start, room = end, room - count
+    yield part
+
+
+def _wanted(spans: Sequence[Span]) -> npt.NDArray[np.int32]:
+    """Rows after whose tokens logits are asked for."""
+    wanted: list[int] = []
+    end = 0
+    for span in spans:
+        end += len(span.tokens)
+        wanted += range(end - span.outputs, end)
+    return np.array(wanted, np.int32)

@@ -1,0 +1,130 @@
+"""From a checkpoint's tensors to the native engine: which format each is held in, and loading them one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from herd import _native
+from herd.architecture import LlamaConfig, stored_tensors
+from herd.checkpoint import Checkpoint
+from herd.checkpoint.blocks import dequantize, quantize
+from herd.checkpoint.mixes import MIXES, gguf_type
+from herd.checkpoint.numbers import BLOCKS, PLAIN, cast
+from herd.engine.memory import MemoryPlan, available_bytes, smaller_contexts
+from herd.errors import UsageError, near
+from herd.progress import track
+
+WEIGHTS = (*MIXES, *PLAIN)
+"""What `quant` may be; None keeps the formats of the checkpoint."""
+
+_SMALLER = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")  # best first
+_LOGIT_ROWS = 256  # rows of logits that may be asked for together
+
+
+def weight_formats(checkpoint: Checkpoint, quant: str | None) -> dict[str, str]:
+    """Canonical name → format in memory, for every matrix. Raises UsageError for an unknown `quant`."""
+    if quant is not None and quant not in WEIGHTS:
+        raise UsageError("weights cannot be held like this", value=quant, allowed=near(quant, WEIGHTS))
+    formats = {}
+    for rule in stored_tensors("gguf", checkpoint.config):
+        (name,) = rule.parts
+        shape = checkpoint.shape(name)
+        if len(shape) > 1:
+            stored = checkpoint.type_name(name)
+            formats[name] = stored if quant is None else gguf_type(rule.stored, shape, quant, checkpoint.config)
+    return formats
+
+
+def plan_native(checkpoint: Checkpoint, formats: dict[str, str], *, kv: str, context: int, rows: int) -> MemoryPlan:
+    """What matrices in `formats`, a cache of number type `kv` and steps of up to `rows` rows take."""
+    config = checkpoint.config
+    weights = 0
+    for name, held in formats.items():
+        *experts, height, width = checkpoint.shape(name)
+        weights += math.prod(experts) * _native.packed_bytes(held, height, width)
+    head_width = -(-config.head_dim // 16) * 16
+    number = {"f32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / head_width}[kv]
+    inner = max(config.ffn_dim, config.moe.ffn_dim if config.moe else 0)
+    # Of a row: inputs of products as up to 8 bytes a number, and states, queries, keys and values in 32 bits.
+    per_row = 8 * (2 * config.dim + inner) + 4 * 6 * config.dim
+    return MemoryPlan(
+        weights=weights,
+        cache_per_token=math.ceil(2 * config.n_layers * config.n_kv_heads * head_width * number),
+        context=context,
+        work=rows * per_row + _LOGIT_ROWS * config.vocab_size * 4,
+        free=available_bytes(),
+    )
+
+
+def smaller_plans(
+    checkpoint: Checkpoint, plan: MemoryPlan, *, quant: str | None, kv: str, rows: int
+) -> Iterator[tuple[str, MemoryPlan]]:
+    """What to try when `plan` does not fit: a shorter context, then fewer bits with any context that is left."""
+    yield from smaller_contexts(plan)
+    for mix in _SMALLER:
+        formats = weight_formats(checkpoint, mix)
+        other = plan_native(checkpoint, formats, kv=kv, context=plan.context, rows=rows)
+        if mix != quant and other.weights < plan.weights:
+            yield f'quant="{mix}"', other
+            for how, shorter in smaller_contexts(other):
+                yield f'quant="{mix}" and {how}', shorter
+
+
+def make_engine(config: LlamaConfig, formats: dict[str, str], checkpoint: Checkpoint, threads: int) -> _native.Engine:
+    """An engine with room for the weights, which are still to be loaded."""
+    matrices = []
+    for name, format_name in formats.items():
+        shape = checkpoint.shape(name)
+        names = [name] if len(shape) == 2 else [f"{name}.{e}" for e in range(shape[0])]
+        matrices += [(each, format_name, shape[-2], shape[-1]) for each in names]
+    moe, temperature = config.moe, config.attention_temperature
+    layers = range(config.n_layers)
+    return _native.Engine(
+        dim=config.dim,
+        heads=config.n_heads,
+        kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
+        norm_eps=config.norm_eps,
+        qk_norm=config.qk_norm,
+        temperature=temperature.attn_scale if temperature else 0.0,
+        temperature_floor=temperature.floor_scale if temperature else 1,
+        experts=moe.n_experts if moe else 0,
+        top_k=moe.top_k if moe else 0,
+        rotates=[config.uses_rope(i) for i in layers],
+        chunks=[config.attention_chunk or 0 if config.uses_rope(i) else 0 for i in layers],
+        matrices=matrices,
+        threads=threads,
+        cpus=[],
+    )
+
+
+def load_weights(engine: _native.Engine, checkpoint: Checkpoint, formats: dict[str, str]) -> None:
+    """Read, convert where asked for, and pack every tensor; in memory beside the packed ones is one at a time."""
+    for name in track(list(checkpoint), label="loading"):
+        if name not in formats:
+            values = np.ascontiguousarray(checkpoint[name], np.float32)
+            engine.load_norm(name, values)
+            continue
+        for each, data in _matrices(checkpoint, name, formats[name]):
+            engine.load(each, data)
+    engine.ready()
+
+
+def _matrices(checkpoint: Checkpoint, name: str, format_name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, bytes) of a tensor, or of each expert's part of it, in the format wanted."""
+    raw = checkpoint.raw(name)
+    n_experts = raw.shape[0] if len(raw.shape) == 3 else 1
+    for e, part in enumerate(raw.data.reshape(n_experts, -1)):
+        data = part
+        if raw.type_name != format_name:
+            values = part.view(PLAIN[raw.type_name]) if raw.type_name in PLAIN else dequantize(raw.type_name, part)
+            matrix = values.reshape(raw.shape[-2:])
+            if format_name in BLOCKS:
+                data = np.frombuffer(quantize(format_name, matrix), np.uint8)
+            else:
+                data = cast(matrix, format_name, name).reshape(-1).view(np.uint8)
+        yield (name if len(raw.shape) == 2 else f"{name}.{e}"), np.ascontiguousarray(data)
