@@ -8,7 +8,8 @@
 
 #include "bindings.h"
 #include "herd/engine.h"
-#include "herd/isa.h"
+#include "herd/parallel.h"
+#include "herd/probe.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -112,6 +113,41 @@ bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const st
   return true;
 }
 
+// y = x·Wᵀ as the engine computes it, for tests and measurements.
+void product(const std::string& format, const Bytes& data, std::int64_t rows, std::int64_t columns, const Table& x,
+             const Array<float, 2>& y) {
+  const EngineKernels& k = engine_kernels();
+  Matrix w{format_named(format), rows, columns, nullptr};
+  const auto m = static_cast<int>(x.shape(0));
+  require(data.size() == static_cast<std::size_t>(rows * stored_row_bytes(w.format, columns)), "wrong number of bytes");
+  require(x.shape(1) == static_cast<std::size_t>(columns) && y.shape(0) == x.shape(0) && y.shape(1) == static_cast<std::size_t>(rows),
+          "wrong shapes");
+  const Memory packed(static_cast<std::size_t>(w.bytes() + 8192));
+  pack(w, data.data(), packed.data(), 1);
+  w.data = packed.data();
+  const Inputs kind = k.inputs_of(w.format);
+  const Memory inputs(static_cast<std::size_t>(m * w.tiles() * block_bytes(kind)));
+  const Panel panel{kind, m, w.tiles(), inputs.data()};
+  for (int row = 0; row < m; ++row)
+    for (std::int64_t b = 0; b < w.tiles(); ++b) {
+      float values[kTile] = {};
+      for (std::int64_t i = 0; i < std::min<std::int64_t>(kTile, columns - kTile * b); ++i)
+        values[i] = x.data()[row * columns + kTile * b + i];
+      k.put_block(panel, row, b, values);
+    }
+  for (std::int64_t s = 0; s < w.strips(); ++s) k.multiply(w, s, panel, y.data() + kStrip * s, rows, false);
+}
+
+// The values of a matrix as the engine reads them back from its packed form.
+void unpacked(const std::string& format, const Bytes& data, const Array<float, 2>& out) {
+  Matrix w{format_named(format), static_cast<std::int64_t>(out.shape(0)), static_cast<std::int64_t>(out.shape(1)), nullptr};
+  require(data.size() == static_cast<std::size_t>(w.rows * stored_row_bytes(w.format, w.columns)), "wrong number of bytes");
+  const Memory packed(static_cast<std::size_t>(w.bytes() + 8192));
+  pack(w, data.data(), packed.data(), 1);
+  w.data = packed.data();
+  for (std::int64_t r = 0; r < w.rows; ++r) engine_kernels().read_row(w, r, out.data() + r * w.columns);
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -119,6 +155,15 @@ void bind_engine(nb::module_& m) {
         [](const std::string& format, std::int64_t rows, std::int64_t columns) {
           return Matrix{format_named(format), rows, columns, nullptr}.bytes();
         }, "format"_a, "rows"_a, "columns"_a, "Memory that a matrix takes in the engine.");
+  m.def("product", &product, "format"_a, "data"_a, "rows"_a, "columns"_a, "x"_a, "y"_a,
+        "y [M, rows] = x [M, columns] times a matrix as it lies in a file, computed as the engine does.");
+  m.def("unpacked", &unpacked, "format"_a, "data"_a, "out"_a, "The values of a matrix, read back from its packed form.");
+  m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "rounds"_a, nb::call_guard<nb::gil_scoped_release>(),
+        "Bytes per second read from memory.");
+  m.def("product_peak", [](int threads) {
+    const ProductPeak peak = product_peak(threads);
+    return std::make_tuple(peak.int8, peak.f32);
+  }, "threads"_a, nb::call_guard<nb::gil_scoped_release>(), "Operations per second of the inner steps: int8, f32.");
   nb::class_<Cache>(m, "Cache", "Pages of keys and values.")
       .def("__init__",
            [](Cache* self, const std::string& type, int layers, int heads, int head_dim, int page_tokens, std::int64_t pages) {

@@ -24,13 +24,10 @@ std::size_t total_bytes(const std::vector<Engine::Spec>& matrices) {
 
 const EngineKernels& engine_kernels() {
 #if defined(__x86_64__)
-  switch (widest_isa()) {
-    case Isa::avx512_bf16: return kEngineAvx512Bf16;
-    case Isa::avx512_vnni: return kEngineAvx512Vnni;
-    case Isa::avx512: return kEngineAvx512;
-    case Isa::avx2: return kEngineAvx2;
-    case Isa::scalar: break;
-  }
+  const Isa isa = widest_isa();
+  if (isa >= Isa::avx512_vnni) return kEngineAvx512Vnni;
+  if (isa >= Isa::avx512) return kEngineAvx512;
+  if (isa >= Isa::avx2) return kEngineAvx2;
 #endif
   return kEngineScalar;
 }

@@ -89,7 +89,7 @@ class Engine::Pass {
   // Puts n inputs into a row of all forms in use.
   void put(const Panels& panels, int row, const float* values, std::int64_t n) const {
     const std::int64_t whole = n / kTile;
-    for (int kind = 0; kind < 3; ++kind) {
+    for (int kind = 0; kind < 2; ++kind) {
       if (!panels.used[kind]) continue;
       for (std::int64_t b = 0; b < whole; ++b) k_.put_block(panels.of[kind], row, b, values + kTile * b);
       if (n % kTile) {
@@ -192,7 +192,7 @@ class Engine::Pass {
   }
 
   static int rows_of(const Branch& branch) {
-    for (int kind = 0; kind < 3; ++kind)
+    for (int kind = 0; kind < 2; ++kind)
       if (branch.in.used[kind]) return branch.in.of[kind].rows;
     return 0;
   }

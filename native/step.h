@@ -37,13 +37,13 @@ class Buffer {
 
 // The same rows of inputs in each form that some product takes.
 struct Panels {
-  Panel of[3] = {};
-  bool used[3] = {};
+  Panel of[2] = {};
+  bool used[2] = {};
 
   const Panel& operator[](Inputs kind) const { return of[static_cast<int>(kind)]; }
 };
 
-// Memory for panels of up to three forms.
+// Memory for panels of both forms.
 class PanelBuffer {
  public:
   // For `rows` rows of `columns` inputs, multiplied with these matrices.
@@ -59,10 +59,10 @@ class PanelBuffer {
     }
     return panels;
   }
-  std::int64_t bytes() const { return bytes_[0].bytes() + bytes_[1].bytes() + bytes_[2].bytes(); }
+  std::int64_t bytes() const { return bytes_[0].bytes() + bytes_[1].bytes(); }
 
  private:
-  Buffer<std::uint8_t> bytes_[3];
+  Buffer<std::uint8_t> bytes_[2];
 };
 
 // A feed-forward network at work on some rows: all of them, or those that were routed to one expert.

@@ -1,5 +1,7 @@
 // What stands between the matrix products of a decoder layer: norm, rotation, activation, attention over the cache.
 // Every function works on one row, or on rows apart: no row's bits depend on another row.
+#pragma once
+
 #include "herd/engine_kernels.h"
 #include "vectors.h"
 
@@ -49,18 +51,14 @@ float log_probability(const float* logits, std::int64_t n, std::int64_t target) 
   return static_cast<float>(static_cast<double>(logits[target] - largest) - std::log(total));
 }
 
-// The cache's number types. A query is prepared once; scores and sums take N queries at a time.
+// The cache's number types. Scores and sums take N queries at a time.
 struct KvF32 {
-  static constexpr int kQueryFloats = 1;  // 4-byte words of a prepared query per 1 of width
   static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
     auto* p = reinterpret_cast<float*>(tile);
     for (int k = 0; k < width; ++k) p[16 * k + lane] = x[k];
   }
   static void put_value(std::uint8_t* tile, int lane, int width, const float* x) {
     std::memcpy(reinterpret_cast<float*>(tile) + lane * width, x, sizeof(float) * static_cast<std::size_t>(width));
-  }
-  static void prepare(const float* q, int width, float* out) {
-    std::memcpy(out, q, sizeof(float) * static_cast<std::size_t>(width));
   }
   template <int N>
   static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
@@ -101,7 +99,6 @@ struct KvInt8 {
   static void put_value(std::uint8_t* tile, int lane, int width, const float* x) {
     scales(tile, width)[lane] = quantise(x, width, reinterpret_cast<std::int8_t*>(tile) + lane * width);
   }
-  static void prepare(const float* q, int width, float* out) { KvF32::prepare(q, width, out); }
   template <int N>
   static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
     for (int n = 0; n < N; ++n) s[n] = Floats{};
@@ -126,8 +123,7 @@ struct KvInt8 {
   }
 };
 
-// bfloat16: keys in pairs along the width, [width/2][16 keys][2]; values in pairs of keys, [8][width][2]. Where the
-// processor multiplies bfloat16, queries and probabilities are rounded to it, as GPUs do; sums have 32 bits.
+// bfloat16: keys in pairs along the width, [width/2][16 keys][2]; values in pairs of keys, [8][width][2].
 struct KvBf16 {
   static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
     auto* p = reinterpret_cast<std::uint16_t*>(tile);
@@ -137,42 +133,6 @@ struct KvBf16 {
     auto* p = reinterpret_cast<std::uint16_t*>(tile);
     for (int k = 0; k < width; ++k) p[(lane / 2 * width + k) * 2 + lane % 2] = to_bf16(x[k]);
   }
-#if defined(__AVX512BF16__)
-  static __m512bh pair(const float* p) {
-    std::int32_t both;
-    std::memcpy(&both, p, 4);
-    return (__m512bh)_mm512_set1_epi32(both);
-  }
-  static void prepare(const float* q, int width, float* out) {
-    for (int k = 0; k < width; k += 16) {
-      const auto rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(q + k));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k / 2), rounded);
-    }
-  }
-  template <int N>
-  static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
-    __m512 sums[N];
-    for (int n = 0; n < N; ++n) sums[n] = _mm512_setzero_ps();
-    for (int k = 0; k < width / 2; ++k) {
-      const auto keys = (__m512bh)_mm512_loadu_si512(tile + 64 * k);
-      for (int n = 0; n < N; ++n) sums[n] = _mm512_dpbf16_ps(sums[n], keys, pair(q + n * stride + k));
-    }
-    for (int n = 0; n < N; ++n) s[n] = (Floats)sums[n];
-  }
-  template <int N, int Vectors>
-  static void add_values(const std::uint8_t* tile, int width, int at, const float* p, std::int64_t stride,
-                         Floats (*o)[Vectors]) {
-    float pairs[N][8];
-    for (int n = 0; n < N; ++n)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs[n]), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p + n * stride)));
-    for (int j = 0; j < 8; ++j)
-      for (int v = 0; v < Vectors; ++v) {
-        const auto values = (__m512bh)_mm512_loadu_si512(tile + 4 * (j * width + at + 16 * v));
-        for (int n = 0; n < N; ++n) o[n][v] = (Floats)_mm512_dpbf16_ps((__m512)o[n][v], values, pair(pairs[n] + j));
-      }
-  }
-#else
-  static void prepare(const float* q, int width, float* out) { KvF32::prepare(q, width, out); }
   template <int N>
   static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
     for (int n = 0; n < N; ++n) s[n] = Floats{};
@@ -198,7 +158,6 @@ struct KvBf16 {
         }
       }
   }
-#endif
 };
 
 // o[n][0 … width) += Σ p·v over the tiles of a chunk, for N queries.
@@ -227,16 +186,14 @@ void add_chunk(const std::uint8_t* const* tiles, int n_tiles, int width, const f
 template <class Kv>
 void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
   const int width = cache.shape->width(), head_dim = cache.shape->head_dim, count = x.rows * x.heads;
-  float* const prepared = scratch;
-  float* const sums = prepared + count * width;
+  float* const scaled = scratch;
+  float* const sums = scaled + count * width;
   float* const p = sums + count * width;
   float* const largest = p + count * kKeyChunk;
   float* const total = largest + count;
-  float padded[1024];
   for (int n = 0; n < count; ++n) {
     const float* q = x.q + n / x.heads * x.row_stride + n % x.heads * head_dim;
-    for (int k = 0; k < width; ++k) padded[k] = k < head_dim ? q[k] * x.scale : 0.0f;
-    Kv::prepare(padded, width, prepared + n * width);
+    for (int k = 0; k < width; ++k) scaled[n * width + k] = k < head_dim ? q[k] * x.scale : 0.0f;
     largest[n] = -kInfinity, total[n] = 0;
   }
   std::fill(sums, sums + count * width, 0.0f);
@@ -254,7 +211,7 @@ void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
     for (int t = 0; t < n_tiles; ++t) {
       const auto take = [&]<int N>(int n) {
         Floats s[N];
-        Kv::template scores<N>(keys[t], width, prepared + n * width, width, s);
+        Kv::template scores<N>(keys[t], width, scaled + n * width, width, s);
         for (int i = 0; i < N; ++i) store(p + (n + i) * kKeyChunk + 16 * t, s[i]);
       };
       int n = 0;

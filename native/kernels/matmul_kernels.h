@@ -3,6 +3,9 @@
 // Quantised weights: inputs are int8 in blocks of 32, a block's products are added exactly in 32 bits, then scaled and
 // added in the order of the blocks. Plain weights: products in floating point, even and odd columns apart. So the bits
 // of a row's outputs depend on the row and the weights, and never on how many rows are computed together.
+#pragma once
+
+#include "herd/engine_kernels.h"
 #include "tile_formats.h"
 
 namespace herd {
@@ -105,33 +108,7 @@ inline void plain_strip(const std::uint8_t* w, const float* x, std::int64_t bloc
   for (int m = 0; m < Rows; ++m) y[m] = even_sum[m] + odd_sum[m];
 }
 
-#if defined(__AVX512BF16__)
-template <int Rows>
-inline void bf16_strip(const std::uint8_t* w, const std::uint16_t* x, std::int64_t blocks, Floats* y) {
-  __m512 sums[2][Rows];
-  for (auto& part : sums)
-    for (auto& s : part) s = _mm512_setzero_ps();
-  for (std::int64_t b = 0; b < blocks; ++b, x += Rows * kTile, w += 1024) {
-    for (int i = 0; i < 1024; i += 64) __builtin_prefetch(w + kAhead + i, 0, 2);
-#pragma GCC unroll 2
-    for (int pair = 0; pair < kTile / 2; ++pair) {
-      const auto weights = (__m512bh)_mm512_loadu_si512(w + 64 * pair);
-#pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) {
-        std::int32_t both;
-        std::memcpy(&both, x + kTile * m + 2 * pair, 4);
-        sums[pair % 2][m] = _mm512_dpbf16_ps(sums[pair % 2][m], weights, (__m512bh)_mm512_set1_epi32(both));
-      }
-    }
-  }
-  for (int m = 0; m < Rows; ++m) y[m] = (Floats)_mm512_add_ps(sums[0][m], sums[1][m]);
-}
-#endif
-
 constexpr Inputs inputs_of(Format format) {
-#if defined(__AVX512BF16__)
-  if (format == Format::bf16) return Inputs::bf16;
-#endif
   return format <= Format::bf16 ? Inputs::f32 : Inputs::int8;
 }
 
@@ -139,10 +116,6 @@ template <class F, int Rows>
 inline void strip_of_group(const std::uint8_t* w, const std::uint8_t* x, std::int64_t blocks, Floats* y) {
   if constexpr (inputs_of(F::kFormat) == Inputs::int8) {
     quantised_strip<F, Rows>(w, reinterpret_cast<const Int8Block*>(x), blocks, y);
-#if defined(__AVX512BF16__)
-  } else if constexpr (F::kFormat == Format::bf16) {
-    bf16_strip<Rows>(w, reinterpret_cast<const std::uint16_t*>(x), blocks, y);
-#endif
   } else {
     plain_strip<F, Rows>(w, reinterpret_cast<const float*>(x), blocks, y);
   }
@@ -183,8 +156,6 @@ void put_block(const Panel& panel, int row, std::int64_t b, const float* values)
   std::uint8_t* to = panel.block(row, b);
   if (panel.kind == Inputs::f32) {
     std::memcpy(to, values, 4 * kTile);
-  } else if (panel.kind == Inputs::bf16) {
-    for (int i = 0; i < kTile; ++i) reinterpret_cast<std::uint16_t*>(to)[i] = to_bf16(values[i]);
   } else {
     auto& block = *reinterpret_cast<Int8Block*>(to);
     const Floats low = load(values), high = load(values + 16);

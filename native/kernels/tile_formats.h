@@ -5,6 +5,8 @@
 // 4j … in its low and 16 + 4j … in its high halves; fifth and higher bits have vectors of their own. Then come the
 // scales of the 16 rows. Super-blocks have a header with the rows' float16 units before every eight tiles. A weight is
 // scale·(code - kZero) - offset.
+#pragma once
+
 #include "herd/tiles.h"
 #include "vectors.h"
 

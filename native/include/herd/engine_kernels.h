@@ -69,8 +69,12 @@ struct EngineKernels {
   void (*attend)(const CachedHead& cache, const Queries& queries, float* scratch);
   // ln of the softmax of logits [n] at `target`.
   float (*log_probability)(const float* logits, std::int64_t n, std::int64_t target);
+  // For measurements (probe.h).
+  std::uint64_t (*read)(const std::uint8_t* p, std::int64_t bytes);
+  std::int64_t (*int8_products)(std::int64_t rounds);
+  std::int64_t (*f32_products)(std::int64_t rounds);
 };
-extern const EngineKernels kEngineScalar, kEngineAvx2, kEngineAvx512, kEngineAvx512Vnni, kEngineAvx512Bf16;
+extern const EngineKernels kEngineScalar, kEngineAvx2, kEngineAvx512, kEngineAvx512Vnni;
 
 constexpr int kKeyChunk = 256;  // keys whose softmax is taken together
 constexpr int kQueries = 32;    // of a tile of queries, at most, unless one row has more heads

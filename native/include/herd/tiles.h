@@ -52,7 +52,7 @@ std::int64_t stored_row_bytes(Format format, std::int64_t columns);
 void pack(const Matrix& shape, const std::uint8_t* source, std::uint8_t* out, int threads);
 
 // How a format's products take their inputs: as int8 in blocks of 32 with a scale each, or as floating point.
-enum class Inputs : std::uint8_t { int8, f32, bf16 };
+enum class Inputs : std::uint8_t { int8, f32 };
 
 // 32 inputs of one row as int8: value ≈ scale·codes. The sums save work in formats with zero points and offsets: of the
 // codes with opposite sign (all 32, the first and the second 16), and scaled.
@@ -65,7 +65,7 @@ struct alignas(64) Int8Block {
 };
 
 constexpr std::int64_t block_bytes(Inputs kind) {
-  return kind == Inputs::int8 ? sizeof(Int8Block) : kind == Inputs::f32 ? 4 * kTile : 2 * kTile;
+  return kind == Inputs::int8 ? sizeof(Int8Block) : 4 * kTile;
 }
 
 // Rows of inputs, in groups that a kernel takes at once: eight rows, and what remains in four, two and one. In a group
