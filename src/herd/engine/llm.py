@@ -9,6 +9,7 @@ import operator
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args, overload
@@ -20,6 +21,7 @@ from herd.engine.backend import Backend, BackendOptions, EngineClosed, KvType, o
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
 from herd.engine.sampler import fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
+from herd.engine.speculation import Drafter, ModelDrafter, NgramDrafter
 from herd.engine.text import StreamDecoder
 from herd.errors import ContextLengthExceeded, HerdError, UsageError
 
@@ -35,11 +37,14 @@ class LLM:
     """A loaded model with its tokenizer.
 
     path: a checkpoint directory, a GGUF file, a run directory, or a pulled repository.
-    quant: how weights are held in memory (torch backend: "f32" or "bf16"; None: "f32").
+    quant: how weights are held in memory: a number format or mix ("bf16", "q8_0", "q4_k_m", …); None: as they are
+        stored. The torch backend knows "f32" (None) and "bf16".
     ctx: tokens of context, at most the model's own (None: all of it).
-    threads: CPU threads for the whole process (None: the library's choice).
-    kv: how the cache is held, "bf16" or "f32".
-    backend: "auto" takes the best that is installed.
+    threads: CPU threads (None: all that this process may use).
+    kv: how the cache is held, "bf16", "f32" or "int8" (not in torch).
+    backend: "native", "torch", or "auto" for the first of them that is installed.
+    draft: what guesses the next tokens, for the model to check several at once: "ngram" (what followed the same tokens
+        before), or a smaller model of the same vocabulary. On the native backend results do not change.
 
     Raises UsageError for a wrong argument, HerdError for a path that is no model, ResourceError before loading when
     memory will not do, MissingDependency when no backend is installed.
@@ -54,6 +59,7 @@ class LLM:
         threads: int | None = None,
         kv: KvType = "bf16",
         backend: str = "auto",
+        draft: str | Path | None = None,
     ) -> None:
         from herd import checkpoint, tokenizer
 
@@ -68,7 +74,10 @@ class LLM:
         self._backend: Backend | None = open_backend(backend, options)
         self.path: Path = resolved
         self.tokenizer: Tokenizer = tokenizer.load(resolved)
-        self._scheduler = Scheduler(self._backend, self.tokenizer.stop_ids, self.tokenizer.vocab_size)
+        self._drafter = None if draft is None else self._open_drafter(draft, options, backend)
+        self._scheduler = Scheduler(
+            self._backend, self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter
+        )
         self._lock = threading.RLock()
 
     @property
@@ -88,6 +97,8 @@ class LLM:
                 self._scheduler.abort(EngineClosed())
                 self._backend.close()
                 self._backend = None
+                if self._drafter is not None:
+                    self._drafter.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -217,6 +228,21 @@ class LLM:
         if normalise:
             vectors_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return cast("npt.NDArray[np.float32]", vectors_ND[0] if single else vectors_ND)
+
+    def _open_drafter(self, draft: str | Path, options: BackendOptions, backend: str) -> Drafter:
+        from herd import checkpoint, tokenizer
+
+        if draft == "ngram":
+            return NgramDrafter()
+        path = checkpoint.resolve(str(draft))
+        theirs = tokenizer.load(path)
+        if [theirs.token_bytes(i) for i in range(theirs.vocab_size)] != [
+            self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)
+        ]:
+            raise UsageError("the draft model has another vocabulary", value=path, fix='use draft="ngram"')
+        with checkpoint.open_checkpoint(path) as opened:
+            context = min(self._open().context, opened.config.context_length)
+        return ModelDrafter(open_backend(backend, replace(options, path=path, quant=None, ctx=context)))
 
     def _open(self) -> Backend:
         if self._backend is None:

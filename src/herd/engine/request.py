@@ -154,6 +154,12 @@ class Timings:
     """Prompt tokens per second, of this sequence alone."""
     decode_tokens_per_s: float
     """Generated tokens after the first per second, of this sequence alone."""
+    reused_tokens: int = 0
+    """Prompt tokens that were in the cache already, of an earlier prompt or of a sibling."""
+    drafted_tokens: int = 0
+    """Tokens guessed by speculation."""
+    accepted_tokens: int = 0
+    """Guesses that were right, each of which saved a step."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ One step is: let waiting sequences in while there is room, append to every runni
 have of it yet (a piece of its prompt, or the token chosen last) in one ragged call, choose a token for each sequence
 that is complete there, and let finished sequences go. Long prompts enter in pieces, so that running answers keep
 moving. When room runs out, the sequence that came last goes back to the queue with all its tokens, and is computed
-again later.
+again later. With a drafter, guesses at the next tokens are computed along, and those that turn out to be what is chosen
+save a step each.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from herd.engine.backend import Backend, Span
 from herd.engine.request import Chunk, Completion, FinishReason, Sampling, Timings, Usage
 from herd.engine.sampler import Choice, SamplerRow, sample
+from herd.engine.speculation import MAX_DRAFT, Ask, Drafter
 from herd.engine.text import StreamDecoder, TextStream
 
 PREFILL_TOKENS = 1024
@@ -44,6 +47,10 @@ class LiveSequence:
     """Tokens the backend has."""
     n_reused: int = 0
     """Prompt tokens that did not have to be computed, because the backend remembered them."""
+    n_drafted: int = 0
+    n_accepted: int = 0
+    draft_size: int = MAX_DRAFT
+    """How many tokens to guess next: one more than were right last time."""
     choices: list[Choice] = field(default_factory=list)
     completion: Completion | None = None
     error: BaseException | None = None
@@ -117,17 +124,35 @@ class LiveSequence:
             queue_s=started - self.added,
             prefill_s=prefill,
             decode_s=decode,
-            prefill_tokens_per_s=len(self.prompt) / prefill if prefill > 0 else 0.0,
+            prefill_tokens_per_s=(len(self.prompt) - self.n_reused) / prefill if prefill > 0 else 0.0,
             decode_tokens_per_s=(len(self.choices) - 1) / decode if decode > 0 else 0.0,
+            reused_tokens=self.n_reused,
+            drafted_tokens=self.n_drafted,
+            accepted_tokens=self.n_accepted,
         )
+
+
+class _Work:
+    """A sequence's part of a step: the tokens to append, guesses after them, and the first of its rows of logits."""
+
+    def __init__(self, sequence: LiveSequence, tokens: Sequence[int], draft: list[int], row: int = 0) -> None:
+        self.sequence = sequence
+        self.draft = draft
+        self.n_drafted = len(draft)
+        self.row = row
+        outputs = 1 + len(draft) if sequence.computed else 0
+        self.span = Span(sequence.handle or 0, [*tokens, *draft], outputs)
 
 
 class Scheduler:
     """Drives a backend over a queue of sequences. Not thread-safe: `LLM` holds the lock."""
 
-    def __init__(self, backend: Backend, stop_ids: frozenset[int], vocabulary: int) -> None:
+    def __init__(
+        self, backend: Backend, stop_ids: frozenset[int], vocabulary: int, drafter: Drafter | None = None
+    ) -> None:
         """`vocabulary`: ids that have a text; rows of the head beyond it (padding) are never chosen."""
         self._backend = backend
+        self._drafter = drafter
         self._vocabulary = vocabulary
         self._stop_ids = stop_ids
         self._waiting: deque[LiveSequence] = deque()
@@ -221,45 +246,82 @@ class Scheduler:
     def _leave(self, sequence: LiveSequence) -> None:
         assert sequence.handle is not None
         self._running.remove(sequence)
+        if self._drafter is not None:
+            self._drafter.forget(sequence.handle)
         self._backend.release(sequence.handle)
         sequence.handle = None
 
     def _advance(self) -> None:
-        spans: list[Span] = []
-        owners: list[LiveSequence] = []
+        works: list[_Work] = []
         budget = PREFILL_TOKENS
+        drafts = self._drafts()
         for sequence in list(self._running):
+            if sequence.handle is None:
+                continue  # it gave its place to one before it
             tokens = sequence.tokens[sequence.n_computed :]
             if len(tokens) > 1:
                 tokens = tokens[:budget]
                 budget -= len(tokens)
-            if tokens and self._make_room(sequence, len(tokens)):
-                assert sequence.handle is not None
+            draft = drafts.get(id(sequence), [])
+            if draft and not self._backend.grow(sequence.handle, len(tokens) + len(draft)):
+                draft = []  # guesses are welcome, but nobody gives way to them
+            if tokens and (draft or self._make_room(sequence, len(tokens))):
                 sequence.n_computed += len(tokens)
-                spans.append(Span(sequence.handle, tokens, outputs=int(sequence.computed)))
-                owners.append(sequence)
-        if not spans:
+                sequence.n_drafted += len(draft)
+                works.append(_Work(sequence, tokens, draft))
+        if not works:
             return
-        logits_BV = self._backend.step(spans)
-        if logits_BV.shape[1] > self._vocabulary:
-            logits_BV[:, self._vocabulary :] = -np.inf
+        logits_NV = self._backend.step([work.span for work in works])
+        if logits_NV.shape[1] > self._vocabulary:
+            logits_NV[:, self._vocabulary :] = -np.inf
+        row = 0
+        for work in works:
+            work.row = row
+            row += work.span.outputs
+        works = [work for work in works if work.sequence.computed]
+        for leader in [work for work in works if not work.sequence.choices]:
+            works += [_Work(follower, [], [], leader.row) for follower in self._fork_followers(leader.sequence)]
+        self._choose(works, logits_NV)
 
-        sampled = owners = [sequence for sequence in owners if sequence.computed]
-        sources = list(range(len(owners)))
-        for b, leader in enumerate(owners):
-            if not leader.choices:
-                followers = self._fork_followers(leader)
-                sampled = sampled + followers
-                sources += [b] * len(followers)
-        if not sampled:
-            return
-        if sources != list(range(len(owners))):
-            logits_BV = logits_BV[sources]
-        for sequence, choice in zip(sampled, sample(logits_BV, [s.row for s in sampled]), strict=True):
-            sequence.accept(choice)
-        for sequence in sampled:
+    def _choose(self, works: list[_Work], logits_NV: npt.NDArray[np.float32]) -> None:
+        """Choose a token for each, and further ones as long as the choices are what was guessed."""
+        active = works
+        while active:
+            rows = [work.row for work in active]
+            logits_BV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[rows]
+            choices = sample(logits_BV, [work.sequence.row for work in active])
+            right = []
+            for work, choice in zip(active, choices, strict=True):
+                work.sequence.accept(choice)
+                if work.draft and work.draft[0] == choice.token_id and work.sequence.completion is None:
+                    work.sequence.n_computed += 1
+                    work.sequence.n_accepted += 1
+                    work.row, work.draft = work.row + 1, work.draft[1:]
+                    right.append(work)
+            active = right
+        for work in works:
+            sequence = work.sequence
             if sequence.completion is not None:
                 self._leave(sequence)
+            elif work.n_drafted:
+                sequence.draft_size = min(MAX_DRAFT, work.n_drafted - len(work.draft) + 1)
+                if work.draft:
+                    assert sequence.handle is not None
+                    self._backend.truncate(sequence.handle, sequence.n_computed)
+
+    def _drafts(self) -> dict[int, list[int]]:
+        """Guesses for the sequences that are generating, by the identity of the sequence."""
+        if self._drafter is None:
+            return {}
+        asks, owners = [], []
+        for sequence in self._running:
+            room = sequence.capacity - len(sequence.tokens) - 1  # the last token is chosen, never guessed
+            n = min(sequence.draft_size, room)
+            if sequence.choices and len(sequence.tokens) - sequence.n_computed == 1 and n > 0:
+                assert sequence.handle is not None
+                asks.append(Ask(sequence.handle, sequence.tokens, n))
+                owners.append(id(sequence))
+        return dict(zip(owners, self._drafter.propose(asks), strict=True)) if asks else {}
 
     def _make_room(self, sequence: LiveSequence, n_tokens: int) -> bool:
         """Room for more tokens of a running sequence; False when it had to give up its own place."""
