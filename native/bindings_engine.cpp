@@ -66,7 +66,7 @@ bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const st
   const auto rows = static_cast<std::int64_t>(tokens.shape(0)), positions = static_cast<std::int64_t>(cosine.shape(0));
   require(cached.layers == shape.layers && cached.heads == shape.kv_heads && cached.head_dim == shape.head_dim,
           "the cache is of another model");
-  require(spans.shape(1) == 3, "spans are [n, 3]: rows, position, first page");
+  require(spans.shape(1) == 4, "spans are [n, 4]: rows, position, first page, adapter");
   require(cosine.shape(1) == static_cast<std::size_t>(shape.head_dim / 2) && sine.shape(0) == cosine.shape(0) &&
               sine.shape(1) == cosine.shape(1), "cosine and sine are [positions, head_dim / 2]");
   for (std::int64_t t = 0; t < rows; ++t)
@@ -74,13 +74,13 @@ bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const st
   Step work{tokens.data(), {}, cosine.data(), sine.data(), {}};
   std::int64_t total = 0;
   for (std::size_t s = 0; s < spans.shape(0); ++s) {
-    const std::int64_t *span = spans.data() + 3 * s, count = span[0], position = span[1], first = span[2];
+    const std::int64_t *span = spans.data() + 4 * s, count = span[0], position = span[1], first = span[2];
     require(count > 0 && count <= rows && position >= 0 && position + count <= positions, "a span is out of range");
     const std::int64_t n_pages = (position + count + cached.page_tokens - 1) / cached.page_tokens;
     require(first >= 0 && first + n_pages <= static_cast<std::int64_t>(pages.shape(0)), "a span has too few pages");
     for (std::int64_t i = 0; i < n_pages; ++i)
       require(pages.data()[first + i] >= 0 && pages.data()[first + i] < cache.pages(), "no such page");
-    work.spans.push_back({static_cast<int>(count), position, pages.data() + first});
+    work.spans.push_back({static_cast<int>(count), position, pages.data() + first, engine.adapter(static_cast<int>(span[3]))});
     total += count;
   }
   require(total == rows && rows > 0, "spans must cover the tokens");
@@ -186,9 +186,16 @@ void bind_engine(nb::module_& m) {
       .def("load_norm", [](Engine& self, const std::string& name, const Floats& data) { self.load_norm(name, data.data(), data.size()); },
            "name"_a, "data"_a)
       .def("ready", &Engine::ready, "All is loaded. ValueError when something is missing.")
+      .def("add_adapter", &Engine::add_adapter, "A new adapter's number.")
+      .def("remove_adapter", &Engine::remove_adapter, "adapter"_a)
+      .def("load_delta",
+           [](Engine& self, int adapter, int layer, const std::string& matrix, const Table& a, const Table& b) {
+             require(a.shape(0) == b.shape(1), "A is [rank, columns] and B [rows, rank]");
+             self.load_delta(adapter, layer, matrix, static_cast<int>(a.shape(0)), a.data(), a.size(), b.data(), b.size());
+           }, "adapter"_a, "layer"_a, "matrix"_a, "a"_a, "b"_a, "The change B·A to a matrix, \"wq\" … \"w2\", of a layer.")
       .def("step", &step, "cache"_a, "tokens"_a, "spans"_a, "pages"_a, "cosine"_a, "sine"_a, "wanted"_a,
            "logits"_a = nb::none(), "states"_a = nb::none(), "targets"_a = nb::none(), "log_probabilities"_a = nb::none(),
-           "Appends spans [n, 3] (rows, position, index of its first page in `pages`) and fills the given outputs.")
+           "Appends spans [n, 4] (rows, position, index of its first page in `pages`, adapter or -1); fills the given outputs.")
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("work_bytes", &Engine::work_bytes)
       .def_prop_ro("threads", &Engine::threads);

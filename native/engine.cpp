@@ -1,6 +1,7 @@
 // Weights and cache: what a model holds between steps. The step itself is in step.cpp.
 #include "herd/engine.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -112,6 +113,41 @@ void Engine::ready() {
       layer.experts.push_back(feed_forward(prefix + "moe.experts.", "." + std::to_string(e)));
   }
   ready_ = true;
+}
+
+int Engine::add_adapter() {
+  adapters_.push_back(std::make_unique<Adapter>());
+  adapters_.back()->layers.resize(layers_.size());
+  return static_cast<int>(adapters_.size()) - 1;
+}
+
+void Engine::load_delta(int index, int layer, const std::string& name, int rank, const float* a, std::size_t a_count,
+                        const float* b, std::size_t b_count) {
+  const Which which = delta_named(name);
+  if (!adapter(index) || !which || layer < 0 || layer >= static_cast<int>(layers_.size()) || rank < 1 || rank > kMaxRank)
+    throw std::invalid_argument("no such matrix to adapt: " + name);
+  const Layer& of = layers_[static_cast<std::size_t>(layer)];
+  const Matrix* matrices[] = {&of.wq, &of.wk, &of.wv, &of.wo, &of.ffn.w1, &of.ffn.w3, &of.ffn.w2};
+  const Which order[] = {&AdapterLayer::wq, &AdapterLayer::wk, &AdapterLayer::wv, &AdapterLayer::wo,
+                         &AdapterLayer::w1, &AdapterLayer::w3, &AdapterLayer::w2};
+  const Matrix& w = *matrices[std::find(std::begin(order), std::end(order), which) - std::begin(order)];
+  if (a_count != static_cast<std::size_t>(rank * w.columns) || b_count != static_cast<std::size_t>(rank * w.rows))
+    throw std::invalid_argument("wrong shape of the change to " + name);
+  Delta& delta = adapters_[static_cast<std::size_t>(index)]->layers[static_cast<std::size_t>(layer)].*which;
+  delta.rank = rank;
+  delta.a.assign(a, a + a_count);
+  delta.b.assign(b, b + b_count);
+}
+
+void Engine::remove_adapter(int index) {
+  if (adapter(index)) adapters_[static_cast<std::size_t>(index)].reset();
+}
+
+const Adapter* Engine::adapter(int index) const {
+  if (index == -1) return nullptr;
+  if (index < 0 || index >= static_cast<int>(adapters_.size()) || !adapters_[static_cast<std::size_t>(index)])
+    throw std::invalid_argument("no such adapter");
+  return adapters_[static_cast<std::size_t>(index)].get();
 }
 
 std::int64_t Engine::work_bytes() const { return buffers_->bytes(); }

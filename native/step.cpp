@@ -17,6 +17,8 @@ class Engine::Pass {
     for (std::size_t s = 0; s < step.spans.size(); ++s)
       for (int i = 0; i < step.spans[s].rows; ++i) {
         span_of_.push_back(static_cast<int>(s));
+        adapter_of_.push_back(step.spans[s].adapter);
+        adapted_ = adapted_ || step.spans[s].adapter;
         position_of_.push_back(step.spans[s].position + i);
       }
     rows_ = static_cast<int>(span_of_.size());
@@ -44,6 +46,12 @@ class Engine::Pass {
       for (auto* ints : {&b_.chosen, &b_.slot_of, &b_.row_of}) ints->resize(slots);
       b_.score_of.resize(slots);
     }
+    if (adapted_) {
+      std::int64_t widest = 0;
+      for (const Layer& layer : engine.layers_) widest = std::max(widest, layer.ffn.w1.rows);
+      b_.hidden.reserve(rows_ * widest);
+      b_.low.reserve(static_cast<std::int64_t>(rows_) * kDeltas * kMaxRank);
+    }
     const int wanted = static_cast<int>(step.wanted.size());
     at_once_ = step.logits ? wanted : std::min(wanted, kRowsAtOnce);
     b_.states.reserve(static_cast<std::int64_t>(at_once_) * shape_.dim);
@@ -60,9 +68,9 @@ class Engine::Pass {
       const Layer& layer = engine_.layers_[i];
       attention(m, layer, static_cast<int>(i));
       if (layer.experts.empty()) {
-        feed_forward(m, layer);
+        feed_forward(m, layer, static_cast<int>(i));
       } else {
-        mixture(m, layer);
+        mixture(m, layer, static_cast<int>(i));
       }
     }
     outputs(m);
@@ -74,6 +82,7 @@ class Engine::Pass {
   };
   // Where only one probability of each wanted row is asked for, logits exist for so many rows at a time.
   static constexpr int kRowsAtOnce = 64;
+  static constexpr int kDeltas = 3;  // changes to matrices that are multiplied with the same inputs
 
   float* x(std::int64_t row) const { return b_.x.data() + row * shape_.dim; }
   float* normed(std::int64_t row) const { return b_.normed.data() + row * shape_.dim; }
@@ -100,13 +109,15 @@ class Engine::Pass {
     }
   }
 
-  // y (+)= x·Wᵀ for several matrices side by side: `y` and `stride` of each.
+  // y (+)= x·Wᵀ for several matrices side by side, with the rows' own changes to them, if `which` has any.
   struct Product {
     const Matrix* w;
     const Panel* x;
     float* y;
     std::int64_t stride;
     bool add;
+    int layer = 0;
+    Which which = nullptr;
   };
   template <std::size_t N>
   void multiply(Team::Member& m, const Product (&products)[N], int rows) const {
@@ -116,10 +127,38 @@ class Engine::Pass {
       const Product* p = products;
       for (; i >= p->w->strips(); ++p) i -= p->w->strips();
       k_.multiply(*p->w, i, *p->x, p->y + kStrip * i, p->stride, p->add);
+      if (adapted_ && p->which)
+        add_change(p->layer, p->which, static_cast<int>(p - products), *p->w, i, p->y + kStrip * i, p->stride);
     });
   }
-  Product product(const Matrix& w, const Panels& in, float* y, std::int64_t stride, bool add) const {
-    return {&w, &in[k_.inputs_of(w.format)], y, stride, add};
+  Product product(const Matrix& w, const Panels& in, float* y, std::int64_t stride, bool add, int layer = 0,
+                  Which which = nullptr) const {
+    return {&w, &in[k_.inputs_of(w.format)], y, stride, add, layer, which};
+  }
+
+  // Adapters, in two parts. The inputs' low-rank image A·x of a row, one for each of up to kDeltas matrices …
+  float* low(std::int64_t row, int at) const { return b_.low.data() + (row * kDeltas + at) * kMaxRank; }
+  const Delta* delta(std::int64_t row, int layer, Which which) const {
+    const Adapter* adapter = adapter_of_[static_cast<std::size_t>(row)];
+    const Delta* found = adapter ? &(adapter->layers[static_cast<std::size_t>(layer)].*which) : nullptr;
+    return found && found->rank ? found : nullptr;
+  }
+  void take_low(std::int64_t row, int layer, std::initializer_list<Which> matrices, const float* x, std::int64_t n) const {
+    int at = 0;
+    for (const Which which : matrices) {
+      if (const Delta* d = delta(row, layer, which)) {
+        std::fill(low(row, at), low(row, at) + d->rank, 0.0f);
+        k_.add_dots(d->a.data(), d->rank, n, x, low(row, at));
+      }
+      ++at;
+    }
+  }
+  // … and B times it, added to the outputs of one strip.
+  void add_change(int layer, Which which, int at, const Matrix& w, std::int64_t strip, float* y, std::int64_t stride) const {
+    const std::int64_t width = std::min<std::int64_t>(kStrip, w.rows - kStrip * strip);
+    for (int row = 0; row < rows_; ++row)
+      if (const Delta* d = delta(row, layer, which))
+        k_.add_dots(d->b.data() + kStrip * strip * d->rank, width, d->rank, low(row, at), y + row * stride);
   }
 
   void attention(Team::Member& m, const Layer& layer, int index) {
@@ -127,10 +166,12 @@ class Engine::Pass {
     m.each(rows_, 1, [&](std::int64_t t) {
       k_.normalise(x(t), layer.attention_norm, shape_.norm_eps, shape_.dim, normed(t));
       put(in, static_cast<int>(t), normed(t), shape_.dim);
+      take_low(t, index, {&AdapterLayer::wq, &AdapterLayer::wk, &AdapterLayer::wv}, normed(t), shape_.dim);
     });
     const std::int64_t stride = width_ + 2 * kv_width_;
-    multiply(m, {product(layer.wq, in, q(0), stride, false), product(layer.wk, in, q(0) + width_, stride, false),
-                 product(layer.wv, in, q(0) + width_ + kv_width_, stride, false)}, rows_);
+    multiply(m, {product(layer.wq, in, q(0), stride, false, index, &AdapterLayer::wq),
+                 product(layer.wk, in, q(0) + width_, stride, false, index, &AdapterLayer::wk),
+                 product(layer.wv, in, q(0) + width_ + kv_width_, stride, false, index, &AdapterLayer::wv)}, rows_);
     m.each(rows_, 1, [&](std::int64_t t) { place(layer, index, t); });
     m.each(static_cast<std::int64_t>(tiles_.size()) * shape_.kv_heads, 1, [&](std::int64_t task) {
       // The last rows see the most keys: they come first, so that no thread is left with them at the end.
@@ -143,8 +184,11 @@ class Engine::Pass {
                       layer.chunk};
       k_.attend(cache_.head(index, group, span.pages), queries, scratch(m));
     });
-    m.each(rows_, 1, [&](std::int64_t t) { put(out, static_cast<int>(t), attended(t), width_); });
-    multiply(m, {product(layer.wo, out, x(0), shape_.dim, true)}, rows_);
+    m.each(rows_, 1, [&](std::int64_t t) {
+      put(out, static_cast<int>(t), attended(t), width_);
+      take_low(t, index, {&AdapterLayer::wo}, attended(t), width_);
+    });
+    multiply(m, {product(layer.wo, out, x(0), shape_.dim, true, index, &AdapterLayer::wo)}, rows_);
   }
 
   // Turns a row's queries and keys to its position, and stores keys and values.
@@ -175,20 +219,25 @@ class Engine::Pass {
   Panels input_of(const Layer& layer) const {
     return b_.in.reserve(rows_, shape_.dim, {&layer.wq, &layer.wk, &layer.wv});
   }
-  Branch dense_branch(const Layer& layer) const { return branch(layer.ffn, b_.in, b_.down, rows_, x(0), true); }
+  Branch dense_branch(const Layer& layer) const {
+    Branch dense = branch(layer.ffn, b_.in, b_.down, rows_, x(0), true);
+    dense.adapted = adapted_;
+    return dense;
+  }
 
-  void feed_forward(Team::Member& m, const Layer& layer) {
+  void feed_forward(Team::Member& m, const Layer& layer, int index) {
     const Branch dense = dense_branch(layer);
     m.each(rows_, 1, [&](std::int64_t t) {
       k_.normalise(x(t), layer.ffn_norm, shape_.norm_eps, shape_.dim, normed(t));
       put(dense.in, static_cast<int>(t), normed(t), shape_.dim);
+      take_low(t, index, {&AdapterLayer::w1, &AdapterLayer::w3}, normed(t), shape_.dim);
     });
-    run_branches(m, &dense, 1);
+    run_branches(m, index, &dense, 1);
   }
 
   Branch branch(const FeedForward& network, PanelBuffer& in, PanelBuffer& down, int rows, float* out, bool add) const {
     return {&network, in.reserve(rows, shape_.dim, {&network.w1, &network.w3}),
-            down.reserve(rows, network.w1.rows, {&network.w2}), out, add};
+            down.reserve(rows, network.w1.rows, {&network.w2}), out, add, false};
   }
 
   static int rows_of(const Branch& branch) {
@@ -199,7 +248,7 @@ class Engine::Pass {
 
   // hidden = silu(in·w1ᵀ)·(in·w3ᵀ), 32 columns at a time so that they can be quantised at once; out (+)= hidden·w2ᵀ.
   // The networks are of one shape.
-  void run_branches(Team::Member& m, const Branch* branches, std::size_t n_branches) {
+  void run_branches(Team::Member& m, int layer, const Branch* branches, std::size_t n_branches) {
     const std::int64_t blocks = (branches[0].network->w1.rows + kTile - 1) / kTile;
     const std::int64_t count = static_cast<std::int64_t>(n_branches) * blocks;
     m.each(count, grain(m, count, rows_), [&](std::int64_t i) {
@@ -212,11 +261,24 @@ class Engine::Pass {
       for (std::int64_t s = 0; s < strips; ++s) {
         k_.multiply(w1, 2 * b + s, branch.in[k_.inputs_of(w1.format)], gate + kStrip * s, kTile, false);
         k_.multiply(w3, 2 * b + s, branch.in[k_.inputs_of(w3.format)], up + kStrip * s, kTile, false);
+        if (branch.adapted) {
+          add_change(layer, &AdapterLayer::w1, 0, w1, 2 * b + s, gate + kStrip * s, kTile);
+          add_change(layer, &AdapterLayer::w3, 1, w3, 2 * b + s, up + kStrip * s, kTile);
+        }
       }
       k_.swiglu(gate, up, kTile * rows, hidden);
       const Panel& to = branch.hidden[k_.inputs_of(branch.network->w2.format)];
       for (int t = 0; t < rows; ++t) k_.put_block(to, t, b, hidden + kTile * t);
+      if (branch.adapted) {
+        const auto count = static_cast<std::size_t>(std::min<std::int64_t>(kTile, w1.rows - kTile * b));
+        for (int t = 0; t < rows; ++t)
+          std::memcpy(b_.hidden.data() + t * w1.rows + kTile * b, hidden + kTile * t, sizeof(float) * count);
+      }
     });
+    if (branches[0].adapted) {
+      const std::int64_t n = branches[0].network->w1.rows;
+      m.each(rows_, 1, [&](std::int64_t t) { take_low(t, layer, {&AdapterLayer::w2}, b_.hidden.data() + t * n, n); });
+    }
     const std::int64_t strips = branches[0].network->w2.strips();
     const std::int64_t all = static_cast<std::int64_t>(n_branches) * strips;
     m.each(all, grain(m, all, rows_), [&](std::int64_t i) {
@@ -224,11 +286,12 @@ class Engine::Pass {
       const Matrix& w2 = branch.network->w2;
       const std::int64_t s = i % strips;
       k_.multiply(w2, s, branch.hidden[k_.inputs_of(w2.format)], branch.out + kStrip * s, shape_.dim, branch.add);
+      if (branch.adapted) add_change(layer, &AdapterLayer::w2, 0, w2, s, branch.out + kStrip * s, shape_.dim);
     });
   }
 
   // shared(h) + Σ over a row's experts e of expert_e(sigmoid(router_e(h))·h), for the normalised input h.
-  void mixture(Team::Member& m, const Layer& layer) {
+  void mixture(Team::Member& m, const Layer& layer, int index) {
     const int top_k = shape_.top_k, slots = rows_ * top_k;
     const Panels in = b_.head.reserve(rows_, shape_.dim, {&layer.router});
     const Branch shared = dense_branch(layer);
@@ -236,6 +299,7 @@ class Engine::Pass {
       k_.normalise(x(t), layer.ffn_norm, shape_.norm_eps, shape_.dim, normed(t));
       put(in, static_cast<int>(t), normed(t), shape_.dim);
       put(shared.in, static_cast<int>(t), normed(t), shape_.dim);
+      take_low(t, index, {&AdapterLayer::w1, &AdapterLayer::w3}, normed(t), shape_.dim);
     });
     multiply(m, {product(layer.router, in, b_.router.data(), shape_.experts, false)}, rows_);
     m.each(1, 1, [&](std::int64_t) { route(layer, shared); });
@@ -249,7 +313,7 @@ class Engine::Pass {
       while (slot >= first + rows_of(b_.branches[e])) first += rows_of(b_.branches[e++]);
       put(b_.branches[e].in, static_cast<int>(slot - first), scaled, shape_.dim);
     });
-    run_branches(m, b_.branches.data(), b_.branches.size());
+    run_branches(m, index, b_.branches.data(), b_.branches.size());
     m.each(rows_, 1, [&](std::int64_t t) {
       for (int j = 0; j < top_k; ++j) {
         const float* y = b_.routed.data() + static_cast<std::int64_t>(b_.slot_of[static_cast<std::size_t>(t * top_k + j)]) * shape_.dim;
@@ -326,7 +390,9 @@ class Engine::Pass {
   const EngineKernels& k_;
   Engine::Buffers& b_;
   int rows_ = 0, width_ = 0, kv_width_ = 0, at_once_ = 0;
+  bool adapted_ = false;  // some row has an adapter
   std::vector<int> span_of_;
+  std::vector<const Adapter*> adapter_of_;
   std::vector<std::int64_t> position_of_;
   std::vector<Tile> tiles_;
 };

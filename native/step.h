@@ -69,12 +69,13 @@ class PanelBuffer {
 struct Branch {
   const FeedForward* network;
   Panels in, hidden;
-  float* out;  // [rows, dim]
+  float* out;    // [rows, dim]
   bool add;
+  bool adapted;  // its rows are those of the batch, which may have adapters
 };
 
 struct Engine::Buffers {
-  Buffer<float> x, normed, qkv, attended, router, routed, states, logits;
+  Buffer<float> x, normed, qkv, attended, hidden, low, router, routed, states, logits;
   PanelBuffer in, out, down, head;
   std::vector<PanelBuffer> expert_in, expert_down;
   std::vector<Buffer<float>> scratch;  // of each thread
@@ -85,7 +86,7 @@ struct Engine::Buffers {
 
   std::int64_t bytes() const {
     std::int64_t total = in.bytes() + out.bytes() + down.bytes() + head.bytes();
-    for (const auto* b : {&x, &normed, &qkv, &attended, &router, &routed, &states, &logits}) total += b->bytes();
+    for (const auto* b : {&x, &normed, &qkv, &attended, &hidden, &low, &router, &routed, &states, &logits}) total += b->bytes();
     for (const auto& b : expert_in) total += b.bytes();
     for (const auto& b : expert_down) total += b.bytes();
     for (const auto& b : scratch) total += b.bytes();

@@ -24,6 +24,17 @@ void normalise(const float* x, const float* weight, float eps, std::int64_t n, f
   for (i = 0; i < n; ++i) out[i] = weight ? x[i] * factor * weight[i] : x[i] * factor;
 }
 
+void add_dots(const float* rows, std::int64_t count, std::int64_t n, const float* x, float* y) {
+  for (std::int64_t r = 0; r < count; ++r, rows += n) {
+    Floats sums{};
+    for (std::int64_t i = 0; i < n; i += kLanes) {
+      const int some = static_cast<int>(std::min<std::int64_t>(kLanes, n - i));
+      sums += some == kLanes ? load(rows + i) * load(x + i) : load_some(rows + i, some) * load_some(x + i, some);
+    }
+    y[r] += sum(sums);
+  }
+}
+
 void swiglu(const float* gate, const float* up, std::int64_t n, float* out) {
   for (std::int64_t i = 0; i < n; i += kLanes) {
     const int count = static_cast<int>(std::min<std::int64_t>(kLanes, n - i));

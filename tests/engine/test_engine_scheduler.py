@@ -29,47 +29,118 @@ def history_logits(history: Sequence[int]) -> np.ndarray:
 
 
 class HistoryBackend:
-    """Logits from the hash of all tokens so far; room for a fixed number of sequences and tokens."""
+    """Logits from the hash of all tokens so far; `reserve` takes room for a whole sequence at once.
 
-    def __init__(self, max_sequences: int, max_tokens: int) -> None:
+    It remembers the beginnings of finished sequences in pages of `remembers` tokens, as a prefix cache does (0: none).
+    """
+
+    config = None
+    context = 1 << 20
+
+    def __init__(self, max_sequences: int, max_tokens: int, remembers: int = 0) -> None:
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
+        self.remembers = remembers
         self.histories: dict[int, list[int]] = {}
         self.capacities: dict[int, int] = {}
+        self.known: set[tuple[int, ...]] = set()
         self.computed = 0
         self.largest_step = 0
         self.fail_at: int | None = None
         self._next = 0
 
-    def reserve(self, capacity: int) -> int | None:
-        full = len(self.histories) == self.max_sequences or sum(self.capacities.values()) + capacity > self.max_tokens
-        if full and self.histories:
+    def reserve(self, capacity: int, prompt: Sequence[int] = ()) -> tuple[int, int] | None:
+        if self.histories and not self.admits(capacity, len(prompt)):
             return None
-        self._next += 1
-        self.histories[self._next] = []
-        self.capacities[self._next] = capacity
-        return self._next
+        n_reused = 0
+        while self.remembers and n_reused + self.remembers < len(prompt):
+            if tuple(prompt[: n_reused + self.remembers]) not in self.known:
+                break
+            n_reused += self.remembers
+        return self._open(list(prompt[:n_reused]), capacity), n_reused
+
+    def admits(self, capacity: int, n_prompt: int) -> bool:
+        return len(self.histories) < self.max_sequences and sum(self.capacities.values()) + capacity <= self.max_tokens
 
     def fork(self, sequence: int, capacity: int) -> int | None:
-        copy = self.reserve(capacity)
-        if copy is not None:
-            self.histories[copy] = list(self.histories[sequence])
-        return copy
+        history = self.histories[sequence]
+        return self._open(list(history), capacity) if self.admits(capacity, len(history)) else None
+
+    def grow(self, sequence: int, n_tokens: int) -> bool:
+        assert len(self.histories[sequence]) + n_tokens <= self.capacities[sequence]
+        return True
+
+    def truncate(self, sequence: int, length: int) -> None:
+        assert 0 < length <= len(self.histories[sequence])
+        del self.histories[sequence][length:]
 
     def release(self, sequence: int) -> None:
-        del self.histories[sequence], self.capacities[sequence]
+        history = self.histories.pop(sequence)
+        del self.capacities[sequence]
+        if self.remembers:
+            self.known |= {tuple(history[:end]) for end in range(self.remembers, len(history) + 1, self.remembers)}
 
     def step(self, spans: Sequence[Span]) -> np.ndarray:
         assert len({span.sequence for span in spans}) == len(spans)
         self.largest_step = max(self.largest_step, sum(len(span.tokens) for span in spans))
+        rows = []
         for span in spans:
-            assert span.tokens
-            self.histories[span.sequence] += span.tokens
+            assert 0 <= span.outputs <= len(span.tokens) and len(span.tokens) > 0
+            history = self.histories[span.sequence]
+            history += span.tokens
+            rows += [history_logits(history[: len(history) - i]) for i in reversed(range(span.outputs))]
             self.computed += len(span.tokens)
-            assert len(self.histories[span.sequence]) <= self.capacities[span.sequence]
+            assert len(history) <= self.capacities[span.sequence]
         if self.fail_at is not None and self.computed >= self.fail_at:
             raise KeyboardInterrupt
-        return np.stack([history_logits(self.histories[span.sequence]) for span in spans])
+        return np.stack(rows) if rows else np.empty((0, VOCABULARY), np.float32)
+
+    def _open(self, history: list[int], capacity: int) -> int:
+        self._next += 1
+        self.histories[self._next] = history
+        self.capacities[self._next] = capacity
+        return self._next
+
+
+class GrowingBackend(HistoryBackend):
+    """Gives room only as sequences grow, and so runs out of it in the middle: sequences must be taken back.
+
+    As every backend, it always has room for a sequence that is alone.
+    """
+
+    def __init__(self, max_sequences: int, max_tokens: int, remembers: int = 0) -> None:
+        super().__init__(max_sequences, max_tokens, remembers)
+        self.granted: dict[int, int] = {}
+        self.refused = 0
+
+    def admits(self, capacity: int, n_prompt: int) -> bool:
+        held = sum(self.granted.values())
+        return len(self.histories) < self.max_sequences and held + n_prompt + 1 <= self.max_tokens
+
+    def grow(self, sequence: int, n_tokens: int) -> bool:
+        super().grow(sequence, n_tokens)
+        needed = max(self.granted.get(sequence, 0), len(self.histories[sequence]) + n_tokens)
+        others = sum(held for other, held in self.granted.items() if other != sequence)
+        if len(self.histories) > 1 and others + needed > self.max_tokens:
+            self.refused += 1
+            return False
+        self.granted[sequence] = needed
+        return True
+
+    def fork(self, sequence: int, capacity: int) -> int | None:
+        copy = super().fork(sequence, capacity)
+        if copy is not None:
+            self.granted[copy] = len(self.histories[copy])
+        return copy
+
+    def release(self, sequence: int) -> None:
+        super().release(sequence)
+        self.granted.pop(sequence, None)
+
+    def step(self, spans: Sequence[Span]) -> np.ndarray:
+        for span in spans:
+            assert len(self.histories[span.sequence]) + len(span.tokens) <= self.granted[span.sequence], "no room asked"
+        return super().step(spans)
 
 
 class Letters:
@@ -118,17 +189,19 @@ REQUEST = st.tuples(
 )
 
 
+@pytest.mark.parametrize("kind", [HistoryBackend, GrowingBackend])
 @settings(max_examples=60, deadline=None)
 @given(
     requests=st.lists(REQUEST, min_size=1, max_size=12),
     max_sequences=st.integers(1, 8),
     max_tokens=st.integers(10, 400),
+    remembers=st.sampled_from([0, 4]),
     late=st.integers(0, 20),
 )
 def test_every_crowd_gives_what_a_plain_loop_gives(
-    requests: list, max_sequences: int, max_tokens: int, late: int
+    kind: type[HistoryBackend], requests: list, max_sequences: int, max_tokens: int, remembers: int, late: int
 ) -> None:
-    backend = HistoryBackend(max_sequences, max_tokens)
+    backend = kind(max_sequences, max_tokens, remembers)
     scheduler = Scheduler(backend, frozenset([STOP_ID]), VOCABULARY)
     running = []
     for i, (prompt, limit, seed, options) in enumerate(requests):
@@ -145,6 +218,40 @@ def test_every_crowd_gives_what_a_plain_loop_gives(
         assert (completion.token_ids, completion.text) == (ids, text)
         assert completion.usage.prompt_tokens == len(prompt)
         assert (completion.finish_reason == "length") == (completion.stop is None)
+
+
+def test_when_room_runs_out_the_youngest_gives_way() -> None:
+    """The oldest is never interrupted; those that had to give way come back and lose nothing."""
+    backend = GrowingBackend(max_sequences=4, max_tokens=60)
+    scheduler = Scheduler(backend, frozenset([STOP_ID]), VOCABULARY)
+    sampling = Sampling(temperature=1.0, ignore_eos=True)
+    chunks: list[list[Chunk]] = [[], [], []]
+    group = [
+        add(scheduler, [i] * 10, sampling, max_tokens=30, seed=i, on_chunk=chunks[i].append) for i in range(3)
+    ]
+    steps = 0
+    while group[0].completion is None:
+        scheduler.step()
+        steps += 1
+    assert steps == 30 and backend.refused > 0
+    run(scheduler)
+    for i, sequence in enumerate(group):
+        assert sequence.completion is not None
+        assert sequence.completion.token_ids == alone([i] * 10, sampling, 30, i)[0]
+        assert [chunk.token_id for chunk in chunks[i]] == sequence.completion.token_ids, "a token was said twice"
+
+
+def test_what_a_backend_remembers_is_not_computed_again() -> None:
+    backend = HistoryBackend(4, 10_000, remembers=4)
+    scheduler = Scheduler(backend, frozenset([STOP_ID]), VOCABULARY)
+    sampling, prompt = Sampling(temperature=0.0, ignore_eos=True), list(range(22))
+    for computed in (22 + 4, 2 + 4):  # of 22 tokens five pages of four are remembered the second time
+        backend.computed = 0
+        sequence = add(scheduler, prompt, sampling, max_tokens=5, seed=0)
+        run(scheduler)
+        assert sequence.completion is not None
+        assert sequence.completion.token_ids == alone(prompt, sampling, 5, 0)[0]
+        assert backend.computed == computed
 
 
 def test_long_prompts_enter_in_pieces_while_others_go_on() -> None:

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "herd/adapter.h"
 #include "herd/engine_kernels.h"
 #include "herd/memory.h"
 #include "herd/team.h"
@@ -58,11 +59,12 @@ class Cache {
 };
 
 // Tokens to append to one sequence: `rows` of them from `position` on. `pages` has a page for every position up to the
-// last of them.
+// last of them. `adapter`: null, or the changes to the weights for these rows.
 struct Span {
   int rows;
   std::int64_t position;
   const std::int32_t* pages;
+  const Adapter* adapter;
 };
 
 // One step's work. Rows are the spans' tokens one after the other; `wanted` rows get outputs, of which those that are
@@ -97,6 +99,14 @@ class Engine {
   // All is loaded: find each layer's weights. Throws std::invalid_argument when something is missing.
   void ready();
 
+  // An adapter without changes, which load_delta fills: `layer` and "wq" … "w2" name the matrix, A is [rank, columns] and
+  // B [rows, rank]. Throws std::invalid_argument for another matrix or a wrong shape.
+  int add_adapter();
+  void load_delta(int adapter, int layer, const std::string& matrix, int rank, const float* a, std::size_t a_count,
+                  const float* b, std::size_t b_count);
+  void remove_adapter(int adapter);
+  const Adapter* adapter(int index) const;  // null for -1; throws std::invalid_argument when there is none
+
   // False when `interrupted` said so; the cache's new positions are then undefined.
   bool step(const Step& step, Cache& cache, const std::function<bool()>& interrupted);
 
@@ -117,6 +127,7 @@ class Engine {
   const float* norm_ = nullptr;
   bool ready_ = false;
   Memory memory_;
+  std::vector<std::unique_ptr<Adapter>> adapters_;
   Team team_;
   std::unique_ptr<Buffers> buffers_;
 };

@@ -59,6 +59,8 @@ struct EngineKernels {
   void (*read_row)(const Matrix& w, std::int64_t row, float* out);
   // out = x / rms(x) · weight (weight null: 1); out may be x.
   void (*normalise)(const float* x, const float* weight, float eps, std::int64_t n, float* out);
+  // y[i] += rows[i] · x for `count` rows of n numbers.
+  void (*add_dots)(const float* rows, std::int64_t count, std::int64_t n, const float* x, float* y);
   // out = silu(gate) · up.
   void (*swiglu)(const float* gate, const float* up, std::int64_t n, float* out);
   // Turns pairs (x[2j], x[2j+1]) of each head by the angles' cosines and sines.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from herd.checkpoint.adapters import Adapter, LowRank, read_adapter
 from herd.checkpoint.convert import convert
 from herd.checkpoint.locate import continuing, models_home, pulled_repositories, resolve
 from herd.checkpoint.reading import Checkpoint, RawTensor, open_checkpoint
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(__name__, {"hub": ("pull",)})
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
+    "LowRank",
     "RawTensor",
     "continuing",
     "convert",
@@ -25,6 +28,7 @@ __all__ = [
     "open_checkpoint",
     "pull",
     "pulled_repositories",
+    "read_adapter",
     "resolve",
     "save",
 ]

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from herd.architecture import LlamaConfig
+from herd.checkpoint import Adapter
 from herd.errors import HerdError, MissingDependency, UsageError
 
 KvType = Literal["bf16", "f32", "int8"]
@@ -56,7 +57,12 @@ class Backend(Protocol):
     max_sequences: int
     """Sequences that may be reserved at the same time."""
 
-    def reserve(self, capacity: int, prompt: Sequence[int] = ()) -> tuple[int, int] | None:
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Make a low-rank adapter known by a name. Raises HerdError when this backend cannot apply it."""
+
+    def reserve(
+        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None
+    ) -> tuple[int, int] | None:
         """A new sequence of up to `capacity` tokens; None when there is no room before another is released.
 
         Returns its number, and how many of the first tokens of `prompt` it holds already: never all of them. When no

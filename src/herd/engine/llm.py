@@ -78,6 +78,7 @@ class LLM:
         self._scheduler = Scheduler(
             self._backend, self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter
         )
+        self._adapters: set[str] = set()
         self._lock = threading.RLock()
 
     @property
@@ -107,6 +108,19 @@ class LLM:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Load a low-rank adapter (a directory as PEFT writes it) for requests that say `adapter=name`.
+
+        Raises FileFormatError when it does not fit the model, UsageError when the name is taken.
+        """
+        from herd.checkpoint import read_adapter
+
+        with self._lock:
+            if name in self._adapters:
+                raise UsageError("an adapter of this name is loaded", value=name)
+            self._open().load_adapter(name, read_adapter(path, self.config))
+            self._adapters.add(name)
 
     @overload
     def generate(self, prompt: Prompt, *, n: Literal[1] = 1, **options: Unpack[SamplingOptions]) -> Completion: ...
@@ -355,6 +369,10 @@ class LLM:
         needed = len(prompt) + (sampling.max_tokens or 1)
         if needed > self.context:
             raise ContextLengthExceeded(needed, self.context)
+        if sampling.adapter is not None and sampling.adapter not in self._adapters:
+            raise UsageError(
+                "no such adapter", value=sampling.adapter, allowed=", ".join(sorted(self._adapters)) or "none is loaded"
+            )
         if sampling.logit_bias and max(sampling.logit_bias) >= self.config.vocab_size:
             raise UsageError(
                 "logit_bias names a token the model does not have",

@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from herd import _native
 from herd.architecture import LlamaConfig, attention_scale, rope_frequencies
-from herd.checkpoint import open_checkpoint
+from herd.checkpoint import Adapter, open_checkpoint
 from herd.engine.backend import BackendOptions, Span
 from herd.engine.memory import require_memory
 from herd.engine.native_weights import load_weights, make_engine, plan_native, smaller_plans, weight_formats
 from herd.engine.paged_cache import CachedSequence, PagedCache
-from herd.errors import ContextLengthExceeded, UsageError
+from herd.errors import ContextLengthExceeded, HerdError, UsageError
 
 PAGE_TOKENS = 64
 MAX_SEQUENCES = 256
@@ -64,12 +64,28 @@ class NativeBackend:
         self._pages = pages
         self._rotation = Rotation(config, context)
         self._sequences: dict[int, CachedSequence] = {}
+        self._adapters: dict[str, int] = {}
         self._next = 0
 
-    def reserve(self, capacity: int, prompt: Sequence[int] = ()) -> tuple[int, int] | None:
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        assert self._engine is not None
+        number = self._engine.add_adapter()
+        try:
+            for matrix, change in adapter.items():
+                layer, projection = _place(matrix)
+                self._engine.load_delta(number, layer, projection, change.a, change.b)
+        except ValueError as error:
+            self._engine.remove_adapter(number)
+            raise HerdError(f"this adapter cannot be applied: {error}", value=name) from None
+        self._adapters[name] = number
+
+    def reserve(
+        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None
+    ) -> tuple[int, int] | None:
         if len(self._sequences) == self.max_sequences:
             return None
-        sequence = self._pages.open(prompt)
+        # Adapters are numbered from 0; what they computed is remembered apart.
+        sequence = self._pages.open(prompt, variant=-1 if adapter is None else self._adapters[adapter])
         if self._sequences and not self._pages.grow(sequence, len(prompt) + 1 - len(sequence.tokens)):
             self._pages.release(sequence)
             return None
@@ -145,13 +161,13 @@ class NativeBackend:
         assert self._engine is not None and self._cache is not None
         tokens: list[int] = []
         table: list[int] = []
-        places = np.empty((len(spans), 3), np.int64)
+        places = np.empty((len(spans), 4), np.int64)
         longest = 0
         for i, span in enumerate(spans):
             sequence = self._sequences[span.sequence]
             if not self._pages.grow(sequence, len(span.tokens)):
                 raise ContextLengthExceeded(len(sequence.tokens) + len(span.tokens), self.context)
-            places[i] = len(span.tokens), len(sequence.tokens), len(table)
+            places[i] = len(span.tokens), len(sequence.tokens), len(table), sequence.variant
             tokens += span.tokens
             table += sequence.pages
             longest = max(longest, len(sequence.tokens) + len(span.tokens))
@@ -191,6 +207,14 @@ class Rotation:
         angles = positions * frequencies
         scale = np.float32(attention_scale(self._config))
         return np.cos(angles) * scale, np.sin(angles) * scale
+
+
+def _place(matrix: str) -> tuple[int, str]:
+    """Layer and projection of a canonical name such as "layers.3.attention.wq.weight"; (-1, name) for another."""
+    parts = matrix.split(".")
+    if parts[0] == "layers" and parts[-1] == "weight":
+        return int(parts[1]), parts[-2]
+    return -1, matrix
 
 
 def _parts(spans: Sequence[Span]) -> Iterator[list[Span]]:

@@ -12,16 +12,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-_ROOT = 0
-"""The content before the first page."""
-
 
 @dataclass
 class CachedSequence:
     """A sequence's tokens and the pages that hold their keys and values, in order.
 
-    `contents[i]` identifies the tokens up to the end of page i, for pages that are full and remembered.
+    `variant` tells apart what has the same tokens and yet other keys and values, from -1 on: the model itself, and the
+    model with each of its adapters. `contents[i]` identifies the tokens up to the end of page i, for pages that are
+    full and remembered.
     """
+
+    variant: int = -1
 
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -38,11 +39,11 @@ class PagedCache:
         self._free = list(range(n_pages - 1, -1, -1))  # the lowest numbers first: memory is touched as it is needed
         self._holders = [0] * n_pages
         # A content is (content before it, tokens of its page); its number is given once and never again, so that what
-        # follows a forgotten page is not found by accident.
+        # follows a forgotten page is not found by accident. Before the first page is -2 - variant.
         self._number_of: dict[tuple[int, tuple[int, ...]], int] = {}
         self._page_of: dict[int, int] = {}
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self._next_content = _ROOT + 1
+        self._next_content = 0
         self._content_in: dict[int, int] = {}  # page -> content
         self._idle: OrderedDict[int, None] = OrderedDict()  # remembered pages without holders, oldest first
 
@@ -55,10 +56,10 @@ class PagedCache:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_tokens)
 
-    def open(self, prompt: Sequence[int]) -> CachedSequence:
+    def open(self, prompt: Sequence[int], variant: int = -1) -> CachedSequence:
         """A new sequence that holds the longest remembered beginning of `prompt`, but not all of it."""
-        sequence = CachedSequence()
-        content, size = _ROOT, self.page_tokens
+        sequence = CachedSequence(variant)
+        content, size = -2 - variant, self.page_tokens
         for start in range(0, len(prompt) - 1, size):
             page_tokens = tuple(prompt[start : start + size])
             number = self._number_of.get((content, page_tokens))
@@ -76,7 +77,7 @@ class PagedCache:
         """A second holder of everything `sequence` holds."""
         for page in sequence.pages:
             self._hold(page)
-        return CachedSequence(list(sequence.tokens), list(sequence.pages), list(sequence.contents))
+        return CachedSequence(sequence.variant, list(sequence.tokens), list(sequence.pages), list(sequence.contents))
 
     def release(self, sequence: CachedSequence) -> None:
         """Let go of a sequence; its full pages stay remembered until their room is needed."""
@@ -120,7 +121,7 @@ class PagedCache:
     def _remember(self, sequence: CachedSequence) -> None:
         size = self.page_tokens
         for i in range(len(sequence.contents), len(sequence.tokens) // size):
-            before = sequence.contents[-1] if sequence.contents else _ROOT
+            before = sequence.contents[-1] if sequence.contents else -2 - sequence.variant
             key = (before, tuple(sequence.tokens[i * size : (i + 1) * size]))
             number = self._number_of.get(key)
             if number is None:  # else another sequence's page is remembered for the same tokens

@@ -27,6 +27,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     top_k: int
     min_p: float
+    typical_p: float
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
@@ -38,6 +39,7 @@ class SamplingOptions(TypedDict, total=False):
     skip_specials: bool
     logprobs: bool | None
     top_logprobs: int
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Sampling:
     """How tokens are chosen and when a completion ends.
 
     Defaults are the reference implementation's: temperature 0.6, top_p 0.9 (facts: Llama 3 reference code).
-    The order of the steps is: penalties, logit bias, temperature, top_k, top_p, min_p, draw.
+    The order of the steps is: penalties, logit bias, temperature, typical_p, top_k, top_p, min_p, draw.
     """
 
     max_tokens: int | None = None
@@ -58,6 +60,8 @@ class Sampling:
     """Keep this many most likely tokens (0: all)."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one (0: all)."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is nearest to the expected one, up to this mass (1: all; arXiv 2202.00666)."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt or answer (CTRL, arXiv:1909.05858)."""
     presence_penalty: float = 0.0
@@ -80,6 +84,8 @@ class Sampling:
     """Report the natural logarithm of each chosen token's probability under the model (before any option above)."""
     top_logprobs: int = 0
     """Report this many most likely tokens at each step as well; implies `logprobs`."""
+    adapter: str | None = None
+    """Name of a low-rank adapter that `LLM.load_adapter` has loaded; requests with different ones share a batch."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Sampling:
@@ -119,6 +125,7 @@ class Sampling:
         _number("top_p", self.top_p, 0.0, 1.0)
         check_whole("top_k", self.top_k, 0, 1 << 30)
         _number("min_p", self.min_p, 0.0, 1.0)
+        _number("typical_p", self.typical_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)

@@ -1,6 +1,6 @@
 """Logits to token ids, in numpy: the one sampler of every backend.
 
-Steps for a row, in this order: penalties, logit bias, temperature, top-k, nucleus (top-p), min-p, draw.
+Steps for a row, in this order: penalties, logit bias, temperature, typical, top-k, nucleus (top-p), min-p, draw.
 A row's outcome depends on the row's logits, its options, its seed and how many tokens it already has, and on nothing
 else: neither the other rows of the batch nor their order change it. So a request repeats alone or in a crowd.
 
@@ -164,6 +164,10 @@ def _draw(logits_RV: Floats, best_R: Floats, rows: Sequence[SamplerRow]) -> Ints
     with np.errstate(under="ignore", over="ignore"):  # tiny temperatures: far tokens become exp(-inf) = 0
         weights_RV = np.exp((logits_RV - best_R[:, None]) / temperature_R[:, None])
 
+    for weights_V, row in zip(weights_RV, rows, strict=True):
+        if row.sampling.typical_p < 1.0:
+            _keep_typical(weights_V, row.sampling.typical_p)
+
     ids_R = np.empty(len(rows), np.int64)
     unordered_R = (top_k_R == vocabulary) & (top_p_R >= 1.0)
     plain = np.flatnonzero(unordered_R)  # without top-k and nucleus no order is needed: draw as the vocabulary stands
@@ -180,6 +184,20 @@ def _draw(logits_RV: Floats, best_R: Floats, rows: Sequence[SamplerRow]) -> Ints
         picked_R = _invert(np.where(kept_RC, weights_RC, 0.0), uniform_R[ranked])
         ids_R[ranked] = ids_RC[np.arange(len(ranked)), picked_R]
     return ids_R
+
+
+def _keep_typical(weights_V: Floats, typical_p: float) -> None:
+    """Leave the tokens whose surprise -ln p is nearest to its mean, as few as reach the mass `typical_p`; in place.
+
+    Locally typical sampling (Meister et al., arXiv 2202.00666), at least one token.
+    """
+    ids = np.flatnonzero(weights_V)
+    p = weights_V[ids].astype(np.float64)
+    p /= p.sum()
+    surprise = -np.log(p)
+    order = np.lexsort((ids, np.abs(surprise - (p * surprise).sum())))  # ties by smaller id
+    before = np.cumsum(p[order]) - p[order]
+    weights_V[ids[order[before >= typical_p]][int(typical_p == 0.0) :]] = 0.0
 
 
 def _threshold(

@@ -229,7 +229,7 @@ class Scheduler:
             leader = sequence.leader
             if leader is not None and leader.handle is not None and not leader.choices:
                 return  # its prompt is being computed by its leader: it forks when that is done
-            reserved = self._backend.reserve(sequence.capacity, sequence.tokens)
+            reserved = self._backend.reserve(sequence.capacity, sequence.tokens, sequence.sampling.adapter)
             if reserved is None:
                 return
             handle, sequence.n_computed = reserved

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from herd.architecture import LlamaConfig
-from herd.checkpoint import open_checkpoint
+from herd.checkpoint import Adapter, open_checkpoint
 from herd.engine.backend import BackendOptions, KvType, Span
 from herd.engine.memory import MemoryPlan, plan_memory, require_memory, smaller_contexts
 from herd.engine.scheduler import PREFILL_TOKENS
@@ -76,7 +76,12 @@ class TorchBackend:
         self._capacities: dict[int, int] = {}
         self._next = 0
 
-    def reserve(self, capacity: int, prompt: Sequence[int] = ()) -> tuple[int, int] | None:
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        raise UsageError("the torch backend applies no adapters", value=name, fix='load the model with backend="native"')
+
+    def reserve(
+        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None
+    ) -> tuple[int, int] | None:
         tokens = (len(self._rows) + 1) * _rounded(max([capacity, *self._capacities.values()]))
         if self._rows and (len(self._rows) == self.max_sequences or tokens > self._max_tokens):
             return None
