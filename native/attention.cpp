@@ -29,17 +29,15 @@ KernelSet chosen(Number number) {
 void attention_forward(const AttentionShape& shape, Number number, const void* q, const void* k, const void* v, void* o,
                        float* lse_BHS, int threads) {
   const auto run = chosen(number).kernels->forward;
-  parallel_for(shape.batch * shape.kv_heads, threads,
-               [&](int task) { run(shape, number, task, q, k, v, o, lse_BHS); });
+  parallel_for(shape.batch * shape.kv_heads, threads, [&](int task) { run(shape, number, task, q, k, v, o, lse_BHS); });
 }
 
 void attention_backward(const AttentionShape& shape, Number number, const void* q, const void* k, const void* v,
                         const void* o, const void* grad_o, const float* lse_BHS, void* grad_q, void* grad_k,
                         void* grad_v, int threads) {
   const auto run = chosen(number).kernels->backward;
-  parallel_for(shape.batch * shape.kv_heads, threads, [&](int task) {
-    run(shape, number, task, q, k, v, o, grad_o, lse_BHS, grad_q, grad_k, grad_v);
-  });
+  parallel_for(shape.batch * shape.kv_heads, threads,
+               [&](int task) { run(shape, number, task, q, k, v, o, grad_o, lse_BHS, grad_q, grad_k, grad_v); });
 }
 
 const char* attention_isa(Number number) { return chosen(number).name; }

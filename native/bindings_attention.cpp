@@ -22,7 +22,8 @@ herd::Number number_of(const Values& array) {
   throw nb::type_error("attention takes float32 arrays, or bfloat16 ones viewed as uint16");
 }
 
-void require_shape(const Values& array, std::size_t b, std::size_t s, std::size_t n, std::size_t k, herd::Number number) {
+void require_shape(const Values& array, std::size_t b, std::size_t s, std::size_t n, std::size_t k,
+                   herd::Number number) {
   if (array.ndim() != 4 || array.shape(0) != b || array.shape(1) != s || array.shape(2) != n || array.shape(3) != k ||
       number_of(array) != number)
     throw nb::value_error("attention arrays must agree: q, o [B,S,H,K] and k, v [B,S,G,K] of one number format");
@@ -48,7 +49,8 @@ void attention_forward(const Values& q, const Values& k, const Values& v, const 
   require_shape(k, shape.batch, shape.positions, shape.kv_heads, shape.head_dim, number);
   require_shape(v, shape.batch, shape.positions, shape.kv_heads, shape.head_dim, number);
   require_shape(o, shape.batch, shape.positions, shape.heads, shape.head_dim, number);
-  if (lse.size() != std::size_t(shape.batch) * shape.heads * shape.positions) throw nb::value_error("lse must be [B, H, S]");
+  if (lse.size() != std::size_t(shape.batch) * shape.heads * shape.positions)
+    throw nb::value_error("lse must be [B, H, S]");
   const nb::gil_scoped_release unlocked;
   herd::attention_forward(shape, number, q.data(), k.data(), v.data(), o.data(), lse.data(), threads);
 }
@@ -62,7 +64,8 @@ void attention_backward(const Values& q, const Values& k, const Values& v, const
     require_shape(*array, shape.batch, shape.positions, shape.kv_heads, shape.head_dim, number);
   for (const Values* array : {&o, &grad_o, static_cast<const Values*>(&grad_q)})
     require_shape(*array, shape.batch, shape.positions, shape.heads, shape.head_dim, number);
-  if (lse.size() != std::size_t(shape.batch) * shape.heads * shape.positions) throw nb::value_error("lse must be [B, H, S]");
+  if (lse.size() != std::size_t(shape.batch) * shape.heads * shape.positions)
+    throw nb::value_error("lse must be [B, H, S]");
   const nb::gil_scoped_release unlocked;
   herd::attention_backward(shape, number, q.data(), k.data(), v.data(), o.data(), grad_o.data(), lse.data(),
                            grad_q.data(), grad_k.data(), grad_v.data(), threads);
@@ -79,7 +82,6 @@ void bind_attention(nb::module_& m) {
         nb::arg("grad_q_BSHK"), nb::arg("grad_k_BSGK"), nb::arg("grad_v_BSGK"), nb::arg("threads"),
         "Gradients of attention_forward.");
   m.def(
-      "attention_isa",
-      [](bool bf16) { return herd::attention_isa(bf16 ? herd::Number::bf16 : herd::Number::f32); }, nb::arg("bf16"),
-      "Instruction set of the attention kernels in use for such inputs.");
+      "attention_isa", [](bool bf16) { return herd::attention_isa(bf16 ? herd::Number::bf16 : herd::Number::f32); },
+      nb::arg("bf16"), "Instruction set of the attention kernels in use for such inputs.");
 }

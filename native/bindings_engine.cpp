@@ -8,7 +8,6 @@
 
 #include "bindings.h"
 #include "herd/engine.h"
-#include "herd/parallel.h"
 #include "herd/probe.h"
 
 namespace nb = nanobind;
@@ -53,14 +52,15 @@ void make_engine(Engine* self, int dim, int heads, int kv_heads, int head_dim, i
     require(rows > 0 && columns > 0, "a matrix is empty");
     specs.push_back({name, format_named(format), rows, columns});
   }
-  const DecoderShape shape{dim,         static_cast<int>(layers.size()), heads,   kv_heads, head_dim, vocab, norm_eps, qk_norm,
-                           temperature, std::max(1, temperature_floor),  experts, top_k};
+  const DecoderShape shape{
+      dim,         static_cast<int>(layers.size()), heads,   kv_heads, head_dim, vocab, norm_eps, qk_norm,
+      temperature, std::max(1, temperature_floor),  experts, top_k};
   new (self) Engine(shape, layers, specs, threads, std::move(cpus));
 }
 
-bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const std::int64_t, 2>& spans, const Ints& pages,
-          const Table& cosine, const Table& sine, const Ints& wanted, const OutRows& logits, const OutRows& states,
-          const std::optional<Ints>& targets, const OutRow& log_probabilities) {
+bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const std::int64_t, 2>& spans,
+          const Ints& pages, const Table& cosine, const Table& sine, const Ints& wanted, const OutRows& logits,
+          const OutRows& states, const std::optional<Ints>& targets, const OutRow& log_probabilities) {
   const DecoderShape& shape = engine.shape();
   const CacheShape& cached = cache.shape();
   const auto rows = static_cast<std::int64_t>(tokens.shape(0)), positions = static_cast<std::int64_t>(cosine.shape(0));
@@ -68,7 +68,8 @@ bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const st
           "the cache is of another model");
   require(spans.shape(1) == 4, "spans are [n, 4]: rows, position, first page, adapter");
   require(cosine.shape(1) == static_cast<std::size_t>(shape.head_dim / 2) && sine.shape(0) == cosine.shape(0) &&
-              sine.shape(1) == cosine.shape(1), "cosine and sine are [positions, head_dim / 2]");
+              sine.shape(1) == cosine.shape(1),
+          "cosine and sine are [positions, head_dim / 2]");
   for (std::int64_t t = 0; t < rows; ++t)
     require(tokens.data()[t] >= 0 && tokens.data()[t] < shape.vocab, "no such token");
   Step work{tokens.data(), {}, cosine.data(), sine.data(), {}};
@@ -80,7 +81,8 @@ bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const st
     require(first >= 0 && first + n_pages <= static_cast<std::int64_t>(pages.shape(0)), "a span has too few pages");
     for (std::int64_t i = 0; i < n_pages; ++i)
       require(pages.data()[first + i] >= 0 && pages.data()[first + i] < cache.pages(), "no such page");
-    work.spans.push_back({static_cast<int>(count), position, pages.data() + first, engine.adapter(static_cast<int>(span[3]))});
+    work.spans.push_back(
+        {static_cast<int>(count), position, pages.data() + first, engine.adapter(static_cast<int>(span[3]))});
     total += count;
   }
   require(total == rows && rows > 0, "spans must cover the tokens");
@@ -88,11 +90,13 @@ bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const st
   work.wanted.assign(wanted.data(), wanted.data() + n_wanted);
   for (const std::int32_t row : work.wanted) require(row >= 0 && row < rows, "no such row");
   if (logits) {
-    require(logits->shape(0) == n_wanted && logits->shape(1) == static_cast<std::size_t>(shape.vocab), "logits are [n, V]");
+    require(logits->shape(0) == n_wanted && logits->shape(1) == static_cast<std::size_t>(shape.vocab),
+            "logits are [n, V]");
     work.logits = logits->data();
   }
   if (states) {
-    require(states->shape(0) == n_wanted && states->shape(1) == static_cast<std::size_t>(shape.dim), "states are [n, D]");
+    require(states->shape(0) == n_wanted && states->shape(1) == static_cast<std::size_t>(shape.dim),
+            "states are [n, D]");
     work.states = states->data();
   }
   if (log_probabilities) {
@@ -120,10 +124,13 @@ void product(const std::string& format, const Bytes& data, std::int64_t rows, st
   Matrix w{format_named(format), rows, columns, nullptr};
   const auto m = static_cast<int>(x.shape(0));
   require(data.size() == static_cast<std::size_t>(rows * stored_row_bytes(w.format, columns)), "wrong number of bytes");
-  require(x.shape(1) == static_cast<std::size_t>(columns) && y.shape(0) == x.shape(0) && y.shape(1) == static_cast<std::size_t>(rows),
+  require(x.shape(1) == static_cast<std::size_t>(columns) && y.shape(0) == x.shape(0) &&
+              y.shape(1) == static_cast<std::size_t>(rows),
           "wrong shapes");
   const Memory packed(static_cast<std::size_t>(w.bytes() + 8192));
-  pack(w, data.data(), packed.data(), 1);
+  for (std::int64_t s = 0; s < w.strips(); ++s)
+    pack_strip(w, s, data.data() + s * kStrip * stored_row_bytes(w.format, columns),
+               packed.data() + s * w.strip_bytes());
   w.data = packed.data();
   const Inputs kind = k.inputs_of(w.format);
   const Memory inputs(static_cast<std::size_t>(m * w.tiles() * block_bytes(kind)));
@@ -140,10 +147,14 @@ void product(const std::string& format, const Bytes& data, std::int64_t rows, st
 
 // The values of a matrix as the engine reads them back from its packed form.
 void unpacked(const std::string& format, const Bytes& data, const Array<float, 2>& out) {
-  Matrix w{format_named(format), static_cast<std::int64_t>(out.shape(0)), static_cast<std::int64_t>(out.shape(1)), nullptr};
-  require(data.size() == static_cast<std::size_t>(w.rows * stored_row_bytes(w.format, w.columns)), "wrong number of bytes");
+  Matrix w{format_named(format), static_cast<std::int64_t>(out.shape(0)), static_cast<std::int64_t>(out.shape(1)),
+           nullptr};
+  require(data.size() == static_cast<std::size_t>(w.rows * stored_row_bytes(w.format, w.columns)),
+          "wrong number of bytes");
   const Memory packed(static_cast<std::size_t>(w.bytes() + 8192));
-  pack(w, data.data(), packed.data(), 1);
+  for (std::int64_t s = 0; s < w.strips(); ++s)
+    pack_strip(w, s, data.data() + s * kStrip * stored_row_bytes(w.format, w.columns),
+               packed.data() + s * w.strip_bytes());
   w.data = packed.data();
   for (std::int64_t r = 0; r < w.rows; ++r) engine_kernels().read_row(w, r, out.data() + r * w.columns);
 }
@@ -151,51 +162,72 @@ void unpacked(const std::string& format, const Bytes& data, const Array<float, 2
 }  // namespace
 
 void bind_engine(nb::module_& m) {
-  m.def("packed_bytes",
-        [](const std::string& format, std::int64_t rows, std::int64_t columns) {
-          return Matrix{format_named(format), rows, columns, nullptr}.bytes();
-        }, "format"_a, "rows"_a, "columns"_a, "Memory that a matrix takes in the engine.");
+  m.def(
+      "packed_bytes",
+      [](const std::string& format, std::int64_t rows, std::int64_t columns) {
+        return Matrix{format_named(format), rows, columns, nullptr}.bytes();
+      },
+      "format"_a, "rows"_a, "columns"_a, "Memory that a matrix takes in the engine.");
   m.def("product", &product, "format"_a, "data"_a, "rows"_a, "columns"_a, "x"_a, "y"_a,
         "y [M, rows] = x [M, columns] times a matrix as it lies in a file, computed as the engine does.");
-  m.def("unpacked", &unpacked, "format"_a, "data"_a, "out"_a, "The values of a matrix, read back from its packed form.");
+  m.def("unpacked", &unpacked, "format"_a, "data"_a, "out"_a,
+        "The values of a matrix, read back from its packed form.");
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "rounds"_a, nb::call_guard<nb::gil_scoped_release>(),
         "Bytes per second read from memory.");
-  m.def("product_peak", [](int threads) {
-    const ProductPeak peak = product_peak(threads);
-    return std::make_tuple(peak.int8, peak.f32);
-  }, "threads"_a, nb::call_guard<nb::gil_scoped_release>(), "Operations per second of the inner steps: int8, f32.");
+  m.def(
+      "product_peak",
+      [](int threads) {
+        const ProductPeak peak = product_peak(threads);
+        return std::make_tuple(peak.int8, peak.f32);
+      },
+      "threads"_a, nb::call_guard<nb::gil_scoped_release>(), "Operations per second of the inner steps: int8, f32.");
   nb::class_<Cache>(m, "Cache", "Pages of keys and values.")
-      .def("__init__",
-           [](Cache* self, const std::string& type, int layers, int heads, int head_dim, int page_tokens, std::int64_t pages) {
-             require(layers > 0 && heads > 0 && head_dim > 0 && head_dim <= 1024 && pages > 0, "impossible shape");
-             require(page_tokens > 0 && page_tokens % 16 == 0, "page_tokens must be a multiple of 16");
-             new (self) Cache({kv_type(type), layers, heads, head_dim, page_tokens}, pages);
-           },
-           "type"_a, "layers"_a, "heads"_a, "head_dim"_a, "page_tokens"_a, "pages"_a)
+      .def(
+          "__init__",
+          [](Cache* self, const std::string& type, int layers, int heads, int head_dim, int page_tokens,
+             std::int64_t pages) {
+            require(layers > 0 && heads > 0 && head_dim > 0 && head_dim <= 1024 && pages > 0, "impossible shape");
+            require(page_tokens > 0 && page_tokens % 16 == 0, "page_tokens must be a multiple of 16");
+            new (self) Cache({kv_type(type), layers, heads, head_dim, page_tokens}, pages);
+          },
+          "type"_a, "layers"_a, "heads"_a, "head_dim"_a, "page_tokens"_a, "pages"_a)
       .def("copy_page", &Cache::copy_page, "source"_a, "target"_a)
       .def_prop_ro("page_bytes", [](const Cache& c) { return c.shape().page_bytes(); });
   nb::class_<Engine>(m, "Engine", "Packed weights of a decoder, and the step through all its layers.")
-      .def("__init__", &make_engine, "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "vocab"_a, "norm_eps"_a, "qk_norm"_a,
-           "temperature"_a, "temperature_floor"_a, "experts"_a, "top_k"_a, "rotates"_a, "chunks"_a, "matrices"_a,
-           "threads"_a, "cpus"_a)
-      .def("load",
-           [](Engine& self, const std::string& name, const Bytes& data) {
-             const nb::gil_scoped_release unlocked;
-             self.load(name, data.data(), data.size(), self.threads());
-           }, "name"_a, "data"_a, "A matrix as it lies in a file, row by row.")
-      .def("load_norm", [](Engine& self, const std::string& name, const Floats& data) { self.load_norm(name, data.data(), data.size()); },
-           "name"_a, "data"_a)
+      .def("__init__", &make_engine, "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "vocab"_a, "norm_eps"_a,
+           "qk_norm"_a, "temperature"_a, "temperature_floor"_a, "experts"_a, "top_k"_a, "rotates"_a, "chunks"_a,
+           "matrices"_a, "threads"_a, "cpus"_a)
+      .def(
+          "load",
+          [](Engine& self, const std::string& name, const Bytes& data) {
+            const nb::gil_scoped_release unlocked;
+            self.load(name, data.data(), data.size());
+          },
+          "name"_a, "data"_a, "A matrix as it lies in a file, row by row.")
+      .def("load_file", &Engine::load_file, "name"_a, "descriptor"_a, "offset"_a, "bytes"_a,
+           nb::call_guard<nb::gil_scoped_release>(), "The same, read from an open file.")
+      .def(
+          "load_norm",
+          [](Engine& self, const std::string& name, const Floats& data) {
+            self.load_norm(name, data.data(), data.size());
+          },
+          "name"_a, "data"_a)
       .def("ready", &Engine::ready, "All is loaded. ValueError when something is missing.")
       .def("add_adapter", &Engine::add_adapter, "A new adapter's number.")
       .def("remove_adapter", &Engine::remove_adapter, "adapter"_a)
-      .def("load_delta",
-           [](Engine& self, int adapter, int layer, const std::string& matrix, const Table& a, const Table& b) {
-             require(a.shape(0) == b.shape(1), "A is [rank, columns] and B [rows, rank]");
-             self.load_delta(adapter, layer, matrix, static_cast<int>(a.shape(0)), a.data(), a.size(), b.data(), b.size());
-           }, "adapter"_a, "layer"_a, "matrix"_a, "a"_a, "b"_a, "The change B·A to a matrix, \"wq\" … \"w2\", of a layer.")
+      .def(
+          "load_delta",
+          [](Engine& self, int adapter, int layer, const std::string& matrix, const Table& a, const Table& b) {
+            require(a.shape(0) == b.shape(1), "A is [rank, columns] and B [rows, rank]");
+            self.load_delta(adapter, layer, matrix, static_cast<int>(a.shape(0)), a.data(), a.size(), b.data(),
+                            b.size());
+          },
+          "adapter"_a, "layer"_a, "matrix"_a, "a"_a, "b"_a, "The change B·A to a matrix, \"wq\" … \"w2\", of a layer.")
       .def("step", &step, "cache"_a, "tokens"_a, "spans"_a, "pages"_a, "cosine"_a, "sine"_a, "wanted"_a,
-           "logits"_a = nb::none(), "states"_a = nb::none(), "targets"_a = nb::none(), "log_probabilities"_a = nb::none(),
-           "Appends spans [n, 4] (rows, position, index of its first page in `pages`, adapter or -1); fills the given outputs.")
+           "logits"_a = nb::none(), "states"_a = nb::none(), "targets"_a = nb::none(),
+           "log_probabilities"_a = nb::none(),
+           "Appends spans [n, 4] (rows, position, index of its first page in `pages`, adapter or -1); fills the given "
+           "outputs.")
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("work_bytes", &Engine::work_bytes)
       .def_prop_ro("threads", &Engine::threads);

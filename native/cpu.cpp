@@ -3,8 +3,10 @@
 #include "herd/cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <thread>
 
 #if defined(__linux__)
@@ -37,9 +39,9 @@ std::uint64_t enabled_state() {
   return (std::uint64_t{high} << 32) | low;
 }
 
-constexpr std::uint64_t kAvxState = 0x6;         // SSE and AVX registers
-constexpr std::uint64_t kAvx512State = 0xe6;     // and mask and upper ZMM registers
-constexpr std::uint64_t kTileState = 0x60000;    // tile configuration and data
+constexpr std::uint64_t kAvxState = 0x6;       // SSE and AVX registers
+constexpr std::uint64_t kAvx512State = 0xe6;   // and mask and upper ZMM registers
+constexpr std::uint64_t kTileState = 0x60000;  // tile configuration and data
 
 }  // namespace
 
@@ -90,10 +92,26 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
 std::string cpu_name() { return ""; }
 #endif
 
+#if defined(__linux__)
+namespace {
+
+// Processors' worth of time that the control group (version 2, as in containers) allows; 0 without a limit.
+int quota() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  double time = 0, period = 0;
+  return file >> time >> period && period > 0 ? std::max(1, static_cast<int>(std::ceil(time / period))) : 0;
+}
+
+}  // namespace
+#endif
+
 int usable_cpus() {
 #if defined(__linux__)
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) {
+    const int allowed = std::max(1, CPU_COUNT(&set)), limit = quota();
+    return limit ? std::min(allowed, limit) : allowed;
+  }
 #endif
   return std::max(1u, std::thread::hardware_concurrency());
 }

@@ -1,17 +1,23 @@
 // Weights and cache: what a model holds between steps. The step itself is in step.cpp.
 #include "herd/engine.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "herd/isa.h"
+#include "herd/parallel.h"
 #include "step.h"
 
 namespace herd {
 namespace {
 
-constexpr std::int64_t kSlack = 8192;  // kernels fetch ahead of what they read
+constexpr std::int64_t kSlack = 8192;         // kernels fetch ahead of what they read
+constexpr std::int64_t kReadBytes = 1 << 18;  // of a file at a time
 
 std::int64_t aligned(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -44,7 +50,10 @@ void Cache::copy_page(std::int64_t from, std::int64_t to) {
 
 Engine::Engine(const DecoderShape& shape, const std::vector<Layer>& layers, const std::vector<Spec>& matrices,
                int threads, std::vector<int> cpus)
-    : shape_(shape), layers_(layers), memory_(total_bytes(matrices)), team_(threads, std::move(cpus)),
+    : shape_(shape),
+      layers_(layers),
+      memory_(total_bytes(matrices)),
+      team_(threads, std::move(cpus)),
       buffers_(std::make_unique<Buffers>()) {
   if (shape.head_dim > 1024 || shape.head_dim % 2) throw std::invalid_argument("head_dim is even, at most 1024");
   std::int64_t offset = 0;
@@ -57,13 +66,41 @@ Engine::Engine(const DecoderShape& shape, const std::vector<Layer>& layers, cons
 
 Engine::~Engine() = default;
 
-void Engine::load(const std::string& name, const std::uint8_t* data, std::size_t bytes, int threads) {
+const Matrix& Engine::matrix_to_load(const std::string& name, std::size_t bytes) const {
   const auto found = matrices_.find(name);
   if (found == matrices_.end()) throw std::invalid_argument("no such matrix: " + name);
-  const Matrix& matrix = found->second;
-  if (bytes != static_cast<std::size_t>(matrix.rows * stored_row_bytes(matrix.format, matrix.columns)))
+  const Matrix& w = found->second;
+  if (bytes != static_cast<std::size_t>(w.rows * stored_row_bytes(w.format, w.columns)))
     throw std::invalid_argument("wrong number of bytes for " + name);
-  pack(matrix, data, const_cast<std::uint8_t*>(matrix.data), threads);
+  return w;
+}
+
+void Engine::load(const std::string& name, const std::uint8_t* data, std::size_t bytes) {
+  const Matrix& w = matrix_to_load(name, bytes);
+  const std::int64_t source_bytes = kStrip * stored_row_bytes(w.format, w.columns);
+  parallel_for(static_cast<int>(w.strips()), team_.size(),
+               [&](int s) { pack_strip(w, s, data + s * source_bytes, const_cast<std::uint8_t*>(w.strip(s))); });
+}
+
+// Each thread reads a few strips' rows into memory that stays in its cache, and packs them from there.
+void Engine::load_file(const std::string& name, int descriptor, std::int64_t offset, std::size_t bytes) {
+  const Matrix& w = matrix_to_load(name, bytes);
+  const std::int64_t row_bytes = stored_row_bytes(w.format, w.columns);
+  const std::int64_t strips = std::max<std::int64_t>(1, kReadBytes / (kStrip * row_bytes));
+  parallel_for(static_cast<int>((w.strips() + strips - 1) / strips), team_.size(), [&](int task) {
+    const std::int64_t first = task * strips, last = std::min(w.strips(), first + strips);
+    const std::int64_t begin = first * kStrip * row_bytes, end = std::min(w.rows, last * kStrip) * row_bytes;
+    const auto buffer = std::make_unique_for_overwrite<std::uint8_t[]>(static_cast<std::size_t>(end - begin));
+    for (std::int64_t done = 0; done < end - begin;) {
+      const auto left = static_cast<std::size_t>(end - begin - done);
+      const ssize_t got = pread(descriptor, buffer.get() + done, left, offset + begin + done);
+      if (got < 0 && errno == EINTR) continue;
+      if (got <= 0) throw std::runtime_error("the file cannot be read to the end of " + name);
+      done += got;
+    }
+    for (std::int64_t s = first; s < last; ++s)
+      pack_strip(w, s, buffer.get() + (s - first) * kStrip * row_bytes, const_cast<std::uint8_t*>(w.strip(s)));
+  });
 }
 
 void Engine::load_norm(const std::string& name, const float* data, std::size_t count) {
@@ -87,7 +124,8 @@ void Engine::ready() {
   const auto feed_forward = [&](const std::string& prefix, const std::string& suffix) {
     const auto found = matrices_.find(prefix + "w1" + suffix);
     const std::int64_t width = found == matrices_.end() ? 0 : found->second.rows;
-    return FeedForward{matrix(prefix + "w1" + suffix, width, shape_.dim), matrix(prefix + "w3" + suffix, width, shape_.dim),
+    return FeedForward{matrix(prefix + "w1" + suffix, width, shape_.dim),
+                       matrix(prefix + "w3" + suffix, width, shape_.dim),
                        matrix(prefix + "w2" + suffix, shape_.dim, width)};
   };
   const int width = shape_.heads * shape_.head_dim, kv_width = shape_.kv_heads * shape_.head_dim;
@@ -124,7 +162,8 @@ int Engine::add_adapter() {
 void Engine::load_delta(int index, int layer, const std::string& name, int rank, const float* a, std::size_t a_count,
                         const float* b, std::size_t b_count) {
   const Which which = delta_named(name);
-  if (!adapter(index) || !which || layer < 0 || layer >= static_cast<int>(layers_.size()) || rank < 1 || rank > kMaxRank)
+  if (!adapter(index) || !which || layer < 0 || layer >= static_cast<int>(layers_.size()) || rank < 1 ||
+      rank > kMaxRank)
     throw std::invalid_argument("no such matrix to adapt: " + name);
   const Layer& of = layers_[static_cast<std::size_t>(layer)];
   const Matrix* matrices[] = {&of.wq, &of.wk, &of.wv, &of.wo, &of.ffn.w1, &of.ffn.w3, &of.ffn.w2};

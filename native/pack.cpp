@@ -1,10 +1,10 @@
 // From rows of plain numbers or GGUF blocks to strips of tiles: the codes of 16 rows × 32 columns are taken apart and
-// laid out as kernels/tile_formats.h reads them. The block formats are described in src/herd/checkpoint/blocks/decode.py.
+// laid out as kernels/tile_formats.h reads them. The block formats are described in
+// src/herd/checkpoint/blocks/decode.py.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
-#include "herd/parallel.h"
 #include "herd/quantize.h"
 #include "herd/tiles.h"
 
@@ -138,14 +138,16 @@ void take_apart(Format format, const Byte* row, std::int64_t t, int r, Unpacked&
       nibbles(p + 8 + 16 * sub, c);
       break;
     }
-    default: break;
+    default:
+      break;
   }
 }
 
 // Where the rows' scale bytes go: `count` fields of `width` bytes, field by field, 16 rows of each.
 void put_fields(const Byte (*fields)[4], int width, int count, Byte* out) {
   for (int f = 0; f < count; ++f)
-    for (int r = 0; r < kStrip; ++r) std::memcpy(out + (f * kStrip + r) * width, fields[r] + f * width, static_cast<std::size_t>(width));
+    for (int r = 0; r < kStrip; ++r)
+      std::memcpy(out + (f * kStrip + r) * width, fields[r] + f * width, static_cast<std::size_t>(width));
 }
 
 struct Layout {
@@ -155,19 +157,32 @@ struct Layout {
 };
 constexpr Layout layout_of(Format format) {
   switch (format) {
-    case Format::q4_0: return {4, 2, 1, 0};
-    case Format::iq4_nl: return {4, 2, 1, 0};
-    case Format::q4_1: return {4, 2, 2, 0};
-    case Format::q5_0: return {5, 2, 1, 0};
-    case Format::q5_1: return {5, 2, 2, 0};
-    case Format::q8_0: return {8, 2, 1, 0};
-    case Format::q2_k: return {2, 1, 2, 2};
-    case Format::q3_k: return {3, 1, 2, 1};
-    case Format::q4_k: return {4, 1, 2, 2};
-    case Format::q5_k: return {5, 1, 2, 2};
-    case Format::q6_k: return {6, 1, 2, 1};
-    case Format::iq4_xs: return {4, 1, 1, 1};
-    default: return {};
+    case Format::q4_0:
+      return {4, 2, 1, 0};
+    case Format::iq4_nl:
+      return {4, 2, 1, 0};
+    case Format::q4_1:
+      return {4, 2, 2, 0};
+    case Format::q5_0:
+      return {5, 2, 1, 0};
+    case Format::q5_1:
+      return {5, 2, 2, 0};
+    case Format::q8_0:
+      return {8, 2, 1, 0};
+    case Format::q2_k:
+      return {2, 1, 2, 2};
+    case Format::q3_k:
+      return {3, 1, 2, 1};
+    case Format::q4_k:
+      return {4, 1, 2, 2};
+    case Format::q5_k:
+      return {5, 1, 2, 2};
+    case Format::q6_k:
+      return {6, 1, 2, 1};
+    case Format::iq4_xs:
+      return {4, 1, 1, 1};
+    default:
+      return {};
   }
 }
 
@@ -211,7 +226,7 @@ void pack_blocks(const Matrix& w, const Byte* source, std::int64_t strip, Byte* 
   const Layout layout = layout_of(w.format);
   Unpacked u{};  // rows beyond the last have scale 0
   for (std::int64_t t = 0; t < w.tiles(); ++t) {
-    for (int r = 0; r < rows; ++r) take_apart(w.format, source + (strip * kStrip + r) * row_bytes, t, r, u);
+    for (int r = 0; r < rows; ++r) take_apart(w.format, source + r * row_bytes, t, r, u);
     if (layout.unit_count && t % 8 == 0) {
       put_fields(u.units, 2, layout.unit_count, out);
       out += 32 * layout.unit_count;
@@ -230,7 +245,7 @@ void pack_plain(const Matrix& w, const Byte* source, std::int64_t strip, Byte* o
     const int columns = static_cast<int>(std::min<std::int64_t>(kTile, w.columns - t * kTile));
     if (rows < kStrip || columns < kTile) std::memset(out, 0, kStrip * kTile * Size);
     for (int r = 0; r < rows; ++r) {
-      const Byte* row = source + ((strip * kStrip + r) * w.columns + t * kTile) * Size;
+      const Byte* row = source + (r * w.columns + t * kTile) * Size;
       for (int k = 0; k < columns; ++k)
         std::memcpy(out + ((k / Run * kStrip + r) * Run + k % Run) * Size, row + k * Size, Size);
     }
@@ -253,19 +268,17 @@ std::int64_t stored_row_bytes(Format format, std::int64_t columns) {
   return (columns + block.weights - 1) / block.weights * block.bytes;
 }
 
-void pack(const Matrix& shape, const Byte* source, Byte* out, int threads) {
-  const std::int64_t strips = shape.strips(), grain = std::max<std::int64_t>(1, 65536 / shape.strip_bytes());
-  parallel_for(static_cast<int>((strips + grain - 1) / grain), threads, [&](int task) {
-    for (std::int64_t s = task * grain; s < std::min(strips, (task + 1) * grain); ++s) {
-      Byte* to = out + s * shape.strip_bytes();
-      switch (shape.format) {
-        case Format::f32: pack_plain<4, 1>(shape, source, s, to); break;
-        case Format::f16: pack_plain<2, 1>(shape, source, s, to); break;
-        case Format::bf16: pack_plain<2, 2>(shape, source, s, to); break;
-        default: pack_blocks(shape, source, s, to);
-      }
-    }
-  });
+void pack_strip(const Matrix& shape, std::int64_t strip, const Byte* source, Byte* out) {
+  switch (shape.format) {
+    case Format::f32:
+      return pack_plain<4, 1>(shape, source, strip, out);
+    case Format::f16:
+      return pack_plain<2, 1>(shape, source, strip, out);
+    case Format::bf16:
+      return pack_plain<2, 2>(shape, source, strip, out);
+    default:
+      return pack_blocks(shape, source, strip, out);
+  }
 }
 
 }  // namespace herd

@@ -1,5 +1,8 @@
 #include "herd/parallel.h"
 
+#include <dlfcn.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -7,9 +10,6 @@
 #include <mutex>
 #include <thread>
 #include <vector>
-
-#include <dlfcn.h>
-#include <unistd.h>
 
 namespace herd {
 namespace {

@@ -11,9 +11,7 @@
 namespace herd {
 namespace {
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 }  // namespace
 
@@ -27,7 +25,8 @@ double read_bandwidth(std::int64_t bytes, int threads, int rounds) {
   for (int round = 0; round < rounds; ++round) {
     const double start = seconds();
     team.run([&](Team::Member& m) {
-      m.each(bytes / kChunk, 1, [&](std::int64_t i) { total += engine_kernels().read(block.data() + i * kChunk, kChunk); });
+      m.each(bytes / kChunk, 1,
+             [&](std::int64_t i) { total += engine_kernels().read(block.data() + i * kChunk, kChunk); });
     });
     best = std::max(best, static_cast<double>(bytes / kChunk * kChunk) / (seconds() - start));
   }

@@ -17,12 +17,12 @@ struct Named {
   BlockSize size;
 };
 constexpr Named kFormats[] = {
-    {"q4_0", BlockFormat::q4_0, {32, 18}},    {"q4_1", BlockFormat::q4_1, {32, 20}},
-    {"q5_0", BlockFormat::q5_0, {32, 22}},    {"q5_1", BlockFormat::q5_1, {32, 24}},
-    {"q8_0", BlockFormat::q8_0, {32, 34}},    {"iq4_nl", BlockFormat::iq4_nl, {32, 18}},
-    {"q2_k", BlockFormat::q2_k, {256, 84}},   {"q3_k", BlockFormat::q3_k, {256, 110}},
-    {"q4_k", BlockFormat::q4_k, {256, 144}},  {"q5_k", BlockFormat::q5_k, {256, 176}},
-    {"q6_k", BlockFormat::q6_k, {256, 210}},  {"iq4_xs", BlockFormat::iq4_xs, {256, 136}},
+    {"q4_0", BlockFormat::q4_0, {32, 18}},   {"q4_1", BlockFormat::q4_1, {32, 20}},
+    {"q5_0", BlockFormat::q5_0, {32, 22}},   {"q5_1", BlockFormat::q5_1, {32, 24}},
+    {"q8_0", BlockFormat::q8_0, {32, 34}},   {"iq4_nl", BlockFormat::iq4_nl, {32, 18}},
+    {"q2_k", BlockFormat::q2_k, {256, 84}},  {"q3_k", BlockFormat::q3_k, {256, 110}},
+    {"q4_k", BlockFormat::q4_k, {256, 144}}, {"q5_k", BlockFormat::q5_k, {256, 176}},
+    {"q6_k", BlockFormat::q6_k, {256, 210}}, {"iq4_xs", BlockFormat::iq4_xs, {256, 136}},
 };
 
 const QuantizeKernels& kernels() {

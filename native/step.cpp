@@ -143,7 +143,8 @@ class Engine::Pass {
     const Delta* found = adapter ? &(adapter->layers[static_cast<std::size_t>(layer)].*which) : nullptr;
     return found && found->rank ? found : nullptr;
   }
-  void take_low(std::int64_t row, int layer, std::initializer_list<Which> matrices, const float* x, std::int64_t n) const {
+  void take_low(std::int64_t row, int layer, std::initializer_list<Which> matrices, const float* x,
+                std::int64_t n) const {
     int at = 0;
     for (const Which which : matrices) {
       if (const Delta* d = delta(row, layer, which)) {
@@ -154,7 +155,8 @@ class Engine::Pass {
     }
   }
   // … and B times it, added to the outputs of one strip.
-  void add_change(int layer, Which which, int at, const Matrix& w, std::int64_t strip, float* y, std::int64_t stride) const {
+  void add_change(int layer, Which which, int at, const Matrix& w, std::int64_t strip, float* y,
+                  std::int64_t stride) const {
     const std::int64_t width = std::min<std::int64_t>(kStrip, w.rows - kStrip * strip);
     for (int row = 0; row < rows_; ++row)
       if (const Delta* d = delta(row, layer, which))
@@ -169,9 +171,11 @@ class Engine::Pass {
       take_low(t, index, {&AdapterLayer::wq, &AdapterLayer::wk, &AdapterLayer::wv}, normed(t), shape_.dim);
     });
     const std::int64_t stride = width_ + 2 * kv_width_;
-    multiply(m, {product(layer.wq, in, q(0), stride, false, index, &AdapterLayer::wq),
-                 product(layer.wk, in, q(0) + width_, stride, false, index, &AdapterLayer::wk),
-                 product(layer.wv, in, q(0) + width_ + kv_width_, stride, false, index, &AdapterLayer::wv)}, rows_);
+    multiply(m,
+             {product(layer.wq, in, q(0), stride, false, index, &AdapterLayer::wq),
+              product(layer.wk, in, q(0) + width_, stride, false, index, &AdapterLayer::wk),
+              product(layer.wv, in, q(0) + width_ + kv_width_, stride, false, index, &AdapterLayer::wv)},
+             rows_);
     m.each(rows_, 1, [&](std::int64_t t) { place(layer, index, t); });
     m.each(static_cast<std::int64_t>(tiles_.size()) * shape_.kv_heads, 1, [&](std::int64_t task) {
       // The last rows see the most keys: they come first, so that no thread is left with them at the end.
@@ -179,8 +183,14 @@ class Engine::Pass {
       const int group = static_cast<int>(task % shape_.kv_heads), heads = shape_.heads / shape_.kv_heads;
       const Span& span = step_.spans[static_cast<std::size_t>(tile.span)];
       const int at = group * heads * shape_.head_dim;
-      Queries queries{tile.rows, heads, q(tile.row) + at, stride, attended(tile.row) + at, width_, 
-                      1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), position_of_[static_cast<std::size_t>(tile.row)],
+      Queries queries{tile.rows,
+                      heads,
+                      q(tile.row) + at,
+                      stride,
+                      attended(tile.row) + at,
+                      width_,
+                      1.0f / std::sqrt(static_cast<float>(shape_.head_dim)),
+                      position_of_[static_cast<std::size_t>(tile.row)],
                       layer.chunk};
       k_.attend(cache_.head(index, group, span.pages), queries, scratch(m));
     });
@@ -236,8 +246,12 @@ class Engine::Pass {
   }
 
   Branch branch(const FeedForward& network, PanelBuffer& in, PanelBuffer& down, int rows, float* out, bool add) const {
-    return {&network, in.reserve(rows, shape_.dim, {&network.w1, &network.w3}),
-            down.reserve(rows, network.w1.rows, {&network.w2}), out, add, false};
+    return {&network,
+            in.reserve(rows, shape_.dim, {&network.w1, &network.w3}),
+            down.reserve(rows, network.w1.rows, {&network.w2}),
+            out,
+            add,
+            false};
   }
 
   static int rows_of(const Branch& branch) {
@@ -316,7 +330,8 @@ class Engine::Pass {
     run_branches(m, index, b_.branches.data(), b_.branches.size());
     m.each(rows_, 1, [&](std::int64_t t) {
       for (int j = 0; j < top_k; ++j) {
-        const float* y = b_.routed.data() + static_cast<std::int64_t>(b_.slot_of[static_cast<std::size_t>(t * top_k + j)]) * shape_.dim;
+        const float* y = b_.routed.data() +
+                         static_cast<std::int64_t>(b_.slot_of[static_cast<std::size_t>(t * top_k + j)]) * shape_.dim;
         for (int i = 0; i < shape_.dim; ++i) x(t)[i] += y[i];
       }
     });

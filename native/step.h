@@ -69,7 +69,7 @@ class PanelBuffer {
 struct Branch {
   const FeedForward* network;
   Panels in, hidden;
-  float* out;    // [rows, dim]
+  float* out;  // [rows, dim]
   bool add;
   bool adapted;  // its rows are those of the batch, which may have adapters
 };
@@ -86,7 +86,8 @@ struct Engine::Buffers {
 
   std::int64_t bytes() const {
     std::int64_t total = in.bytes() + out.bytes() + down.bytes() + head.bytes();
-    for (const auto* b : {&x, &normed, &qkv, &attended, &hidden, &low, &router, &routed, &states, &logits}) total += b->bytes();
+    for (const auto* b : {&x, &normed, &qkv, &attended, &hidden, &low, &router, &routed, &states, &logits})
+      total += b->bytes();
     for (const auto& b : expert_in) total += b.bytes();
     for (const auto& b : expert_down) total += b.bytes();
     for (const auto& b : scratch) total += b.bytes();

@@ -1,10 +1,10 @@
 #include "herd/team.h"
 
-#include <algorithm>
-#include <chrono>
-
 #include <sched.h>
 #include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,7 +13,7 @@
 namespace herd {
 namespace {
 
-constexpr int kSpins = 20000;                      // pauses of some 10 to 40 ns before a thread sleeps
+constexpr int kSpins = 20000;                       // pauses of some 10 to 40 ns before a thread sleeps
 constexpr std::int64_t kBetweenLooks = 20'000'000;  // ns
 
 inline void relax() {
@@ -67,15 +67,16 @@ void Team::start() {
   threads_.clear();
   owner_ = getpid();
   arrived_ = 0;
-  for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i, seen = job_.load()] {
-    if (static_cast<std::size_t>(i) < cpus_.size()) bind_to(cpus_[static_cast<std::size_t>(i)]);
-    for (std::uint32_t job = seen;;) {
-      wait_for_change(job_, job);
-      job = job_.load(std::memory_order_acquire);
-      if (quit_) return;
-      member(i);
-    }
-  });
+  for (int i = 1; i < size_; ++i)
+    threads_.emplace_back([this, i, seen = job_.load()] {
+      if (static_cast<std::size_t>(i) < cpus_.size()) bind_to(cpus_[static_cast<std::size_t>(i)]);
+      for (std::uint32_t job = seen;;) {
+        wait_for_change(job_, job);
+        job = job_.load(std::memory_order_acquire);
+        if (quit_) return;
+        member(i);
+      }
+    });
 }
 
 void Team::member(int index) {

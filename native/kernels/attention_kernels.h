@@ -139,9 +139,7 @@ void multiply(int rows, int columns, int depth, const Unit* a, int lda, const Un
 // One (row, key/value head) pair of a tensor [B, S, N, K]: where its position s of head n begins.
 struct Heads {
   int positions, heads, head_dim, row;
-  std::int64_t at(int s, int n) const {
-    return ((std::int64_t{row} * positions + s) * heads + n) * head_dim;
-  }
+  std::int64_t at(int s, int n) const { return ((std::int64_t{row} * positions + s) * heads + n) * head_dim; }
 };
 
 // Positions [s, s + count) of a head: as units along its width, [count, K / kPair]; as units across positions,
@@ -227,8 +225,8 @@ void mask_tile(const std::int32_t* first, int s0, int rows, int t0, float* score
 }
 
 struct Range {
-  int begin, end;      // key blocks' first and last + 1 position
-  int full_from;       // keys from here on are seen by every query of the block as far as `first` is concerned
+  int begin, end;  // key blocks' first and last + 1 position
+  int full_from;   // keys from here on are seen by every query of the block as far as `first` is concerned
 };
 
 Range visible(const std::int32_t* first, int s0, int rows) {

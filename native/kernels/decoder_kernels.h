@@ -191,9 +191,9 @@ void add_chunk(const std::uint8_t* const* tiles, int n_tiles, int width, const f
   for (; at < width; at += 16) columns.template operator()<1>(at);
 }
 
-// Attention of a tile of queries, chunk after chunk of keys. Within a chunk the softmax is plain; between chunks sums are
-// rescaled to the larger maximum (Milakov and Gimelshein, arXiv 1805.02867). Chunks begin at multiples of kKeyChunk, and
-// a masked key adds an exact zero, so a query's bits depend on its own keys alone.
+// Attention of a tile of queries, chunk after chunk of keys. Within a chunk the softmax is plain; between chunks sums
+// are rescaled to the larger maximum (Milakov and Gimelshein, arXiv 1805.02867). Chunks begin at multiples of
+// kKeyChunk, and a masked key adds an exact zero, so a query's bits depend on its own keys alone.
 template <class Kv>
 void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
   const int width = cache.shape->width(), head_dim = cache.shape->head_dim, count = x.rows * x.heads;
@@ -272,9 +272,12 @@ void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
 template <class Function>
 void with_kv(KvType type, const Function& f) {
   switch (type) {
-    case KvType::f32: return f(KvF32{});
-    case KvType::bf16: return f(KvBf16{});
-    case KvType::int8: return f(KvInt8{});
+    case KvType::f32:
+      return f(KvF32{});
+    case KvType::bf16:
+      return f(KvBf16{});
+    case KvType::int8:
+      return f(KvInt8{});
   }
 }
 
@@ -284,8 +287,10 @@ void put(const CachedHead& cache, std::int64_t token, const float* x, bool key) 
   for (int k = 0; k < width; ++k) padded[k] = k < cache.shape->head_dim ? x[k] : 0.0f;
   with_kv(cache.shape->type, [&](auto kv) {
     using Kv = decltype(kv);
-    if (key) Kv::put_key(cache.key_tile(token), lane, width, padded);
-    else Kv::put_value(cache.value_tile(token), lane, width, padded);
+    if (key)
+      Kv::put_key(cache.key_tile(token), lane, width, padded);
+    else
+      Kv::put_value(cache.value_tile(token), lane, width, padded);
   });
 }
 void put_key(const CachedHead& cache, std::int64_t token, const float* x) { put(cache, token, x, true); }

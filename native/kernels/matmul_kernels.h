@@ -108,9 +108,7 @@ inline void plain_strip(const std::uint8_t* w, const float* x, std::int64_t bloc
   for (int m = 0; m < Rows; ++m) y[m] = even_sum[m] + odd_sum[m];
 }
 
-constexpr Inputs inputs_of(Format format) {
-  return format <= Format::bf16 ? Inputs::f32 : Inputs::int8;
-}
+constexpr Inputs inputs_of(Format format) { return format <= Format::bf16 ? Inputs::f32 : Inputs::int8; }
 
 template <class F, int Rows>
 inline void strip_of_group(const std::uint8_t* w, const std::uint8_t* x, std::int64_t blocks, Floats* y) {
@@ -130,10 +128,17 @@ void strip_of_panel(const Matrix& w, std::int64_t index, const Panel& x, float* 
     const Panel::Group group = x.group_of(first);
     Floats out[8];
     switch (group.size) {
-      case 8: strip_of_group<F, 8>(strip, x.group(group), x.blocks, out); break;
-      case 4: strip_of_group<F, 4>(strip, x.group(group), x.blocks, out); break;
-      case 2: strip_of_group<F, 2>(strip, x.group(group), x.blocks, out); break;
-      default: strip_of_group<F, 1>(strip, x.group(group), x.blocks, out);
+      case 8:
+        strip_of_group<F, 8>(strip, x.group(group), x.blocks, out);
+        break;
+      case 4:
+        strip_of_group<F, 4>(strip, x.group(group), x.blocks, out);
+        break;
+      case 2:
+        strip_of_group<F, 2>(strip, x.group(group), x.blocks, out);
+        break;
+      default:
+        strip_of_group<F, 1>(strip, x.group(group), x.blocks, out);
     }
     for (int m = 0; m < group.size; ++m) {
       float* row = y + (first + m) * stride;

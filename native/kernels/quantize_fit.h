@@ -50,8 +50,7 @@ struct Codebook {
   static constexpr float low = -127;
   static float nearest(float t) {
     float code = kCodebook[0];
-    for (int i = 0; i < 15; ++i)
-      code = t > 0.5f * (kCodebook[i] + kCodebook[i + 1]) ? kCodebook[i + 1] : code;
+    for (int i = 0; i < 15; ++i) code = t > 0.5f * (kCodebook[i] + kCodebook[i + 1]) ? kCodebook[i + 1] : code;
     return code;
   }
   static int index(float code) { return static_cast<int>(std::find(kCodebook, kCodebook + 16, code) - kCodebook); }

@@ -28,7 +28,8 @@ struct Writer {
 
   // The fifth bits of 32 codes.
   void fifth_bits(int at, const std::uint8_t* codes) {
-    for (int j = 0; j < 32; ++j) out[at + j / 8] = static_cast<std::uint8_t>(out[at + j / 8] | (codes[j] >> 4 & 1) << j % 8);
+    for (int j = 0; j < 32; ++j)
+      out[at + j / 8] = static_cast<std::uint8_t>(out[at + j / 8] | (codes[j] >> 4 & 1) << j % 8);
   }
 
   // The low two bits of 256 codes: each half of the block as four rows of 32, one above the other.

@@ -1,10 +1,10 @@
 // What a tile of 16 rows × 32 columns holds in each format, in the order in which it is multiplied.
 //
 // Codes come as eight vectors of [16 rows][4 columns] bytes, which is what a byte product takes. Formats of fewer bits
-// keep them packed, so that unpacking is a shift and a mask for all rows at once: vector j of four-bit codes has columns
-// 4j … in its low and 16 + 4j … in its high halves; fifth and higher bits have vectors of their own. Then come the
-// scales of the 16 rows. Super-blocks have a header with the rows' float16 units before every eight tiles. A weight is
-// scale·(code - kZero) - offset.
+// keep them packed, so that unpacking is a shift and a mask for all rows at once: vector j of four-bit codes has
+// columns 4j … in its low and 16 + 4j … in its high halves; fifth and higher bits have vectors of their own. Then come
+// the scales of the 16 rows. Super-blocks have a header with the rows' float16 units before every eight tiles. A weight
+// is scale·(code - kZero) - offset.
 #pragma once
 
 #include "herd/tiles.h"
@@ -201,21 +201,36 @@ struct Bf16 {
 template <class Function>
 inline void with_format(Format format, const Function& f) {
   switch (format) {
-    case Format::f32: return f(F32{});
-    case Format::f16: return f(F16{});
-    case Format::bf16: return f(Bf16{});
-    case Format::q4_0: return f(Q4_0{});
-    case Format::q4_1: return f(Q4_1{});
-    case Format::q5_0: return f(Q5_0{});
-    case Format::q5_1: return f(Q5_1{});
-    case Format::q8_0: return f(Q8_0{});
-    case Format::iq4_nl: return f(Iq4_nl{});
-    case Format::q2_k: return f(Q2_K{});
-    case Format::q3_k: return f(Q3_K{});
-    case Format::q4_k: return f(Q4_K{});
-    case Format::q5_k: return f(Q5_K{});
-    case Format::q6_k: return f(Q6_K{});
-    case Format::iq4_xs: return f(Iq4_xs{});
+    case Format::f32:
+      return f(F32{});
+    case Format::f16:
+      return f(F16{});
+    case Format::bf16:
+      return f(Bf16{});
+    case Format::q4_0:
+      return f(Q4_0{});
+    case Format::q4_1:
+      return f(Q4_1{});
+    case Format::q5_0:
+      return f(Q5_0{});
+    case Format::q5_1:
+      return f(Q5_1{});
+    case Format::q8_0:
+      return f(Q8_0{});
+    case Format::iq4_nl:
+      return f(Iq4_nl{});
+    case Format::q2_k:
+      return f(Q2_K{});
+    case Format::q3_k:
+      return f(Q3_K{});
+    case Format::q4_k:
+      return f(Q4_K{});
+    case Format::q5_k:
+      return f(Q5_K{});
+    case Format::q6_k:
+      return f(Q6_K{});
+    case Format::iq4_xs:
+      return f(Iq4_xs{});
   }
 }
 

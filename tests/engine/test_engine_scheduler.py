@@ -49,7 +49,9 @@ class HistoryBackend:
         self.fail_at: int | None = None
         self._next = 0
 
-    def reserve(self, capacity: int, prompt: Sequence[int] = ()) -> tuple[int, int] | None:
+    def reserve(
+        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None
+    ) -> tuple[int, int] | None:
         if self.histories and not self.admits(capacity, len(prompt)):
             return None
         n_reused = 0

@@ -265,9 +265,18 @@ def finished_run(tmp_path: Path) -> Path:
               "heldout": {"bytes": 411_000, "tokens": 112_000, "bytes_per_token": 3.67}}  # fmt: skip
     train = {"train": {"seq_len": 512}}
     quantised = {"source": "f32", "bytes": 200_000, "documents": 11, "formats": {
-        "f32": {"file": "checkpoint", "bytes": 20_900_000, "bits_per_weight": 32.0, "bits_per_byte": 1.4012},
-        "q8_0": {"file": "model-q8_0.gguf", "bytes": 5_600_000, "bits_per_weight": 8.6, "bits_per_byte": 1.4014},
-        "q4_0": {"file": "model-q4_0.gguf", "bytes": 3_000_000, "bits_per_weight": 4.7, "bits_per_byte": 1.4391},
+        "f32": {
+            "file": "checkpoint", "bytes": 20_900_000, "bits_per_weight": 32.0,
+            "bits_per_byte": 1.4012, "tokens_per_s": 900.0,
+        },
+        "q8_0": {
+            "file": "model-q8_0.gguf", "bytes": 5_600_000, "bits_per_weight": 8.6,
+            "bits_per_byte": 1.4014, "tokens_per_s": 2500.0,
+        },
+        "q4_0": {
+            "file": "model-q4_0.gguf", "bytes": 3_000_000, "bits_per_weight": 4.7,
+            "bits_per_byte": 1.4391, "tokens_per_s": 3100.0,
+        },
     }}  # fmt: skip
     names = {
         "corpus": write_stage(run_dir, "corpus", {"stats.json": stats}, {"sources": ["python-stdlib"]}, 21.3),

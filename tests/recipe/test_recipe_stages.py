@@ -55,6 +55,7 @@ def test_files_are_written_where_nothing_was_held_out(finished_run: Path, tmp_pa
         size = (tmp_path / entry["file"]).stat().st_size
         assert entry["bytes"] == size and entry["bits_per_weight"] == 8 * size / results["parameters"]
     assert {entry["bits_per_byte"] for entry in results["formats"].values()} == {None}
+    assert all(entry["tokens_per_s"] > 0 for entry in results["formats"].values())
     assert results["documents"] == results["bytes"] == 0
     assert read_json(tmp_path / "results.json") == results
 

@@ -20,10 +20,10 @@ namespace herd {
 struct DecoderShape {
   int dim, layers, heads, kv_heads, head_dim, vocab;
   float norm_eps;
-  bool qk_norm;            // queries and keys normalised after the rotation
-  float temperature;       // of layers without rotation: ln(⌊(position + 1) / floor⌋ + 1)·temperature + 1; 0: none
+  bool qk_norm;       // queries and keys normalised after the rotation
+  float temperature;  // of layers without rotation: ln(⌊(position + 1) / floor⌋ + 1)·temperature + 1; 0: none
   int temperature_floor;
-  int experts, top_k;      // of mixture layers
+  int experts, top_k;  // of mixture layers
 };
 
 // One feed-forward network; a layer has one, or a shared one and its experts.
@@ -92,15 +92,16 @@ class Engine {
          std::vector<int> cpus);
   ~Engine();
 
-  // A matrix in a file's layout, row by row; a norm's weights. Throws std::invalid_argument for an unknown name or a
-  // wrong size.
-  void load(const std::string& name, const std::uint8_t* data, std::size_t bytes, int threads);
+  // A matrix in a file's layout, row by row, from memory or from an open file; a norm's weights. Throws
+  // std::invalid_argument for an unknown name or a wrong size, std::runtime_error when the file ends too early.
+  void load(const std::string& name, const std::uint8_t* data, std::size_t bytes);
+  void load_file(const std::string& name, int descriptor, std::int64_t offset, std::size_t bytes);
   void load_norm(const std::string& name, const float* data, std::size_t count);
   // All is loaded: find each layer's weights. Throws std::invalid_argument when something is missing.
   void ready();
 
-  // An adapter without changes, which load_delta fills: `layer` and "wq" … "w2" name the matrix, A is [rank, columns] and
-  // B [rows, rank]. Throws std::invalid_argument for another matrix or a wrong shape.
+  // An adapter without changes, which load_delta fills: `layer` and "wq" … "w2" name the matrix, A is [rank, columns]
+  // and B [rows, rank]. Throws std::invalid_argument for another matrix or a wrong shape.
   int add_adapter();
   void load_delta(int adapter, int layer, const std::string& matrix, int rank, const float* a, std::size_t a_count,
                   const float* b, std::size_t b_count);
@@ -118,6 +119,8 @@ class Engine {
  private:
   struct Buffers;
   class Pass;
+
+  const Matrix& matrix_to_load(const std::string& name, std::size_t bytes) const;
 
   DecoderShape shape_;
   std::vector<Layer> layers_;

@@ -27,8 +27,8 @@ struct CacheShape {
 // Keys and values of one sequence, layer and head.
 struct CachedHead {
   const CacheShape* shape;
-  std::uint8_t* base;          // of that layer and head in page 0
-  const std::int32_t* pages;   // of the sequence
+  std::uint8_t* base;         // of that layer and head in page 0
+  const std::int32_t* pages;  // of the sequence
 
   std::uint8_t* key_tile(std::int64_t token) const {
     const std::int64_t in_page = token % shape->page_tokens;
@@ -39,14 +39,14 @@ struct CachedHead {
 
 // Queries of neighbouring rows of one sequence that read the same key/value head.
 struct Queries {
-  int rows, heads;            // heads: query heads of each row
-  const float* q;             // of the first row's first head, [head_dim] each
-  std::int64_t row_stride;    // between rows of q
-  float* out;                 // as q
+  int rows, heads;          // heads: query heads of each row
+  const float* q;           // of the first row's first head, [head_dim] each
+  std::int64_t row_stride;  // between rows of q
+  float* out;               // as q
   std::int64_t out_stride;
-  float scale;                // of scores
-  std::int64_t position;      // of the first row
-  std::int64_t chunk;         // 0, or the length of the chunks whose beginning a row cannot look past
+  float scale;            // of scores
+  std::int64_t position;  // of the first row
+  std::int64_t chunk;     // 0, or the length of the chunks whose beginning a row cannot look past
 };
 
 struct EngineKernels {

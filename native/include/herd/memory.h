@@ -1,11 +1,11 @@
 // A block of memory from the system: zeros, taken page by page when first written, in large pages where possible.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <new>
-
-#include <sys/mman.h>
 
 namespace herd {
 

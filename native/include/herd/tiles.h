@@ -13,7 +13,21 @@ constexpr int kStrip = 16;  // rows of a strip: lanes of a vector
 constexpr int kTile = 32;   // columns of a tile: inputs that share a scale
 
 enum class Format : std::uint8_t {
-  f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs
+  f32,
+  f16,
+  bf16,
+  q4_0,
+  q4_1,
+  q5_0,
+  q5_1,
+  q8_0,
+  iq4_nl,
+  q2_k,
+  q3_k,
+  q4_k,
+  q5_k,
+  q6_k,
+  iq4_xs
 };
 constexpr int kFormats = 15;
 
@@ -24,8 +38,9 @@ struct TileSize {
 Format format_named(const std::string& name);  // throws std::invalid_argument
 const char* format_name(Format format);
 constexpr TileSize tile_size(Format format) {
-  constexpr TileSize sizes[kFormats] = {{2048, 0}, {1024, 0}, {1024, 0}, {288, 0},  {320, 0},  {352, 0},  {384, 0}, {544, 0},
-                                        {288, 0},  {160, 64}, {224, 32}, {288, 64}, {352, 64}, {416, 32}, {272, 32}};
+  constexpr TileSize sizes[kFormats] = {{2048, 0}, {1024, 0}, {1024, 0}, {288, 0},  {320, 0},
+                                        {352, 0},  {384, 0},  {544, 0},  {288, 0},  {160, 64},
+                                        {224, 32}, {288, 64}, {352, 64}, {416, 32}, {272, 32}};
   return sizes[static_cast<int>(format)];
 }
 
@@ -47,9 +62,9 @@ struct Matrix {
 // Bytes of a row of `columns` numbers in a file.
 std::int64_t stored_row_bytes(Format format, std::int64_t columns);
 
-// Lays out a matrix that is stored row by row in a file's format (`source`: plain numbers or GGUF's blocks). `out` has
-// bytes() bytes.
-void pack(const Matrix& shape, const std::uint8_t* source, std::uint8_t* out, int threads);
+// Lays out one strip of a matrix whose rows lie one after the other in a file's format (plain numbers or GGUF's
+// blocks). `source` is where the strip's first row begins; `out` has strip_bytes() bytes.
+void pack_strip(const Matrix& shape, std::int64_t strip, const std::uint8_t* source, std::uint8_t* out);
 
 // How a format's products take their inputs: as int8 in blocks of 32 with a scale each, or as floating point.
 enum class Inputs : std::uint8_t { int8, f32 };
@@ -64,9 +79,7 @@ struct alignas(64) Int8Block {
   float unused;
 };
 
-constexpr std::int64_t block_bytes(Inputs kind) {
-  return kind == Inputs::int8 ? sizeof(Int8Block) : 4 * kTile;
-}
+constexpr std::int64_t block_bytes(Inputs kind) { return kind == Inputs::int8 ? sizeof(Int8Block) : 4 * kTile; }
 
 // Rows of inputs, in groups that a kernel takes at once: eight rows, and what remains in four, two and one. In a group
 // the blocks of its rows alternate: [block][row].

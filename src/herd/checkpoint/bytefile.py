@@ -61,6 +61,11 @@ class ByteFile:
             done += got
         return out
 
+    @property
+    def descriptor(self) -> int:
+        """The operating system's number of the open file."""
+        return self._handle
+
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
         if self._handle >= 0:

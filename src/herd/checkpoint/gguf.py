@@ -23,7 +23,7 @@ import numpy.typing as npt
 from herd.checkpoint.blocks import dequantize, quantize
 from herd.checkpoint.bytefile import ByteFile
 from herd.checkpoint.numbers import BLOCKS, PLAIN, Array, cast, name_of, stored_bytes
-from herd.checkpoint.tensorfile import StoredTensor
+from herd.checkpoint.tensorfile import Extent, StoredTensor
 from herd.errors import FileFormatError, HerdError, UsageError
 from herd.files import atomic_write
 from herd.ggufmeta import MetadataValue, read_metadata
@@ -82,6 +82,11 @@ class GgufFile:
         """The bytes of a tensor as they lie in the file."""
         tensor = self.tensors[name]
         return self._file.array(tensor.offset, tensor.nbytes, name)
+
+    def extent(self, name: str) -> Extent:
+        """Where the bytes of a tensor lie."""
+        tensor = self.tensors[name]
+        return Extent(self._file.descriptor, tensor.offset, tensor.nbytes)
 
     def close(self) -> None:
         """Close the file."""

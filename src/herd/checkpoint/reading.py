@@ -16,6 +16,7 @@ from herd.architecture import LlamaConfig, tensor_shapes
 from herd.checkpoint.locate import resolve
 from herd.checkpoint.numbers import Array, name_of
 from herd.checkpoint.sources import Format, GgufSource, HfSource, MetaSource, Source
+from herd.checkpoint.tensorfile import Extent
 from herd.errors import FileFormatError, HerdError
 
 if TYPE_CHECKING:
@@ -101,11 +102,13 @@ class Checkpoint(Mapping[str, Array]):
     def raw(self, name: str) -> RawTensor:
         """A tensor's bytes in its stored format, in canonical layout."""
         if isinstance(self._source, GgufSource):
-            data = self._source.raw(name)
-            if data is not None:
-                return RawTensor(self.type_name(name), self._shapes[name], data)
+            return RawTensor(self.type_name(name), self._shapes[name], self._source.raw(name))
         array = np.ascontiguousarray(self[name])
         return RawTensor(name_of(array), array.shape, array.reshape(-1).view(np.uint8))
+
+    def extent(self, name: str) -> Extent | None:
+        """Where a tensor's bytes lie in a file, as `raw` gives them; None when the file has them in another layout."""
+        return self._source.extent(name)
 
     def close(self) -> None:
         """Close the files."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from herd.checkpoint.bytefile import ByteFile
 from herd.checkpoint.numbers import PLAIN, Array, cast
-from herd.checkpoint.tensorfile import StoredTensor
+from herd.checkpoint.tensorfile import Extent, StoredTensor
 from herd.errors import FileFormatError, HerdError
 from herd.files import parse_json
 
@@ -59,6 +59,11 @@ class SafetensorsFile:
         row_bytes = math.prod(row) * dtype.itemsize
         raw = self._file.array(tensor.offset + first * row_bytes, count * row_bytes, name)
         return raw.view(dtype).reshape(count, *row)
+
+    def extent(self, name: str) -> Extent:
+        """Where the bytes of a tensor lie."""
+        tensor = self.tensors[name]
+        return Extent(self._file.descriptor, tensor.offset, tensor.nbytes)
 
     def close(self) -> None:
         """Close the file."""

@@ -24,7 +24,7 @@ from herd.checkpoint.meta_config import config_from_meta
 from herd.checkpoint.numbers import BLOCKS, PLAIN, Array
 from herd.checkpoint.safetensors import SafetensorsFile
 from herd.checkpoint.shards import check_divisible, shard_shapes, shard_slice
-from herd.checkpoint.tensorfile import StoredTensor, TensorFile
+from herd.checkpoint.tensorfile import Extent, StoredTensor, TensorFile
 from herd.checkpoint.torchzip import TorchFile
 from herd.errors import FileFormatError, UsageError
 from herd.files import read_json_object
@@ -60,6 +60,10 @@ class Source(Protocol):
 
     def type_name(self, name: str) -> str:
         """The number format a canonical tensor is stored in."""
+        ...
+
+    def extent(self, name: str) -> Extent | None:
+        """Where a canonical tensor lies, when the file has it in canonical layout."""
         ...
 
     def close(self) -> None:
@@ -173,6 +177,12 @@ class HfSource:
         stored = self._prefix + self._table.part[name][0].stored
         return self._home[stored].tensors[stored].type_name
 
+    def extent(self, name: str) -> Extent | None:
+        """Where it lies, when the file has it in canonical layout."""
+        rule, _ = self._table.part[name]
+        stored = self._prefix + rule.stored
+        return self._home[stored].extent(stored) if rule.layout == "same" and len(rule.parts) == 1 else None
+
     def close(self) -> None:
         """Close all files."""
         for file in self.files:
@@ -254,10 +264,13 @@ class GgufSource:
         rows = self._file.rows
         return read_part(rule, index, self._table.shapes, self.config.head_dim, lambda a, n: rows(rule.stored, a, n))
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8] | None:
-        """The stored bytes of a canonical tensor, when they are laid out canonically."""
-        rule, _ = self._table.part[name]
-        return self._file.raw(rule.stored) if rule.layout == "same" and len(rule.parts) == 1 else None
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The stored bytes of a canonical tensor."""
+        return self._file.raw(self._table.part[name][0].stored)
+
+    def extent(self, name: str) -> Extent | None:
+        """Where they lie."""
+        return self._file.extent(self._table.part[name][0].stored)
 
     def type_name(self, name: str) -> str:
         """Its number or block format."""
@@ -325,6 +338,10 @@ class MetaSource:
     def type_name(self, name: str) -> str:
         """Its number format."""
         return self.files[0].tensors[self._table.part[name][0].stored].type_name
+
+    def extent(self, name: str) -> Extent | None:
+        """None: a tensor may be in several pieces."""
+        return None
 
     def close(self) -> None:
         """Close all shards."""

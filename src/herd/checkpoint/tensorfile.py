@@ -10,7 +10,7 @@ from typing import Protocol
 
 from herd.checkpoint.numbers import Array, stored_bytes
 
-__all__ = ["StoredTensor", "TensorFile", "TensorSink"]
+__all__ = ["Extent", "StoredTensor", "TensorFile", "TensorSink"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,15 @@ class StoredTensor:
     def count(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor's bytes lie: an open file's descriptor, byte offset and length."""
+
+    descriptor: int
+    offset: int
+    nbytes: int
 
 
 class TensorFile(Protocol):

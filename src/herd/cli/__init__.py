@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tokenize": ("tokenize", "Show the tokens of a text or a dialogue."),
     "evaluate": ("evaluate", "Bits per byte and exact match, with confidence intervals."),
     "report": ("report", "Rebuild a run's HTML report and model card."),
+    "bench": ("bench", "Measure speed and memory of a model, also against llama.cpp."),
     "doctor": ("doctor", "What this machine offers and what is missing."),
 }
 """Verb → (module in herd.cli, one line for `herd --help`)."""

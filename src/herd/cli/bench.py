@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -16,7 +15,7 @@ from herd.cli.output import emit, table
 
 if TYPE_CHECKING:
     from herd.engine.backend import Backend, BackendOptions
-    from herd.engine.measure import Limits, Spread, Work
+    from herd.engine.measure import Limits, Speeds, Spread, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +41,17 @@ class Measurement:
 
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, GGUF file, run directory or pulled repository.")],
-    quant: Annotated[str | None, typer.Option(help="How weights are held: q8_0, q4_k_m, bf16, … (default: as is)")] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="How weights are held: q8_0, q4_k_m, bf16, … (default: as is)")
+    ] = None,
     ctx: Annotated[int | None, typer.Option(help="Tokens of context (default: what is measured needs).")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     kv: Annotated[str, typer.Option(help="How the cache is held: bf16, f32 or int8.")] = "bf16",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt whose speed is measured.")] = 512,
     batches: Annotated[str, typer.Option(help="Sequences that decode together.")] = "1,8,32",
-    depth: Annotated[str, typer.Option(help="Tokens before those decoded: all batches at the first, one beyond.")] = "0,4096",
+    depth: Annotated[
+        str, typer.Option(help="Tokens that are there before; beyond the first depth, only the first batch.")
+    ] = "0,4096",
     steps: Annotated[int, typer.Option(help="Tokens a sequence decodes in a repetition.")] = 64,
     repetitions: Annotated[int, typer.Option(help="Of every measurement.")] = 5,
     against: Annotated[
@@ -67,20 +70,22 @@ def command(
 
         herd bench runs/pocket
 
-        herd bench model-q4_k_m.gguf --threads 8 --against llama.cpp/build/bin/llama-bench
+        herd bench model.gguf --threads 8 --against build/bin/llama-bench
 
-        herd bench meta-llama/Llama-3.2-1B --quant q8_0 --batches 1 --depth 0,8000 --json
+        herd bench Llama-3.2-1B --quant q8_0 --depth 0,8000 --json
     """
     from herd import checkpoint
     from herd.engine.backend import BackendOptions, KvType, open_backend
+    from herd.engine.request import check_whole
     from herd.errors import UsageError
     from herd.progress import status
 
     if kv not in get_args(KvType):
         raise UsageError("unknown cache type", value=kv, allowed=", ".join(get_args(KvType)))
-    for option, value in (("--prompt", prompt), ("--steps", steps), ("--repetitions", repetitions)):
-        if value < 1:
-            raise UsageError(f"{option} is too small", value=value, allowed="1 or more")
+    counts = {"--prompt": prompt, "--steps": steps, "--repetitions": repetitions, "--threads": threads}
+    for option, value in counts.items():
+        if value is not None:
+            check_whole(option, value, 1, 1 << 30 if option != "--threads" else 4096)
     depths, sizes = _numbers("--depth", depth, 0, 1 << 30), _numbers("--batches", batches, 1, 128)
     path = checkpoint.resolve(model)
     program = None if against is None else _program(against, path, quant)
@@ -89,10 +94,13 @@ def command(
     wanted += [Measurement(batch=sizes[0], depth=further, steps=steps) for further in depths[1:]]
     with checkpoint.open_checkpoint(path) as opened:
         room = opened.config.context_length if ctx is None else ctx
-    fitting = [each for each in wanted if each.length <= room]
+    fitting = [each for each in dict.fromkeys(wanted) if each.length <= room]
     if not fitting:
-        raise UsageError("nothing that is to be measured fits the context", value=room, fix="a lower --prompt or --steps")
-    options = BackendOptions(path, quant, ctx or max(each.length for each in fitting), threads or _cpus(), kv)
+        raise UsageError(
+            "nothing that is to be measured fits the context", value=room, fix="a lower --prompt or --steps"
+        )
+    needed = max(each.length for each in fitting)
+    options = BackendOptions(path, quant, ctx or needed, threads or _cpus(), cast(KvType, kv))
     status("loading …")
     start = time.perf_counter()
     backend = open_backend("native", options)
@@ -157,6 +165,7 @@ def _measure(
     memory = {"loading": peak_memory()}
     threads = options.threads or 1
     speeds: dict[Measurement, dict[str, Spread]] = {}
+    machine: Limits | None = None
     skipped = []
     for each in wanted:
         try:
@@ -164,9 +173,10 @@ def _measure(
         except ResourceError as error:
             skipped.append(f"{each.name}: {error}")
         memory.setdefault("first_measurement", peak_memory())
-    backend.close()  # the probe wants memory
-    status("measuring the machine …")
-    machine = limits(threads)
+        status("measuring the machine …")
+        found = limits(threads)
+        machine = found if machine is None else machine.best(found)
+    assert machine is not None
     work = work_of(options.path, options.quant, options.kv)
     return {
         "model": str(options.path),
@@ -181,7 +191,7 @@ def _measure(
         "load_seconds": loaded,
         "peak_memory_bytes": memory,
         "limits": dataclasses.asdict(machine),
-        "measurements": [_row(each, found, work, machine) for each, found in speeds.items()],
+        "measurements": [_row(each, both, work, machine) for each, both in speeds.items()],
         "skipped": skipped,
     }
 
@@ -193,7 +203,7 @@ def _speeds(
     from herd.engine.measure import PEER_CACHE, measure_decode, measure_llama_bench, measure_prefill, spread
     from herd.progress import status
 
-    runs: dict[str, Iterator[float]] = {}
+    runs: dict[str, Speeds] = {}
     if program is not None and what.batch == 1:
         cache = PEER_CACHE[options.kv]
         runs["peer"] = measure_llama_bench(
@@ -212,7 +222,7 @@ def _speeds(
     values: dict[str, list[float]] = {name: [] for name in runs}
     with contextlib.ExitStack() as stack:
         for run in runs.values():
-            stack.callback(run.close)  # type: ignore[attr-defined]  # they are generators
+            stack.enter_context(contextlib.closing(run))
         for i in range(repetitions):
             for name, run in runs.items():
                 status(f"{what.name}: {name}, {i + 1} of {repetitions} …")
@@ -222,18 +232,16 @@ def _speeds(
 
 def _row(what: Measurement, found: dict[str, Spread], work: Work, machine: Limits) -> dict[str, Any]:
     """A measurement for people and programs; shares are of the median."""
+    from herd.engine.measure import shares
+
     ours, peer = found["herd"], found.get("peer")
-    tokens = what.prompt or what.batch
-    seconds = tokens / ours.median  # of a prompt, or of a step
-    middle = what.depth + (what.steps + 1) / 2
-    read = None if what.prompt else machine.share_of_bandwidth(work.bytes_read(what.batch, middle), seconds)
-    outputs = 1 if what.prompt else what.batch
+    read, computed = shares(work, machine, ours.median, **dataclasses.asdict(what))
     return {
         "what": what.name,
         **dataclasses.asdict(what),
         "tokens_per_second": dataclasses.asdict(ours),
         "share_of_bandwidth": read,
-        "share_of_peak": machine.share_of_peak(work.operations(tokens, outputs), seconds),
+        "share_of_peak": computed,
         "peer_tokens_per_second": None if peer is None else dataclasses.asdict(peer),
         "ratio": None if peer is None else ours.median / peer.median,
     }
@@ -243,7 +251,7 @@ def _show(result: dict[str, Any]) -> None:
     memory, machine = result["peak_memory_bytes"], result["limits"]
     print(
         f"{result['model']}: {result['parameters']:,} parameters in {result['weight_bytes'] / 1e6:,.1f} MB, "
-        f"cache in {result['kv']}, {result['threads']} threads, {result['isa']}"
+        f"cache in {result['kv']}, threads: {result['threads']}, {result['isa']}"
     )
     print(
         f"loaded in {result['load_seconds']:.2f} s; memory at most {memory['loading'] / 1e6:,.0f} MB while loading, "

@@ -42,7 +42,13 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Repeat a conversation's random choices.")] = None,
     ctx: Annotated[int | None, typer.Option(help="Tokens of context (default: the model's).")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    quant: Annotated[str | None, typer.Option(help="How weights are held: f32 or bf16.")] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="How weights are held: q4_k_m, q8_0, bf16, … (default: as they are stored).")
+    ] = None,
+    kv: Annotated[str, typer.Option(help="How keys and values are held: bf16, int8 or f32.")] = "bf16",
+    draft: Annotated[
+        str | None, typer.Option(help='What guesses ahead, to be checked: "ngram", or a smaller model.')
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> int:
     """Talk to a model; answers stream as they are made. Type /help for the commands inside.
@@ -61,7 +67,7 @@ def command(
     from herd.progress import status
 
     status("loading …")
-    with LLM(model, quant=quant, ctx=ctx, threads=threads) as llm:
+    with LLM(model, quant=quant, ctx=ctx, threads=threads, kv=kv, draft=draft) as llm:
         status("")
         session = ChatSession(llm, system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         title = f"{model} · {llm.context} tokens of context · /help for commands, Ctrl-D to leave"

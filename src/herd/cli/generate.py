@@ -25,7 +25,13 @@ def command(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     ctx: Annotated[int | None, typer.Option(help="Tokens of context (default: the model's).")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    quant: Annotated[str | None, typer.Option(help="How weights are held: f32 or bf16.")] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="How weights are held: q4_k_m, q8_0, bf16, … (default: as they are stored).")
+    ] = None,
+    kv: Annotated[str, typer.Option(help="How keys and values are held: bf16, int8 or f32.")] = "bf16",
+    draft: Annotated[
+        str | None, typer.Option(help='What guesses ahead, to be checked: "ngram", or a smaller model.')
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole completion as JSON at the end.")] = False,
 ) -> None:
     """Continue a text; the continuation streams to standard output, everything else goes to standard error.
@@ -59,7 +65,7 @@ def command(
     prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # an argument may hold bytes that are no UTF-8
     prompt = prompt.rstrip(" ")
     status("loading …")
-    with LLM(continuing(model), quant=quant, ctx=ctx, threads=threads) as llm:
+    with LLM(continuing(model), quant=quant, ctx=ctx, threads=threads, kv=kv, draft=draft) as llm:
         status("")
         chunks = llm.stream(
             prompt,

@@ -60,9 +60,7 @@ class Backend(Protocol):
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Make a low-rank adapter known by a name. Raises HerdError when this backend cannot apply it."""
 
-    def reserve(
-        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None
-    ) -> tuple[int, int] | None:
+    def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
         """A new sequence of up to `capacity` tokens; None when there is no room before another is released.
 
         Returns its number, and how many of the first tokens of `prompt` it holds already: never all of them. When no

@@ -57,7 +57,7 @@ class LLM:
         quant: str | None = None,
         ctx: int | None = None,
         threads: int | None = None,
-        kv: KvType = "bf16",
+        kv: KvType | str = "bf16",
         backend: str = "auto",
         draft: str | Path | None = None,
     ) -> None:
@@ -70,14 +70,12 @@ class LLM:
         if threads is not None:
             check_whole("threads", threads, 1, 4096)
         resolved = checkpoint.resolve(str(path))
-        options = BackendOptions(path=resolved, quant=quant, ctx=ctx, threads=threads, kv=kv)
+        options = BackendOptions(path=resolved, quant=quant, ctx=ctx, threads=threads, kv=cast("KvType", kv))
         self._backend: Backend | None = open_backend(backend, options)
         self.path: Path = resolved
         self.tokenizer: Tokenizer = tokenizer.load(resolved)
         self._drafter = None if draft is None else self._open_drafter(draft, options, backend)
-        self._scheduler = Scheduler(
-            self._backend, self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter
-        )
+        self._scheduler = Scheduler(self._backend, self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter)
         self._adapters: set[str] = set()
         self._lock = threading.RLock()
 

@@ -1,6 +1,6 @@
 """How fast the native engine is, and how fast the machine would let it be.
 
-Speeds are endless iterators of tokens per second, one repetition for each `next`, so that a caller can alternate
+Speeds are endless generators of tokens per second, one repetition for each `next`, so that a caller can alternate
 between programs; the first `next` warms up. Tokens are random, logits are computed and not looked at, as in llama.cpp's
 `llama-bench`. What a step must read and multiply follows from the model's shape and formats; what the machine can read
 and multiply in a second is measured by the same kernels without any other work.
@@ -13,8 +13,8 @@ import math
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,8 @@ from herd.engine.backend import Backend, Span
 from herd.errors import HerdError, ResourceError
 
 Arithmetic = Literal["int8", "f32"]
+Speeds = Generator[float, None, None]
+"""Tokens per second, a repetition for each `next`."""
 PEER_CACHE = {"bf16": "f16", "f32": "f32", "int8": "q8_0"}
 """Our number types of the cache, and llama.cpp's of the same size."""
 
@@ -56,6 +58,10 @@ class Limits:
     bandwidth: float
     int8: float
     f32: float
+
+    def best(self, other: Limits) -> Limits:
+        """The higher of two measurements: what slowed the other down was not this machine's limit."""
+        return Limits(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
 
     def share_of_bandwidth(self, n_bytes: float, seconds: float) -> float:
         """Of the bytes that could have been read. Above 1 for a small model, whose weights stay in the caches."""
@@ -97,13 +103,10 @@ class Work:
 
     config: LlamaConfig
     products: tuple[Product, ...]
+    weight_bytes: int
+    """Of all matrices in memory, those included that are only looked up."""
     cache_bytes: float
-    """Keys and values of one token in one layer."""
-
-    @property
-    def weights(self) -> float:
-        """Weights that one token is multiplied by."""
-        return sum(p.weights * p.share for p in self.products)
+    """Of keys and values of one token in one layer."""
 
     def bytes_read(self, batch: int, depth: float) -> float:
         """By a step of one token for each of `batch` sequences that hold `depth` tokens.
@@ -146,7 +149,21 @@ def work_of(path: Path, quant: str | None, kv: str) -> Work:
             size = copies * _native.packed_bytes(held, height, width)
             kind: Arithmetic = "f32" if held in PLAIN else "int8"
             products.append(Product(size, copies * height * width, kind, share, name == head))
-    return Work(config, tuple(products), plan.cache_per_token / config.n_layers)
+    return Work(config, tuple(products), plan.weights, plan.cache_per_token / config.n_layers)
+
+
+def shares(
+    work: Work, machine: Limits, speed: float, *, prompt: int, batch: int, depth: int, steps: int
+) -> tuple[float | None, float]:
+    """Of bandwidth and of peak, at `speed` tokens per second: for a prompt, or for steps of a batch.
+
+    Bandwidth is not what bounds a prompt, whose tokens share the weights that are read: None.
+    """
+    if prompt:
+        return None, machine.share_of_peak(work.operations(prompt, 1), prompt / speed)
+    seconds = batch / speed
+    read = work.bytes_read(batch, depth + (steps + 1) / 2)
+    return machine.share_of_bandwidth(read, seconds), machine.share_of_peak(work.operations(batch, batch), seconds)
 
 
 def peak_memory() -> int:
@@ -164,7 +181,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_prefill(backend: Backend, tokens: int) -> Iterator[float]:
+def measure_prefill(backend: Backend, tokens: int) -> Speeds:
     """Prompts of so many tokens, one at a time, each with the logits after its last token.
 
     Raises ResourceError when there is no room for one.
@@ -175,10 +192,10 @@ def measure_prefill(backend: Backend, tokens: int) -> Iterator[float]:
         yield tokens / _timed_prefill(backend, _random(rng, backend, tokens))
 
 
-def measure_decode(backend: Backend, batch: int, depth: int, steps: int) -> Iterator[float]:
+def measure_decode(backend: Backend, batch: int, depth: int, steps: int) -> Speeds:
     """`steps` steps of one token for each of `batch` sequences that begin with `depth` tokens of their own.
 
-    Raises ResourceError when there is no room for them; close the iterator to give their room back.
+    Raises ResourceError when there is no room for them; close the generator to give their room back.
     """
     rng = np.random.default_rng(0)
     roots: list[int] = []
@@ -204,7 +221,7 @@ def measure_llama_bench(
     steps: int = 0,
     depth: int = 0,
     options: Sequence[str] = (),
-) -> Iterator[float]:
+) -> Speeds:
     """The same with llama.cpp's `llama-bench`: a process, with its own warm-up, for each repetition."""
     arguments = ["-m", str(model), "-t", str(threads), "-ngl", "0", "-r", "1", "-o", "json"]
     arguments += ["-p", str(prompt), "-n", str(steps), "-d", str(depth), *options]
@@ -225,7 +242,9 @@ def run_program(program: str, arguments: Sequence[str]) -> str:
     except OSError as error:
         raise HerdError(f"{name} cannot be started ({error.strerror})", value=program) from None
     if result.returncode:
-        how = f"ended with code {result.returncode}" if result.returncode > 0 else f"died of signal {-result.returncode}"
+        how = (
+            f"ended with code {result.returncode}" if result.returncode > 0 else f"died of signal {-result.returncode}"
+        )
         raise HerdError(f"{name} {how}{_last_lines(result.stderr or result.stdout)}")
     return result.stdout
 

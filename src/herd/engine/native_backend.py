@@ -79,9 +79,7 @@ class NativeBackend:
             raise HerdError(f"this adapter cannot be applied: {error}", value=name) from None
         self._adapters[name] = number
 
-    def reserve(
-        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None
-    ) -> tuple[int, int] | None:
+    def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
         if len(self._sequences) == self.max_sequences:
             return None
         # Adapters are numbered from 0; what they computed is remembered apart.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from herd import _native
 from herd.architecture import LlamaConfig, stored_tensors
@@ -14,7 +15,7 @@ from herd.checkpoint.blocks import dequantize, quantize
 from herd.checkpoint.mixes import MIXES, gguf_type
 from herd.checkpoint.numbers import BLOCKS, PLAIN, cast
 from herd.engine.memory import MemoryPlan, available_bytes, smaller_contexts
-from herd.errors import UsageError, near
+from herd.errors import HerdError, UsageError, near
 from herd.progress import track
 
 WEIGHTS = (*MIXES, *PLAIN)
@@ -103,28 +104,41 @@ def make_engine(config: LlamaConfig, formats: dict[str, str], checkpoint: Checkp
 
 
 def load_weights(engine: _native.Engine, checkpoint: Checkpoint, formats: dict[str, str]) -> None:
-    """Read, convert where asked for, and pack every tensor; in memory beside the packed ones is one at a time."""
+    """Read, convert where asked for, and pack every tensor.
+
+    What is kept as it is stored goes from the file to its packed form piece by piece; of the rest, one tensor at a time
+    is in memory beside the packed ones. Raises HerdError when a file ends too early.
+    """
     for name in track(list(checkpoint), label="loading"):
         if name not in formats:
-            values = np.ascontiguousarray(checkpoint[name], np.float32)
-            engine.load_norm(name, values)
+            engine.load_norm(name, np.ascontiguousarray(checkpoint[name], np.float32))
             continue
-        for each, data in _matrices(checkpoint, name, formats[name]):
-            engine.load(each, data)
+        shape, extent = checkpoint.shape(name), checkpoint.extent(name)
+        names = [name] if len(shape) == 2 else [f"{name}.{e}" for e in range(shape[0])]
+        if extent is None or checkpoint.type_name(name) != formats[name]:
+            for each, data in zip(names, _converted(checkpoint, name, formats[name]), strict=True):
+                engine.load(each, data)
+            continue
+        size = extent.nbytes // len(names)
+        for e, each in enumerate(names):
+            try:
+                engine.load_file(each, extent.descriptor, extent.offset + e * size, size)
+            except RuntimeError as error:
+                raise HerdError(f"{checkpoint.path} cannot be loaded: {error}") from None
     engine.ready()
 
 
-def _matrices(checkpoint: Checkpoint, name: str, format_name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, bytes) of a tensor, or of each expert's part of it, in the format wanted."""
+def _converted(checkpoint: Checkpoint, name: str, format_name: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """The bytes of a tensor's matrix, or of each expert's, in the format wanted."""
     raw = checkpoint.raw(name)
     n_experts = raw.shape[0] if len(raw.shape) == 3 else 1
-    for e, part in enumerate(raw.data.reshape(n_experts, -1)):
-        data = part
-        if raw.type_name != format_name:
-            values = part.view(PLAIN[raw.type_name]) if raw.type_name in PLAIN else dequantize(raw.type_name, part)
-            matrix = values.reshape(raw.shape[-2:])
-            if format_name in BLOCKS:
-                data = np.frombuffer(quantize(format_name, matrix), np.uint8)
-            else:
-                data = cast(matrix, format_name, name).reshape(-1).view(np.uint8)
-        yield (name if len(raw.shape) == 2 else f"{name}.{e}"), np.ascontiguousarray(data)
+    for data in raw.data.reshape(n_experts, -1):
+        if raw.type_name == format_name:
+            yield data
+            continue
+        values = data.view(PLAIN[raw.type_name]) if raw.type_name in PLAIN else dequantize(raw.type_name, data)
+        matrix = values.reshape(raw.shape[-2:])
+        if format_name in BLOCKS:
+            yield np.frombuffer(quantize(format_name, matrix), np.uint8)
+        else:
+            yield np.ascontiguousarray(cast(matrix, format_name, name)).reshape(-1).view(np.uint8)

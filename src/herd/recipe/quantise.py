@@ -1,7 +1,8 @@
-"""The quantise stage: the final model as GGUF files, and what each format costs in bits per byte."""
+"""The quantise stage: the final model as GGUF files, what each format costs in bits per byte, and how fast it is."""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ Format = Literal[
 ]  # fmt: skip
 
 
+_TIMED_TOKENS, _TIMED_ANSWERS = 64, 5
+
+
 class QuantiseConfig(Config):
     """Which files to write, and on how much text to score them."""
 
@@ -34,8 +38,8 @@ class QuantiseConfig(Config):
 def quantise(config: QuantiseConfig, checkpoint: Path, heldout: list[str], out: Path, *, name: str) -> dict[str, Any]:
     """Write model-<format>.gguf for every format and results.json, whose data is returned.
 
-    Every file is loaded back and scored, and the source on the same text; where nothing was held out, bits_per_byte
-    is None. `name` is the model's name in the files.
+    Every file is loaded back, scored and timed, and the source on the same text; where nothing was held out,
+    bits_per_byte is None. `name` is the model's name in the files.
     """
     documents = first_documents(heldout, config.heldout_bytes)
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
@@ -59,8 +63,21 @@ def quantise(config: QuantiseConfig, checkpoint: Path, heldout: list[str], out: 
 
 
 def _entry(path: Path, size: int, parameters: int, documents: list[str]) -> dict[str, Any]:
-    bits = None
-    if documents:
-        with LLM(path) as llm:
-            bits = bits_per_byte(llm, documents).bits_per_byte
-    return {"file": path.name, "bytes": size, "bits_per_weight": 8 * size / parameters, "bits_per_byte": bits}
+    with LLM(path) as llm:
+        return {
+            "file": path.name,
+            "bytes": size,
+            "bits_per_weight": 8 * size / parameters,
+            "bits_per_byte": bits_per_byte(llm, documents).bits_per_byte if documents else None,
+            "tokens_per_s": _decode_speed(llm),
+        }
+
+
+def _decode_speed(llm: LLM) -> float:
+    """Tokens generated per second for one request: the middle of a few short answers."""
+    length = min(_TIMED_TOKENS, llm.context - 1)
+    answers = [
+        llm.generate([0], max_tokens=length, temperature=0, ignore_eos=True).timings.decode_tokens_per_s
+        for _ in range(_TIMED_ANSWERS)
+    ]
+    return statistics.median(answers)

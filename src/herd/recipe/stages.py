@@ -49,10 +49,10 @@ def stage_table() -> list[Stage]:
             _evaluate,
             inputs=("corpus", "base"),
             optional_inputs=("sft",),
-            version=2,
+            version=3,
         ),
-        Stage("quantise", QuantiseConfig, _quantise, inputs=("corpus", "base"), optional_inputs=("sft",)),
-        Stage("report", ReportConfig, _report, optional_inputs=_REPORTED, version=2),
+        Stage("quantise", QuantiseConfig, _quantise, inputs=("corpus", "base"), optional_inputs=("sft",), version=2),
+        Stage("report", ReportConfig, _report, optional_inputs=_REPORTED, version=3),
     ]
 
 

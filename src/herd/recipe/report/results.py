@@ -191,6 +191,7 @@ def quantised_section(run: RunData) -> Section | None:
                 size(entry["bytes"]),
                 f"{entry['bits_per_weight']:.2f}",
                 *bits_and_cost(results, name),
+                f"{entry['tokens_per_s']:,.0f}",
             ]
         )
     scored = f", each scored again on {size(results['bytes'])} of held-out text" if results["bytes"] else ""
@@ -199,9 +200,11 @@ def quantised_section(run: RunData) -> Section | None:
         "Quantised",
         join(
             [
-                tag("p", f"The final model as GGUF files{scored}."),
+                tag("p", f"The final model as GGUF files{scored}, and how many tokens a second it answers with."),
                 table(
-                    ["format", "file", "size", "bits per weight", "bits per byte", "cost"], rows, numeric=(2, 3, 4, 5)
+                    ["format", "file", "size", "bits per weight", "bits per byte", "cost", "tokens/s"],
+                    rows,
+                    numeric=(2, 3, 4, 5, 6),
                 ),
             ]
         ),
