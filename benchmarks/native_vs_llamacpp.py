@@ -11,7 +11,8 @@ ratio says that Herd is better: faster, sooner or smaller.
 
 "First token" is a whole process that loads and computes a prompt of 16 tokens, Python's own start included; "memory" is
 the most that a process with a prompt of 512 tokens has resident, pages of mapped files included. Shares are of what the
-same machine reads and computes at best, measured in every round. For Linux.
+same machine reads and computes at best, measured in every round; computing is multiplying by the weights, without
+attention. For Linux.
 """
 
 from __future__ import annotations
@@ -132,15 +133,19 @@ def llama_commands(case: Case, path: Path, options: argparse.Namespace) -> dict[
     return {"default": arguments}
 
 
-def run(command: list[str]) -> tuple[str, float, int]:
-    """Standard output of a program, its seconds and its peak of resident bytes. Raises HerdError when it fails."""
+def run(command: list[str], watch: bool = False) -> tuple[str, float, int]:
+    """Standard output of a program, its seconds and, if watched, its peak of resident bytes.
+
+    Raises HerdError when it fails.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         start, peak = time.perf_counter(), 0
         process = subprocess.Popen(command, stdout=out, stderr=errors)
         try:
-            while process.poll() is None:
+            while watch and process.poll() is None:
                 peak = max(peak, resident_peak(process.pid))
-                time.sleep(0.005 if time.perf_counter() - start < 5 else 0.1)
+                time.sleep(0.005)
+            process.wait()
         finally:
             process.kill()
         seconds = time.perf_counter() - start
@@ -164,7 +169,7 @@ def resident_peak(pid: int) -> int:
 
 def value_of(case: Case, command: list[str], read: Callable[[str], float]) -> float:
     """Run a command and take the case's figure: what the program measured, or what is seen from outside."""
-    text, seconds, peak = run(command)
+    text, seconds, peak = run(command, watch=case.unit == "bytes")
     return {"s": seconds, "bytes": float(peak)}[case.unit] if case.kind == "once" else read(text)
 
 

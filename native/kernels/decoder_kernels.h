@@ -10,37 +10,30 @@ namespace {
 
 void normalise(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
   Floats squares[2] = {};
-  std::int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    for (int j = 0; j < 2; ++j) {
-      const Floats v = load(x + i + j * kLanes);
-      squares[j] += v * v;
-    }
-  for (; i < n; i += kLanes) {
-    const Floats v = load_some(x + i, static_cast<int>(std::min<std::int64_t>(kLanes, n - i)));
-    squares[0] += v * v;
-  }
+  in_vectors(n, [&](std::int64_t i, int lanes) {
+    const Floats v = load_some(x + i, lanes);
+    squares[i / kLanes % 2] += v * v;
+  });
   const float factor = 1.0f / std::sqrt(sum(squares[0] + squares[1]) / static_cast<float>(n) + eps);
-  for (i = 0; i < n; ++i) out[i] = weight ? x[i] * factor * weight[i] : x[i] * factor;
+  in_vectors(n, [&](std::int64_t i, int lanes) {
+    const Floats v = load_some(x + i, lanes) * factor;
+    store_some(out + i, weight ? v * load_some(weight + i, lanes) : v, lanes);
+  });
 }
 
 void add_dots(const float* rows, std::int64_t count, std::int64_t n, const float* x, float* y) {
   for (std::int64_t r = 0; r < count; ++r, rows += n) {
     Floats sums{};
-    for (std::int64_t i = 0; i < n; i += kLanes) {
-      const int some = static_cast<int>(std::min<std::int64_t>(kLanes, n - i));
-      sums += some == kLanes ? load(rows + i) * load(x + i) : load_some(rows + i, some) * load_some(x + i, some);
-    }
+    in_vectors(n, [&](std::int64_t i, int lanes) { sums += load_some(rows + i, lanes) * load_some(x + i, lanes); });
     y[r] += sum(sums);
   }
 }
 
 void swiglu(const float* gate, const float* up, std::int64_t n, float* out) {
-  for (std::int64_t i = 0; i < n; i += kLanes) {
-    const int count = static_cast<int>(std::min<std::int64_t>(kLanes, n - i));
-    const Floats g = load_some(gate + i, count);
-    store_some(out + i, g / (1.0f + exponential(-g)) * load_some(up + i, count), count);
-  }
+  in_vectors(n, [&](std::int64_t i, int lanes) {
+    const Floats g = load_some(gate + i, lanes);
+    store_some(out + i, g / (1.0f + exponential(-g)) * load_some(up + i, lanes), lanes);
+  });
 }
 
 void rotate(float* x, int heads, int head_dim, const float* cosine, const float* sine) {

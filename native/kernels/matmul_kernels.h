@@ -142,11 +142,7 @@ void strip_of_panel(const Matrix& w, std::int64_t index, const Panel& x, float* 
     }
     for (int m = 0; m < group.size; ++m) {
       float* row = y + (first + m) * stride;
-      if (width == kStrip) {
-        store(row, add ? load(row) + out[m] : out[m]);
-      } else {
-        store_some(row, add ? load_some(row, width) + out[m] : out[m], width);
-      }
+      store_some(row, add ? load_some(row, width) + out[m] : out[m], width);
     }
     first += group.size;
   }
@@ -172,11 +168,8 @@ void put_block(const Panel& panel, int row, std::int64_t b, const float* values)
     // 1.5·2^23 rounds to whole numbers and leaves them in the low bits.
     const Ints a = bits<Ints>(low * inverse + 12582912.0f) - 0x4b400000;
     const Ints c = bits<Ints>(high * inverse + 12582912.0f) - 0x4b400000;
-    std::int32_t first = 0, second = 0;
-    for (int i = 0; i < 16; ++i) {
-      block.codes[i] = static_cast<std::int8_t>(a[i]), block.codes[16 + i] = static_cast<std::int8_t>(c[i]);
-      first += a[i], second += c[i];
-    }
+    to_bytes(block.codes, a), to_bytes(block.codes + 16, c);
+    const std::int32_t first = sum(a), second = sum(c);
     block.minus[0] = -first - second, block.minus[1] = -first, block.minus[2] = -second;
     for (int i = 0; i < 3; ++i) block.sum[i] = -block.scale * static_cast<float>(block.minus[i]);
   }

@@ -36,11 +36,23 @@ inline void store(void* p, V v) {
 }
 // The first n of 16 lanes.
 inline Floats load_some(const float* p, int n) {
+  if (n >= kLanes) return load(p);
   Floats v{};
   std::memcpy(&v, p, sizeof(float) * static_cast<std::size_t>(n));
   return v;
 }
-inline void store_some(float* p, Floats v, int n) { std::memcpy(p, &v, sizeof(float) * static_cast<std::size_t>(n)); }
+inline void store_some(float* p, Floats v, int n) {
+  if (n >= kLanes) return store(p, v);
+  std::memcpy(p, &v, sizeof(float) * static_cast<std::size_t>(n));
+}
+
+// f(i, lanes) for 0, 16, 32 … below n, the last one with the lanes that are left.
+template <class Function>
+inline void in_vectors(std::int64_t n, const Function& f) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
 
 template <class To, class From>
 inline To bits(From from) {
@@ -101,6 +113,21 @@ inline std::uint16_t to_bf16(float x) {
 }
 
 inline Floats convert(Ints v) { return __builtin_convertvector(v, Floats); }
+
+// Whole numbers from -128 to 127 as bytes.
+inline void to_bytes(std::int8_t* p, Ints v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(v[i]);
+#endif
+}
+
+inline std::int32_t sum(Ints v) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
 
 // By halves, so that it takes four steps and its order is the same everywhere.
 inline float sum(Floats v) {

@@ -76,7 +76,7 @@ def alone(path: Path, prompts: list[list[int]] = PROMPTS, **how: Any) -> tuple[l
     return results
 
 
-@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
 def kind(request: pytest.FixtureRequest, wide: Path) -> tuple[dict[str, str], list[Answer], list[Answer]]:
     quant, kv = request.param
     how = {"quant": quant, "kv": kv}
@@ -228,7 +228,7 @@ def test_with_guesses(wide: Path, kind: Any, draft: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quant", "kv"), ALL_KINDS, ids="-".join)
+@pytest.mark.parametrize(("quant", "kv"), ALL_KINDS, ids=lambda kind: "-".join(kind))
 def test_every_pair_of_formats(wide: Path, quant: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy, seeded = alone(wide, quant=quant, kv=kv)
     for pieces, rows, threads in ((1024, 512, 2), (7, 5, 1), (64, 33, 2)):

@@ -22,6 +22,8 @@ import pytest
 from herd import checkpoint
 from herd.architecture import LlamaConfig, MoeConfig, RopeScaling
 from herd.checkpoint import open_checkpoint
+from herd.checkpoint.blocks import dequantize, quantize
+from herd.checkpoint.mixes import MIXES
 from herd.engine.backend import BackendOptions, Span
 
 pytest.importorskip("herd._native")
@@ -30,7 +32,7 @@ pytest.importorskip("transformers")
 
 from herd.engine.native_backend import NativeBackend, open_backend  # noqa: E402
 from herd.engine.native_weights import weight_formats  # noqa: E402
-from herd.model import from_arrays  # noqa: E402
+from herd.model import from_arrays, moe  # noqa: E402
 
 
 def _load() -> ModuleType:
@@ -164,33 +166,75 @@ def test_scores_and_states_equal_torch(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(state, model.hidden(ids)[0].mean(0).numpy(), atol=2e-5)
 
 
-WIDE = dataclasses.replace(DENSE, dim=256, n_heads=8, n_kv_heads=4, head_dim=32, ffn_dim=512)
+WIDE = dataclasses.replace(DENSE, n_layers=1, dim=256, n_heads=8, n_kv_heads=4, head_dim=32, ffn_dim=512)
 WIDE_LLAMA4 = dataclasses.replace(
-    table.CASES[SCOUT], dim=256, head_dim=32, ffn_dim=512, moe=MoeConfig(n_experts=4, ffn_dim=256)
+    table.CASES[SCOUT], n_layers=1, dim=256, head_dim=32, ffn_dim=512, moe=MoeConfig(n_experts=4, ffn_dim=256)
 )
 
 
 @pytest.mark.parametrize("config", [WIDE, WIDE_LLAMA4], ids=["dense", "llama4"])
-@pytest.mark.parametrize("quant", ["bf16", "f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "q2_k",
-                                   "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"])  # fmt: skip
-def test_rounded_weights_equal_torch_on_the_same_weights(config: LlamaConfig, quant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", ["f16", "bf16", *MIXES])
+def test_weights_in_few_bits_equal_torch_on_the_same_weights(
+    config: LlamaConfig, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer, so that a code that differs by one is not carried on into others; inputs are rounded in torch too."""
     arrays, tokens = table.random_arrays(config), tokens_of(config, 120)
     path = saved(tmp_path, config, arrays)
     with open_checkpoint(path) as stored:
         formats = weight_formats(stored, quant)
-    rounded = {name: through(formats[name], array) if name in formats else array for name, array in arrays.items()}
-    expected = expected_logits(config, rounded, tokens)
+    weights = {name: through(formats[name], array) if name in formats else array for name, array in arrays.items()}
+    model = from_arrays(config, weights).eval()
     with opened(path, quant=quant) as backend:
         found = whole(backend, tokens)
-    gap, spread = np.abs(found - expected), expected.std()
-    print(quant, gap.max() / spread, np.sqrt((gap**2).mean()) / spread, np.sqrt(((expected_logits(config, arrays, tokens)-expected)**2).mean())/spread)
+    if quant in MIXES:
+        round_inputs(model, monkeypatch)
+    with torch.no_grad():
+        x_SD = model.hidden(torch.tensor([tokens]))[0]
+        head = to_int8_and_back(x_SD) if quant in MIXES else x_SD
+        expected = torch.nn.functional.linear(head, model.output_weight).numpy()
+    error = np.abs(found - expected).max(1) / expected.std()
+    assert np.quantile(error, 0.9) <= 1e-5, "measured: 3e-6"
+    assert error.max() <= 0.15, "measured: 0.045, where an input lies between two codes and torch takes the other"
+
+
+def to_int8_and_back(x: torch.Tensor) -> torch.Tensor:
+    """The engine's rounding of what block formats are multiplied with: blocks of 32, scale max|x| / 127."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return (torch.round(blocks / scale.clamp_min(1e-30)) * scale).reshape(x.shape)
+
+
+def round_inputs(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch round as the engine does before every product but the router's, which is in float32."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("router"):
+            module.register_forward_pre_hook(lambda _, inputs: (to_int8_and_back(inputs[0]),))
+    grouped = moe.grouped_linear
+    monkeypatch.setattr(moe, "grouped_linear", lambda x, weight, counts: grouped(to_int8_and_back(x), weight, counts))
 
 
 def through(type_name: str, array: np.ndarray) -> np.ndarray:
     """What remains of weights after a format."""
-    from herd.checkpoint.blocks import dequantize, quantize
-
     return dequantize(type_name, quantize(type_name, array)).reshape(array.shape)
+
+
+@pytest.mark.parametrize(("name", "bound"), [("Llama 3.1, llama3 scaling", 0.03), (SCOUT, 0.15)])
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
+def test_rounding_inputs_costs_little(name: str, bound: float, quant: str, tmp_path: Path) -> None:
+    """Against torch without that rounding, in units of the logits' spread; measured: 0.022, and with experts 0.1."""
+    width = {"dim": 256, "n_heads": 8, "n_kv_heads": 4, "head_dim": 32, "ffn_dim": 512}
+    config = dataclasses.replace(CASES[name], **width)
+    if config.moe is not None:
+        config = dataclasses.replace(config, moe=MoeConfig(n_experts=4, ffn_dim=256))
+    arrays, tokens = table.random_arrays(config), tokens_of(config, 120)
+    path = saved(tmp_path, config, arrays)
+    with open_checkpoint(path) as stored:
+        formats = weight_formats(stored, quant)
+    weights = {name: through(formats[name], array) if name in formats else array for name, array in arrays.items()}
+    expected = expected_logits(config, weights, tokens)
+    with opened(path, quant=quant) as backend:
+        error = np.sqrt(((whole(backend, tokens) - expected) ** 2).mean()) / expected.std()
+    assert error <= bound
 
 
 def test_a_quantised_file_and_quantising_at_load_are_the_same(tmp_path: Path) -> None:
@@ -201,7 +245,7 @@ def test_a_quantised_file_and_quantising_at_load_are_the_same(tmp_path: Path) ->
         np.testing.assert_array_equal(whole(backend, tokens), at_load)
 
 
-@pytest.mark.parametrize(("kv", "bound"), [("bf16", 0.02), ("int8", 0.05)])
+@pytest.mark.parametrize(("kv", "bound"), [("bf16", 0.03), ("int8", 0.1)])
 def test_a_rounded_cache_stays_close(kv: str, bound: float, tmp_path: Path) -> None:
     """Root mean square of the change, in units of the logits' own spread."""
     for name in ("Llama 3.1, llama3 scaling", SCOUT, "odd widths"):
@@ -210,4 +254,4 @@ def test_a_rounded_cache_stays_close(kv: str, bound: float, tmp_path: Path) -> N
         expected = expected_logits(config, arrays, tokens)
         with opened(saved(tmp_path / name, config, arrays), kv=kv) as backend:
             error = np.sqrt(((whole(backend, tokens) - expected) ** 2).mean()) / expected.std()
-        print(kv, name, error)
+        assert error <= bound, f"{name}; measured: at most 0.017 and 0.056"
