@@ -1,13 +1,13 @@
 # make pocket   set up, then take raw text to a chat-ready Llama      make test      set up, then lint, types and tests
 # make test-all also the slow and peer-heavy tests                     make bench     every benchmark, one after the other
-# make docs     rewrite docs/fields.md
+# make docs     rewrite docs/fields.md                                make sanitize  the compiled part under sanitisers
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -q
 NATIVE := CMakeLists.txt $(shell find native -type f)
 
-.PHONY: setup setup-test pocket test test-all lint bench docs clean
+.PHONY: setup setup-test pocket test test-all lint bench sanitize docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.ready
@@ -46,6 +46,18 @@ test-all: lint
 
 bench: setup-test
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# The compiled part once more, with every memory access and all undefined behaviour checked: tests, and damaged files.
+SANITIZED := build/sanitize
+FILES     ?= 100000
+ASAN       = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+             ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/fuzz/sanitized.py $(SANITIZED)/_native*.so
+sanitize: setup-test
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DHERD_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build $(SANITIZED)
+	$(ASAN) -p no:cacheprovider tests/engine tests/checkpoint/test_checkpoint_blocks.py -k "native or paged or blocks"
+	$(ASAN) --script tests/fuzz/engine_files.py --count $(FILES)
 
 docs: setup
 	$(BIN)/herd fields --markdown > docs/fields.md.new && mv docs/fields.md.new docs/fields.md

@@ -32,6 +32,7 @@ class Engine::Pass {
     b_.normed.reserve(rows_ * shape_.dim);
     b_.qkv.reserve(static_cast<std::int64_t>(rows_) * (width_ + 2 * kv_width_));
     b_.attended.reserve(static_cast<std::int64_t>(rows_) * width_);
+    b_.branches.resize(engine.layers_.size());
     b_.scratch.resize(static_cast<std::size_t>(engine.threads()));
     // Memory grows here only: what the members reserve later is there already.
     for (const Layer& layer : engine.layers_) {
@@ -316,7 +317,8 @@ class Engine::Pass {
       take_low(t, index, {&AdapterLayer::w1, &AdapterLayer::w3}, normed(t), shape_.dim);
     });
     multiply(m, {product(layer.router, in, b_.router.data(), shape_.experts, false)}, rows_);
-    m.each(1, 1, [&](std::int64_t) { route(layer, shared); });
+    std::vector<Branch>& branches = b_.branches[static_cast<std::size_t>(index)];
+    m.each(1, 1, [&](std::int64_t) { route(layer, shared, branches); });
     m.each(slots, 1, [&](std::int64_t slot) {
       const auto s = static_cast<std::size_t>(slot);
       float* scaled = scratch(m);
@@ -324,10 +326,10 @@ class Engine::Pass {
       for (int i = 0; i < shape_.dim; ++i) scaled[i] = h[i] * b_.score_of[s];
       std::size_t e = 1;  // the branch that holds this slot
       std::int64_t first = 0;
-      while (slot >= first + rows_of(b_.branches[e])) first += rows_of(b_.branches[e++]);
-      put(b_.branches[e].in, static_cast<int>(slot - first), scaled, shape_.dim);
+      while (slot >= first + rows_of(branches[e])) first += rows_of(branches[e++]);
+      put(branches[e].in, static_cast<int>(slot - first), scaled, shape_.dim);
     });
-    run_branches(m, index, b_.branches.data(), b_.branches.size());
+    run_branches(m, index, branches.data(), branches.size());
     m.each(rows_, 1, [&](std::int64_t t) {
       for (int j = 0; j < top_k; ++j) {
         const float* y = b_.routed.data() +
@@ -338,7 +340,7 @@ class Engine::Pass {
   }
 
   // The top_k experts of each row, and a branch for each expert that has rows.
-  void route(const Layer& layer, const Branch& shared) const {
+  void route(const Layer& layer, const Branch& shared, std::vector<Branch>& branches) const {
     const int experts = shape_.experts, top_k = shape_.top_k;
     std::vector<int> order(static_cast<std::size_t>(experts)), counts(static_cast<std::size_t>(experts), 0);
     for (int t = 0; t < rows_; ++t) {
@@ -355,13 +357,13 @@ class Engine::Pass {
     }
     float* routed = b_.routed.reserve(static_cast<std::int64_t>(rows_) * top_k * shape_.dim);
     b_.expert_in.resize(static_cast<std::size_t>(experts)), b_.expert_down.resize(static_cast<std::size_t>(experts));
-    b_.branches.assign(1, shared);
+    branches.assign(1, shared);
     std::vector<int> next(static_cast<std::size_t>(experts), 0);
     int slot = 0;
     for (std::size_t e = 0; e < counts.size(); ++e) {
       next[e] = slot;
       if (!counts[e]) continue;
-      b_.branches.push_back(branch(layer.experts[e], b_.expert_in[e], b_.expert_down[e], counts[e],
+      branches.push_back(branch(layer.experts[e], b_.expert_in[e], b_.expert_down[e], counts[e],
                                    routed + static_cast<std::int64_t>(slot) * shape_.dim, false));
       slot += counts[e];
     }

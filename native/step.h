@@ -82,7 +82,7 @@ struct Engine::Buffers {
   // Of a mixture layer: the experts of each row, with their scores, and the rows of each expert one after the other.
   std::vector<int> chosen, slot_of, row_of;
   std::vector<float> score_of;
-  std::vector<Branch> branches;
+  std::vector<std::vector<Branch>> branches;  // of each layer: a member that is late may still look at them
 
   std::int64_t bytes() const {
     std::int64_t total = in.bytes() + out.bytes() + down.bytes() + head.bytes();

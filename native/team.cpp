@@ -13,7 +13,8 @@
 namespace herd {
 namespace {
 
-constexpr int kSpins = 20000;                       // pauses of some 10 to 40 ns before a thread sleeps
+constexpr int kSpins = 2000;                        // pauses of some 10 to 40 ns before others may have the processor
+constexpr std::int64_t kAwake = 200'000;            // ns that a helper waits for the next run before it sleeps
 constexpr std::int64_t kBetweenLooks = 20'000'000;  // ns
 
 inline void relax() {
@@ -24,18 +25,21 @@ inline void relax() {
 #endif
 }
 
-// Until the counter is no longer `seen`.
-void wait_for_change(const std::atomic<std::uint32_t>& counter, std::uint32_t seen) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (counter.load(std::memory_order_acquire) != seen) return;
-    relax();
-  }
-  while (counter.load(std::memory_order_acquire) == seen) counter.wait(seen, std::memory_order_acquire);
-}
-
 std::int64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
+}
+
+// Spins until `ready`, and lets others run when that takes long.
+template <class Condition>
+void spin_until(const Condition& ready) {
+  for (int i = 0; !ready(); ++i) {
+    if (i < kSpins) {
+      relax();
+    } else {
+      sched_yield();
+    }
+  }
 }
 
 void bind_to(int cpu) {
@@ -66,45 +70,49 @@ void Team::start() {
   for (auto& thread : threads_) thread.detach();  // of the parent process
   threads_.clear();
   owner_ = getpid();
-  arrived_ = 0;
+  inside_ = kClosed;
   for (int i = 1; i < size_; ++i)
-    threads_.emplace_back([this, i, seen = job_.load()] {
+    threads_.emplace_back([this, i, job = job_.load()]() mutable {
       if (static_cast<std::size_t>(i) < cpus_.size()) bind_to(cpus_[static_cast<std::size_t>(i)]);
-      for (std::uint32_t job = seen;;) {
-        wait_for_change(job_, job);
+      for (;;) {
+        const std::int64_t since = nanoseconds();
+        for (int spins = 0; job_.load(std::memory_order_acquire) == job; ++spins) {
+          relax();
+          if (spins % 256 == 255 && nanoseconds() - since > kAwake) job_.wait(job, std::memory_order_acquire);
+        }
         job = job_.load(std::memory_order_acquire);
         if (quit_) return;
-        member(i);
+        help(i);
       }
     });
 }
 
-void Team::member(int index) {
-  Member self(*this, index);
-  (*work_)(self);
-  wait_for_all();  // nobody leaves while another still reads `work`
+// Joins the run that is open, if there is one still.
+void Team::help(int index) {
+  if (inside_.fetch_add(1, std::memory_order_acq_rel) >= 0) {
+    Member self(*this, index);
+    (*work_)(self);
+  }
+  inside_.fetch_sub(1, std::memory_order_release);
 }
 
 bool Team::run(const std::function<void(Member&)>& work, const std::function<bool()>& interrupted) {
   start();
   work_ = &work, interrupted_ = interrupted ? &interrupted : nullptr;
   asked_ = nanoseconds();
-  next_ = 0, stop_ = false;
+  next_ = 0, done_ = 0, stop_ = false;
+  inside_.fetch_sub(kClosed, std::memory_order_release);  // open
   job_.fetch_add(1, std::memory_order_release);
   job_.notify_all();
-  member(0);
+  Member self(*this, 0);
+  work(self);
+  inside_.fetch_add(kClosed, std::memory_order_acq_rel);  // nobody else enters, and those inside still read `work`
+  spin_until([this] { return inside_.load(std::memory_order_acquire) == kClosed; });
   return !stopped();
 }
 
-void Team::wait_for_all() {
-  const std::uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.fetch_add(1, std::memory_order_release);
-    phase_.notify_all();
-  } else {
-    wait_for_change(phase_, phase);
-  }
+void Team::wait_until_done(std::int64_t pieces) const {
+  spin_until([this, pieces] { return done_.load(std::memory_order_acquire) >= pieces; });
 }
 
 void Team::look_up() {

@@ -61,8 +61,15 @@ def tiny(make_model: MakeModel) -> Path:
     return make_model()
 
 
+@pytest.fixture(scope="session", params=["native", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Name of a backend; what uses it runs on each of them."""
+    name: str = request.param
+    pytest.importorskip({"native": "herd._native", "torch": "torch"}[name])
+    return name
+
+
 @pytest.fixture(scope="session")
-def llm(tiny: Path) -> LLM:
+def llm(tiny: Path, backend: str) -> LLM:
     """The tiny model, loaded once, with a float32 cache so that figures compare exactly."""
-    pytest.importorskip("torch")
-    return LLM(tiny, kv="f32")
+    return LLM(tiny, kv="f32", backend=backend)

@@ -1,7 +1,8 @@
-"""`herd.LLM` on the torch backend, with a real tiny model: against transformers, and against itself."""
+"""`herd.LLM` on every backend, with a real tiny model: against transformers, and against itself."""
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import herd
-from herd import LLM, ContextLengthExceeded, HerdError, ResourceError, UsageError
+from herd import LLM, ContextLengthExceeded, HerdError, ResourceError, UsageError, tokenizer
 from herd.engine import memory
 
 torch = pytest.importorskip("torch")
@@ -31,8 +32,9 @@ def peer(path: Path):
     return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def test_greedy_tokens_equal_transformers(make_model: Callable[..., Path]) -> None:
-    """Ragged prompts in one batch give what transformers gives each alone: grouped heads, tied or not, scaled RoPE."""
+@pytest.fixture(scope="module")
+def greedy_of_transformers(make_model: Callable[..., Path]) -> list[tuple[Path, list[list[int]]]]:
+    """Models with grouped heads, tied or not, scaled RoPE; and the tokens after each of PROMPTS, each alone."""
     from herd.architecture import RopeScaling
 
     changes = [
@@ -40,24 +42,36 @@ def test_greedy_tokens_equal_transformers(make_model: Callable[..., Path]) -> No
         {"tied_embeddings": True, "n_kv_heads": 6, "rope_theta": 500_000.0},
         {"rope_scaling": RopeScaling("llama3", 8.0, original_context=64), "generation": "llama3.1"},
     ]
+    results = []
     for change in changes:
         path = make_model(talkative="tied_embeddings" not in change, **change)
-        theirs = peer(path)
-        with LLM(path, kv="f32") as llm:
+        theirs, answers = peer(path), []
+        encoder = tokenizer.load(path)
+        for prompt in PROMPTS:
+            ids = torch.tensor([[encoder.bos_id, *encoder.encode(prompt)]])
+            with torch.inference_mode():
+                expected = theirs.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False,
+                    eos_token_id=None, pad_token_id=0,
+                )  # fmt: skip
+            answers.append(expected[0, ids.shape[1] :].tolist())
+        results.append((path, answers))
+    return results
+
+
+def test_greedy_tokens_equal_transformers(
+    greedy_of_transformers: list[tuple[Path, list[list[int]]]], backend: str
+) -> None:
+    """Ragged prompts in one batch give what transformers gives each alone."""
+    for path, expected in greedy_of_transformers:
+        with LLM(path, kv="f32", backend=backend) as llm:
             completions = llm.generate(PROMPTS, temperature=0, max_tokens=64, ignore_eos=True)
-            for prompt, completion in zip(PROMPTS, completions, strict=True):
-                ids = torch.tensor([ids_of(llm, prompt)])
-                with torch.inference_mode():
-                    expected = theirs.generate(
-                        ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False,
-                        eos_token_id=None, pad_token_id=0,
-                    )  # fmt: skip
-                assert completion.token_ids == expected[0, ids.shape[1] :].tolist()
+            assert [completion.token_ids for completion in completions] == expected
 
 
-def test_bf16_cache_stays_close(tiny: Path, llm: LLM) -> None:
+def test_bf16_cache_stays_close(tiny: Path, llm: LLM, backend: str) -> None:
     """A cache in bfloat16 (8 bits of mantissa) changes log-probabilities by rounding only."""
-    with LLM(tiny) as rounded:
+    with LLM(tiny, backend=backend) as rounded:
         prompt = llm.generate("def ", temperature=1.0, seed=3, max_tokens=60, ignore_eos=True)
         ids = ids_of(llm, "def ") + prompt.token_ids
         exact = llm.generate(ids, temperature=0, max_tokens=1, top_logprobs=20).top_logprobs
@@ -99,12 +113,12 @@ def test_more_sequences_than_places_and_growth(llm: LLM) -> None:
         assert llm.generate(prompts[i], temperature=0, max_tokens=8).token_ids == together[i].token_ids
 
 
-def test_prompt_longer_than_a_piece(make_model: Callable[..., Path]) -> None:
+def test_prompt_longer_than_a_piece(make_model: Callable[..., Path], backend: str) -> None:
     from herd.engine.scheduler import PREFILL_TOKENS
 
     path = make_model(context_length=4 * PREFILL_TOKENS, talkative=True)
     ids = [5 + i * 31 % 500 for i in range(2 * PREFILL_TOKENS + 77)]
-    with LLM(path, kv="f32") as llm, torch.inference_mode():
+    with LLM(path, kv="f32", backend=backend) as llm, torch.inference_mode():
         others = llm.generate([ids, ids[:50], ids[:1500]], temperature=0, max_tokens=6)
         theirs = peer(path)
         for prompt, completion in zip([ids, ids[:50], ids[:1500]], others, strict=True):
@@ -112,12 +126,12 @@ def test_prompt_longer_than_a_piece(make_model: Callable[..., Path]) -> None:
             assert completion.token_ids == expected[0, len(prompt) :].tolist()
 
 
-def test_a_batch_that_grows_while_it_runs(make_model: Callable[..., Path]) -> None:
+def test_a_batch_that_grows_while_it_runs(make_model: Callable[..., Path], backend: str) -> None:
     """A running stream keeps what it has when more and longer sequences force the cache into a new shape."""
     path = make_model(context_length=1000, talkative=True)
-    with LLM(path, kv="f32") as llm:
+    with LLM(path, kv="f32", backend=backend) as llm:
         expected = llm.generate("def ", temperature=0, max_tokens=30).text
-    with LLM(path, kv="f32") as llm:
+    with LLM(path, kv="f32", backend=backend) as llm:
         stream = llm.stream("def ", temperature=0, max_tokens=30)
         text = "".join(next(stream).text for _ in range(10))
         others = llm.generate(["import " * 60] * 5, temperature=0, max_tokens=10)
@@ -130,8 +144,6 @@ def test_spaces_of_sentencepiece(make_model: Callable[..., Path], repository: Pa
     import io
 
     import sentencepiece
-
-    from herd import tokenizer
 
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -342,13 +354,22 @@ def test_wrong_calls_are_usage_errors(llm: LLM, call: Callable[[LLM], object]) -
         call(llm)
 
 
-def test_wrong_models_and_arguments(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for wrong in ({"kv": "q3"}, {"ctx": 0}, {"ctx": CONTEXT + 1}, {"threads": 0}, {"backend": "gpu"}, {"quant": "q1"}):
+def free_memory(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+    """Let the system say that so much is free."""
+    monkeypatch.setattr(memory, "available_bytes", lambda: n_bytes)
+    monkeypatch.setattr("herd.engine.native_weights.available_bytes", lambda: n_bytes)
+
+
+def test_wrong_models_and_arguments(tiny: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"torch": [{"kv": "int8"}, {"quant": "q8_0"}], "native": [{"quant": "q9_k"}]}[backend]
+    for wrong in ({"kv": "q3"}, {"ctx": 0}, {"ctx": CONTEXT + 1}, {"threads": 0}, {"quant": "q1"}, *more):
         with pytest.raises(UsageError):
-            LLM(tiny, **wrong)
+            LLM(tiny, **{"backend": backend, **wrong})
+    with pytest.raises(UsageError, match="gpu.*auto, native, torch"):
+        LLM(tiny, backend="gpu")
     with pytest.raises(HerdError, match="no such model"):
-        LLM(str(tiny) + "x")
-    with LLM(tiny, ctx=64) as short:
+        LLM(str(tiny) + "x", backend=backend)
+    with LLM(tiny, ctx=64, backend=backend) as short:
         assert short.context == 64
         with pytest.raises(ContextLengthExceeded):
             short.generate([5] * 60, max_tokens=5)
@@ -360,32 +381,49 @@ def test_wrong_models_and_arguments(tiny: Path, monkeypatch: pytest.MonkeyPatch)
         short.generate("x")
     short.close()
 
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000)
-    with pytest.raises(ResourceError, match=r"GiB.*free.*to fix") as caught:
-        LLM(tiny)
+    free_memory(monkeypatch, 100_000)
+    with pytest.raises(ResourceError, match=r"GiB.*free.*to fix: use a smaller model") as caught:
+        LLM(tiny, backend=backend)
     assert caught.value.exit_code == 4
 
 
-def test_memory_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suggestion that is made would fit; figures are the releases' own (8B: 8.03e9 weights, 128 KiB of bf16 cache
-    per token)."""
+@pytest.mark.parametrize("context", [192, 65_536])
+def test_what_the_error_advises_can_be_loaded(
+    make_model: Callable[..., Path], backend: str, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less and less memory free: the way to load that the error names works with just that memory."""
+    path = make_model(dim=256, head_dim=32, ffn_dim=512, context_length=context)
+    seen = set()
+    free = 1 << 29
+    while True:
+        free_memory(monkeypatch, free)
+        free = int(free * 0.9)
+        try:
+            LLM(path, backend=backend).close()
+        except ResourceError as error:
+            assert error.fix is not None
+            if error.fix == "use a smaller model":
+                break
+            advice = dict(re.findall(r'(quant|ctx)="?([a-z0-9_]+)"?', error.fix))
+            seen.add(tuple(advice))
+            how = {"quant": advice.get("quant"), "ctx": int(advice["ctx"]) if "ctx" in advice else None}
+            with LLM(path, backend=backend, **how) as llm:
+                assert llm.generate("x", max_tokens=3, ignore_eos=True).usage.completion_tokens == 3
+    if context == 192:
+        assert seen == {("quant",)}
+    else:
+        assert seen == ({("ctx",), ("quant", "ctx")} if backend == "native" else {("ctx",)})
+
+
+def test_plans_are_the_releases_own_figures() -> None:
+    """8B: 8.03e9 weights, and 128 KiB of bf16 cache per token."""
     config = herd.releases["llama3.1-8b"].config
-    shape = {"context": 131_072, "prefill_tokens": 1024, "rows": 1}
-    for free, advice in ((40, "ctx="), (24, "bf16"), (10, "smaller model")):
-        monkeypatch.setattr(memory, "available_bytes", lambda free=free: free * memory.GIB)
-        plan = memory.plan_memory(config, weights="f32", kv="bf16", **shape)
-        assert plan.weights == 4 * 8_030_261_248 and plan.cache_per_token == 131_072
-        with pytest.raises(ResourceError, match=advice) as caught:
-            memory.require_memory(plan, weights="f32", name="llama3.1-8b")
-        if advice == "ctx=":
-            assert caught.value.fix is not None
-            shape_fixed = {**shape, "context": int(caught.value.fix.split("=")[1])}
-            fixed = memory.plan_memory(config, weights="f32", kv="bf16", **shape_fixed)
-            memory.require_memory(fixed, weights="f32", name="llama3.1-8b")
+    plan = memory.plan_memory(config, weights="f32", kv="bf16", context=131_072, prefill_tokens=1024, rows=1)
+    assert plan.weights == 4 * 8_030_261_248 and plan.cache_per_token == 131_072 and plan.cache == 16 << 30
 
 
-def test_bf16_weights(tiny: Path, llm: LLM) -> None:
-    with LLM(tiny, quant="bf16") as half:
+def test_bf16_weights(tiny: Path, llm: LLM, backend: str) -> None:
+    with LLM(tiny, quant="bf16", backend=backend) as half:
         exact = llm.score("def main(argv):\n    return 0\n")
         close = half.score("def main(argv):\n    return 0\n")
         np.testing.assert_allclose(close.logprobs, exact.logprobs, atol=0.15)

@@ -9,7 +9,7 @@ lost, and a prompt starts from the longest beginning that is still remembered.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import pytest
 from hypothesis import settings
@@ -220,3 +220,5 @@ def test_a_long_prompt_is_found_in_a_crowd_of_others() -> None:
         assert memory.append(sequence, [i] * 12)
         memory.cache.release(sequence)
         assert memory.cache.available == 12
+    kept = sum(len(value) for value in vars(memory.cache).values() if isinstance(value, Sized))
+    assert kept <= 8 * 12, "what is kept about pages grows with use"

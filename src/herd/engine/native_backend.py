@@ -42,12 +42,13 @@ def open_backend(options: BackendOptions) -> NativeBackend:
         threads = options.threads or _native.usable_cpus()
         engine = make_engine(config, formats, checkpoint, threads)
         load_weights(engine, checkpoint, formats)
-    pages = -(-context // PAGE_TOKENS)
+    own = pages = -(-context // PAGE_TOKENS)
     spare = (MAX_SEQUENCES - 1) * plan.cache if plan.spare is None else plan.spare // 2
     page_bytes = max(1, plan.cache_per_token * PAGE_TOKENS)
     pages += max(0, min(spare // page_bytes, (MAX_SEQUENCES - 1) * pages))
     cache = _native.Cache(options.kv, config.n_layers, config.n_kv_heads, config.head_dim, PAGE_TOKENS, pages)
-    return NativeBackend(config, engine, cache, PagedCache(pages, PAGE_TOKENS, cache.copy_page), context)
+    # Memory grows to what runs together, and one context's worth of beginnings to be met again.
+    return NativeBackend(config, engine, cache, PagedCache(pages, PAGE_TOKENS, cache.copy_page, max_idle=own), context)
 
 
 class NativeBackend:

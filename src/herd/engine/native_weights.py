@@ -21,7 +21,10 @@ from herd.progress import track
 WEIGHTS = (*MIXES, *PLAIN)
 """What `quant` may be; None keeps the formats of the checkpoint."""
 
+MAX_HEAD_DIM = 1024
+
 _SMALLER = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")  # best first
+_MAX_INT = (1 << 31) - 1
 _LOGIT_ROWS = 256  # rows of logits that may be asked for together
 
 
@@ -81,6 +84,8 @@ def make_engine(config: LlamaConfig, formats: dict[str, str], checkpoint: Checkp
         shape = checkpoint.shape(name)
         names = [name] if len(shape) == 2 else [f"{name}.{e}" for e in range(shape[0])]
         matrices += [(each, format_name, shape[-2], shape[-1]) for each in names]
+    if config.head_dim > MAX_HEAD_DIM:
+        raise HerdError("heads are wider than the native engine can", value=config.head_dim, allowed=f"{MAX_HEAD_DIM}")
     moe, temperature = config.moe, config.attention_temperature
     layers = range(config.n_layers)
     return _native.Engine(
@@ -92,11 +97,11 @@ def make_engine(config: LlamaConfig, formats: dict[str, str], checkpoint: Checkp
         norm_eps=config.norm_eps,
         qk_norm=config.qk_norm,
         temperature=temperature.attn_scale if temperature else 0.0,
-        temperature_floor=temperature.floor_scale if temperature else 1,
+        temperature_floor=min(temperature.floor_scale, _MAX_INT) if temperature else 1,
         experts=moe.n_experts if moe else 0,
         top_k=moe.top_k if moe else 0,
         rotates=[config.uses_rope(i) for i in layers],
-        chunks=[config.attention_chunk or 0 if config.uses_rope(i) else 0 for i in layers],
+        chunks=[min(config.attention_chunk or 0, _MAX_INT) if config.uses_rope(i) else 0 for i in layers],
         matrices=matrices,
         threads=threads,
         cpus=[],

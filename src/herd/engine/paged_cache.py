@@ -30,13 +30,19 @@ class CachedSequence:
 
 
 class PagedCache:
-    """A pool of `n_pages` pages. `copy_page(source, target)` copies what a page holds."""
+    """A pool of `n_pages` pages. `copy_page(source, target)` copies what a page holds. `max_idle`: remembered pages that
+    nobody holds, beyond which the oldest is given out before a page that was never used (None: all).
+    """
 
-    def __init__(self, n_pages: int, page_tokens: int, copy_page: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, n_pages: int, page_tokens: int, copy_page: Callable[[int, int], None], max_idle: int | None = None
+    ) -> None:
         self.n_pages = n_pages
         self.page_tokens = page_tokens
+        self.max_idle = n_pages if max_idle is None else max_idle
         self._copy_page = copy_page
-        self._free = list(range(n_pages - 1, -1, -1))  # the lowest numbers first: memory is touched as it is needed
+        self._untouched = 0  # pages from here on were never used: no memory stands behind them yet
+        self._free: list[int] = []
         self._holders = [0] * n_pages
         # A content is (content before it, tokens of its page); its number is given once and never again, so that what
         # follows a forgotten page is not found by accident. Before the first page is -2 - variant.
@@ -50,7 +56,7 @@ class PagedCache:
     @property
     def available(self) -> int:
         """Pages that can be given out: free ones, and remembered ones that nobody holds."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._idle) + self.n_pages - self._untouched
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
@@ -147,6 +153,9 @@ class PagedCache:
     def _take(self) -> int:
         if self._free:
             page = self._free.pop()
+        elif self._untouched < self.n_pages and len(self._idle) < max(1, self.max_idle):
+            page = self._untouched
+            self._untouched += 1
         else:
             page, _ = self._idle.popitem(last=False)
             self._forget(page)
