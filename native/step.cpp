@@ -364,7 +364,7 @@ class Engine::Pass {
       next[e] = slot;
       if (!counts[e]) continue;
       branches.push_back(branch(layer.experts[e], b_.expert_in[e], b_.expert_down[e], counts[e],
-                                   routed + static_cast<std::int64_t>(slot) * shape_.dim, false));
+                                routed + static_cast<std::int64_t>(slot) * shape_.dim, false));
       slot += counts[e];
     }
     for (int i = 0; i < rows_ * top_k; ++i) {

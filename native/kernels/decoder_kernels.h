@@ -240,7 +240,7 @@ void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
       Floats weights{};
       for (int i = 0; i < 16 * n_tiles; i += 16) {
         const Floats s = load(row + i);
-        const Floats e = s == -kInfinity ? Floats{} : exponential(s - top);
+        const Floats e = exponential(s - top);
         store(row + i, e);
         weights += e;
       }

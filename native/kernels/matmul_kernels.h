@@ -32,34 +32,36 @@ inline Ints add_products(Ints acc, Codes codes, const std::int8_t* x) {
   return acc + (Ints)sums;
 #elif defined(__AVX2__)
   const __m256i inputs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-  __m256i half[2], sums[2];
-  std::memcpy(half, &codes, 64);
   for (int h = 0; h < 2; ++h) {
-    const __m256i low = kBits < 8 ? half[h] : _mm256_and_si256(half[h], _mm256_set1_epi8(127));
-    sums[h] = _mm256_madd_epi16(_mm256_maddubs_epi16(low, inputs), ones);
+    const auto half = (__m256i)codes.h[h];
+    const __m256i low = kBits < 8 ? half : _mm256_and_si256(half, _mm256_set1_epi8(127));
+    acc.h[h] += (Ints::Half)_mm256_madd_epi16(_mm256_maddubs_epi16(low, inputs), ones);
     if constexpr (kBits == 8) {
-      const __m256i bit = _mm256_and_si256(_mm256_srli_epi16(half[h], 7), _mm256_set1_epi8(1));
+      const __m256i bit = _mm256_and_si256(_mm256_srli_epi16(half, 7), _mm256_set1_epi8(1));
       const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(bit, inputs), ones);
-      sums[h] = _mm256_add_epi32(sums[h], _mm256_slli_epi32(high, 7));
+      acc.h[h] += (Ints::Half)_mm256_slli_epi32(high, 7);
     }
   }
-  return acc + load<Ints>(sums);
+  return acc;
 #else
-  for (int r = 0; r < 16; ++r)
-    for (int i = 0; i < 4; ++i) acc[r] += codes[4 * r + i] * x[i];
+  for (int r = 0; r < 16; ++r) {
+    std::int32_t total = acc[r];
+    for (int i = 0; i < 4; ++i) total += codes[4 * r + i] * x[i];
+    acc.set(r, total);
+  }
   return acc;
 #endif
 }
 
-// Outputs of Rows rows with one strip of quantised weights.
+// Outputs of Rows rows, in a group of `group` rows, with one strip of quantised weights.
 template <class F, int Rows>
-inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, std::int64_t blocks, Floats* y) {
+inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, int group, std::int64_t blocks, Floats* y) {
   constexpr int kChunk = F::kGroups == 1 ? 8 : 4;  // vectors of codes that share a scale
   constexpr int kPair = Rows % 2 ? 1 : 2;          // rows whose chains of products run side by side
   constexpr int kHeader = tile_size(F::kFormat).header, kBytes = tile_size(F::kFormat).tile;
   for (int m = 0; m < Rows; ++m) y[m] = Floats{};
   const std::uint8_t* header = w;
-  for (std::int64_t b = 0; b < blocks; ++b, x += Rows) {
+  for (std::int64_t b = 0; b < blocks; ++b, x += group) {
     if (kHeader && b % 8 == 0) header = w, w += kHeader;
     for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(w + kAhead + i, 0, 2);
     Codes c[8];
@@ -69,19 +71,19 @@ inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, std::int6
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; m += kPair) {
 #pragma GCC unroll 2
-      for (int group = 0; group < F::kGroups; ++group) {
+      for (int part = 0; part < F::kGroups; ++part) {
         Ints s[kPair];
-        const int part = F::kGroups == 1 ? 0 : group + 1;
-        for (int p = 0; p < kPair; ++p) s[p] = (Ints{} + x[m + p].minus[part]) * F::kZero;
+        const int sum = F::kGroups == 1 ? 0 : part + 1;
+        for (int p = 0; p < kPair; ++p) s[p] = (Ints{} + x[m + p].minus[sum]) * F::kZero;
 #pragma GCC unroll 8
         for (int g = 0; g < kChunk; ++g)
           for (int p = 0; p < kPair; ++p) {
-            const int at = kChunk * group + g;
+            const int at = kChunk * part + g;
             s[p] = add_products<F::kBits>(s[p], c[at], x[m + p].codes + 4 * at);
           }
         for (int p = 0; p < kPair; ++p) {
-          y[m + p] += convert(s[p]) * (scale[group] * x[m + p].scale);
-          if (F::kOffset) y[m + p] -= offset[group] * x[m + p].sum[part];
+          y[m + p] += convert(s[p]) * (scale[part] * x[m + p].scale);
+          if (F::kOffset) y[m + p] -= offset[part] * x[m + p].sum[sum];
         }
       }
     }
@@ -90,10 +92,10 @@ inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, std::int6
 
 // The same with plain weights and inputs of 32 bits.
 template <class F, int Rows>
-inline void plain_strip(const std::uint8_t* w, const float* x, std::int64_t blocks, Floats* y) {
+inline void plain_strip(const std::uint8_t* w, const float* x, int group, std::int64_t blocks, Floats* y) {
   constexpr int kBytes = tile_size(F::kFormat).tile;
   Floats even_sum[Rows] = {}, odd_sum[Rows] = {};
-  for (std::int64_t b = 0; b < blocks; ++b, x += Rows * kTile, w += kBytes) {
+  for (std::int64_t b = 0; b < blocks; ++b, x += group * kTile, w += kBytes) {
     for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(w + kAhead + i, 0, 2);
     for (int pair = 0; pair < kTile / 2; ++pair) {
       Floats even, odd;
@@ -110,12 +112,23 @@ inline void plain_strip(const std::uint8_t* w, const float* x, std::int64_t bloc
 
 constexpr Inputs inputs_of(Format format) { return format <= Format::bf16 ? Inputs::f32 : Inputs::int8; }
 
-template <class F, int Rows>
+// Rows whose sums fit into the registers; the rows of a group are taken so many at a time.
+#if defined(__AVX512F__)
+constexpr int kIntegerRows = 8, kPlainRows = 8;
+#else
+constexpr int kIntegerRows = 4, kPlainRows = 2;
+#endif
+
+template <class F, int Group>
 inline void strip_of_group(const std::uint8_t* w, const std::uint8_t* x, std::int64_t blocks, Floats* y) {
   if constexpr (inputs_of(F::kFormat) == Inputs::int8) {
-    quantised_strip<F, Rows>(w, reinterpret_cast<const Int8Block*>(x), blocks, y);
+    constexpr int kRows = std::min(Group, kIntegerRows);
+    for (int m = 0; m < Group; m += kRows)
+      quantised_strip<F, kRows>(w, reinterpret_cast<const Int8Block*>(x) + m, Group, blocks, y + m);
   } else {
-    plain_strip<F, Rows>(w, reinterpret_cast<const float*>(x), blocks, y);
+    constexpr int kRows = std::min(Group, kPlainRows);
+    for (int m = 0; m < Group; m += kRows)
+      plain_strip<F, kRows>(w, reinterpret_cast<const float*>(x) + kTile * m, Group, blocks, y + m);
   }
 }
 

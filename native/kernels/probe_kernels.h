@@ -27,7 +27,8 @@ constexpr int kChains = 4;  // of vectors that take several registers
 std::int64_t int8_products(std::int64_t rounds) {
   alignas(64) std::int8_t x[64];
   Codes codes;
-  for (int i = 0; i < 64; ++i) x[i] = static_cast<std::int8_t>(i), codes[i] = static_cast<std::uint8_t>(i);
+  for (int i = 0; i < 64; ++i) x[i] = static_cast<std::int8_t>(i);
+  codes = load<Codes>(x);
   Ints sums[kChains] = {};
   for (std::int64_t r = 0; r < rounds; ++r) {
     codes += 1;

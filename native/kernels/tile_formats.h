@@ -44,15 +44,11 @@ inline void look_up(const std::uint8_t* p, Codes* c) {
   for (int g = 0; g < 8; ++g) c[g] = (Codes)_mm512_shuffle_epi8(book, (__m512i)c[g]);
 #elif defined(__AVX2__)
   const __m256i book = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kBook)));
-  for (int g = 0; g < 8; ++g) {
-    __m256i half[2];
-    std::memcpy(half, &c[g], 64);
-    for (__m256i& h : half) h = _mm256_shuffle_epi8(book, h);
-    std::memcpy(&c[g], half, 64);
-  }
+  for (int g = 0; g < 8; ++g)
+    for (auto& half : c[g].h) half = (Codes::Half)_mm256_shuffle_epi8(book, (__m256i)half);
 #else
   for (int g = 0; g < 8; ++g)
-    for (int i = 0; i < 64; ++i) c[g][i] = kBook[c[g][i]];
+    for (int i = 0; i < 64; ++i) c[g].set(i, kBook[c[g][i]]);
 #endif
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,20 @@ from herd.architecture import LlamaConfig, tensor_shapes
 
 TEXT = Path(dataclasses.__file__).read_text() + "äöü é ß — ‘quoted’ “text” … 日本語 emoji 🦙 and 👩‍💻 " * 40
 MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose much where other processes share the processor."""
+    try:
+        import torch
+    except ImportError:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A request's tokens and log-probabilities do not depend on what else runs: equal to the last bit, on the native engine.
+"""On the native engine a request's tokens and log-probabilities do not depend on what else runs, to the last bit.
 
 Whatever the batch, the pieces a prompt enters in, the rows of a native call, the threads, a prefix that is in the cache
 already, or a sequence that had to give its place back and was computed again: each request is answered exactly as it is
@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from herd import LLM
-from herd.engine import Completion, native_backend, scheduler
+from herd.engine import Completion, scheduler
 from herd.engine.memory import MemoryPlan
 
 pytest.importorskip("herd._native")
+
+from herd.engine import native_backend
 
 CONTEXT = 256
 LENGTHS = (1, 2, 9, 15, 16, 17, 40, 63, 64, 65, 100, 130)
@@ -97,7 +99,7 @@ def test_in_batches_of_any_size(wide: Path, kind: Any) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 7, 64])
 def test_in_pieces_of_any_length(wide: Path, kind: Any, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    how, greedy, seeded = kind
+    how, _, seeded = kind
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", pieces)
     with LLM(wide, backend="native", threads=1, **how) as llm:
         assert answers(llm, PROMPTS, **SEEDED) == seeded

@@ -1,4 +1,4 @@
-"""Which backend answers where something is not installed: without torch the native one, without it torch, else an error.
+"""Which backend answers where something is not installed: without torch the native one, without that torch.
 
 Every case is a process of its own, in which the missing modules cannot be imported.
 """

@@ -107,9 +107,9 @@ def test_n_completions_of_one_prompt(llm: LLM) -> None:
 
 def test_more_sequences_than_places_and_growth(llm: LLM) -> None:
     """More requests than run at once, long and short mixed: same answers as one by one, in order."""
-    prompts = [[llm.tokenizer.bos_id, *range(5, 5 + 1 + i * 37 % 120)] for i in range(150)]
+    prompts = [[llm.tokenizer.bos_id, *range(5, 5 + 1 + i * 37 % 120)] for i in range(300)]
     together = llm.generate(prompts, temperature=0, max_tokens=8)
-    for i in range(0, 150, 13):
+    for i in range(0, 300, 13):
         assert llm.generate(prompts[i], temperature=0, max_tokens=8).token_ids == together[i].token_ids
 
 
@@ -365,7 +365,7 @@ def test_wrong_models_and_arguments(tiny: Path, backend: str, monkeypatch: pytes
     for wrong in ({"kv": "q3"}, {"ctx": 0}, {"ctx": CONTEXT + 1}, {"threads": 0}, {"quant": "q1"}, *more):
         with pytest.raises(UsageError):
             LLM(tiny, **{"backend": backend, **wrong})
-    with pytest.raises(UsageError, match="gpu.*auto, native, torch"):
+    with pytest.raises(UsageError, match=r"gpu.*auto, native, torch"):
         LLM(tiny, backend="gpu")
     with pytest.raises(HerdError, match="no such model"):
         LLM(str(tiny) + "x", backend=backend)

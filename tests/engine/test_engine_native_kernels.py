@@ -4,7 +4,7 @@ Weights come back from their packed form exactly as `herd.checkpoint.blocks` dec
 those of float64 up to float32 rounding. Products of block formats are too, once the inputs are rounded as the engine
 states it: int8 in blocks of 32, scale max|x| / 127, halves to even. A row's bits depend on no other row.
 
-The instruction set is chosen when a process starts (HERD_ISA), so each has a process of its own that computes all cases.
+The instruction set is chosen when a process starts (HERD_ISA): each has a process of its own that computes all cases.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from herd.checkpoint.blocks import dequantize, quantize
-from herd.checkpoint.numbers import BLOCKS, PLAIN
+from herd.checkpoint.numbers import BLOCKS, PLAIN, stored_bytes
 
 native = pytest.importorskip("herd._native")
 
@@ -68,7 +67,7 @@ def columns_of(name: str) -> int:
 
 
 def inputs(columns: int, seed: int) -> np.ndarray:
-    """Rows of different size; none of their int8 codes is near a tie, so that every order of arithmetic agrees on it."""
+    """Rows of different size; no int8 code is near a tie, so that every order of arithmetic agrees on it."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(-127, 128, (ROWS, columns)) + rng.uniform(-0.45, 0.45, (ROWS, columns))
     codes = np.clip(codes, -126.4, 126.4)
@@ -201,6 +200,17 @@ def test_instruction_sets_agree(computed: dict[str, Any], name: str) -> None:
         for results in computed.values():
             gap = results[name, kind]["together"][-1] - computed["scalar"][name, kind]["together"][-1]
             assert (np.abs(gap) <= BOUND * size).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_weights_take_hardly_more_than_a_file(name: str) -> None:
+    """Tiles round nothing up but scales and headers; odd shapes are filled up to whole tiles."""
+    assert stored_bytes(name, (4096, 4096)) <= native.packed_bytes(name, 4096, 4096)
+    assert native.packed_bytes(name, 4096, 4096) <= 1.04 * stored_bytes(name, (4096, 4096))
+    width = 256 if name in BLOCKS else 32
+    assert (
+        native.packed_bytes(name, 1, 1) <= native.packed_bytes(name, 16, width) == native.packed_bytes(name, 1, width)
+    )
 
 
 def test_wrong_shapes_and_names_are_refused() -> None:

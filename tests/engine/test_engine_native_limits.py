@@ -23,9 +23,9 @@ from herd.engine.memory import MemoryPlan
 
 pytest.importorskip("herd._native")
 
-from herd.engine import native_backend  # noqa: E402
-from herd.engine.native_backend import NativeBackend  # noqa: E402
-from herd.engine.native_weights import plan_native, weight_formats  # noqa: E402
+from herd.engine import native_backend
+from herd.engine.native_backend import NativeBackend
+from herd.engine.native_weights import plan_native, weight_formats
 
 CONTEXT = 192
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": True}

@@ -63,14 +63,6 @@ CASES: dict[str, LlamaConfig] = {
 LENGTH = 300  # beyond every chunk, and several pages
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @contextmanager
 def opened(path: Path, *, quant: str | None = None, kv: Any = "f32", threads: int = 1) -> Iterator[NativeBackend]:
     backend = open_backend(BackendOptions(path=path, quant=quant, ctx=None, threads=threads, kv=kv))

@@ -78,7 +78,8 @@ class CacheMachine(RuleBasedStateMachine):
         sequence = self.cache.open(prompt)
         n = len(sequence.tokens)
         ends = range(SIZE, len(prompt), SIZE)
-        expected = next((end - SIZE for end in ends if tuple(prompt[:end]) not in self.remembered), max(ends, default=0))
+        missing = [end for end in ends if tuple(prompt[:end]) not in self.remembered]
+        expected = missing[0] - SIZE if missing else max(ends, default=0)
         assert sequence.tokens == prompt[:n] and len(sequence.pages) == n // SIZE
         assert n == expected or (self.gaps and n < expected)
         self.live.append((sequence, list(prompt[:n])))
@@ -137,9 +138,6 @@ class CacheMachine(RuleBasedStateMachine):
         for sequence, _ in self.live:
             self.cache.release(sequence)
         assert self.cache.available == self.cache.n_pages
-
-    def some(self, data: st.DataObject) -> tuple[CachedSequence, list[int]]:
-        return self.live[data.draw(st.integers(0, len(self.live) - 1))]
 
     def state(self, sequence: CachedSequence) -> tuple[dict[str, object], CachedSequence]:
         everything = {name: value for name, value in vars(self.cache).items() if name != "_copy_page"}

@@ -18,6 +18,7 @@ from herd.engine.backend import Span
 from herd.engine.request import Chunk, Completion, Sampling
 from herd.engine.sampler import SamplerRow, sample
 from herd.engine.scheduler import PREFILL_TOKENS, LiveSequence, Scheduler
+from herd.engine.speculation import MAX_DRAFT, Ask
 
 VOCABULARY = 40
 STOP_ID = 39
@@ -49,9 +50,7 @@ class HistoryBackend:
         self.fail_at: int | None = None
         self._next = 0
 
-    def reserve(
-        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None
-    ) -> tuple[int, int] | None:
+    def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
         if self.histories and not self.admits(capacity, len(prompt)):
             return None
         n_reused = 0
@@ -222,15 +221,87 @@ def test_every_crowd_gives_what_a_plain_loop_gives(
         assert (completion.finish_reason == "length") == (completion.stop is None)
 
 
+class Prophet:
+    """Guesses what will come, since it knows all texts to their end; every n-th guess is wrong (`errors`; 0: none)."""
+
+    def __init__(self, texts: list[list[int]], errors: int) -> None:
+        self.texts = texts
+        self.errors = errors
+        self.guessed = 0
+        self.known: set[int] = set()
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        guesses = []
+        for ask in asks:
+            self.known.add(ask.key)
+            done = len(ask.tokens)
+            whole = next(text for text in self.texts if text[:done] == list(ask.tokens))
+            guesses.append([self.guess(token) for token in whole[done : done + ask.n]])
+        return guesses
+
+    def guess(self, token: int) -> int:
+        self.guessed += 1
+        return (token + 1) % VOCABULARY if self.errors and self.guessed % self.errors == 0 else token
+
+    def forget(self, key: int) -> None:
+        self.known.discard(key)
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [HistoryBackend, GrowingBackend])
+@settings(max_examples=40, deadline=None)
+@given(
+    requests=st.lists(REQUEST, min_size=1, max_size=8),
+    max_tokens=st.integers(30, 300),
+    remembers=st.sampled_from([0, 4]),
+    errors=st.sampled_from([0, 1, 2, 5]),
+)
+def test_guesses_change_nothing(
+    kind: type[HistoryBackend], requests: list, max_tokens: int, remembers: int, errors: int
+) -> None:
+    """Right ones, wrong ones and both; with stops in the middle, and with room that runs out."""
+    expected = [alone(prompt, Sampling.from_options(options), limit, seed) for prompt, limit, seed, options in requests]
+    texts = [[*prompt, *ids] for (prompt, *_), (ids, _) in zip(requests, expected, strict=True)]
+    backend, prophet = kind(5, max_tokens, remembers), Prophet(texts, errors)
+    scheduler = Scheduler(backend, frozenset([STOP_ID]), VOCABULARY, prophet)
+    running = [
+        add(scheduler, prompt, Sampling.from_options(options), max_tokens=limit, seed=seed)
+        for prompt, limit, seed, options in requests
+    ]
+    run(scheduler)
+    assert not backend.histories and not prophet.known
+    for (ids, text), sequence in zip(expected, running, strict=True):
+        assert sequence.completion is not None
+        assert (sequence.completion.token_ids, sequence.completion.text) == (ids, text)
+        timings = sequence.completion.timings
+        assert 0 <= timings.accepted_tokens <= timings.drafted_tokens and timings.accepted_tokens < len(ids)
+        if errors == 1:
+            assert timings.accepted_tokens == 0
+
+
+def test_right_guesses_save_steps() -> None:
+    sampling, prompt = Sampling(temperature=1.0, ignore_eos=True), [1, 2, 3]
+    ids = alone(prompt, sampling, 60, 0)[0]
+    backend = HistoryBackend(1, 1000)
+    scheduler = Scheduler(backend, frozenset([STOP_ID]), VOCABULARY, Prophet([prompt + ids], errors=0))
+    sequence = add(scheduler, prompt, sampling, max_tokens=60, seed=0)
+    steps = 0
+    while not scheduler.idle:
+        scheduler.step()
+        steps += 1
+    assert sequence.completion is not None and sequence.completion.token_ids == ids
+    assert steps <= 2 + 60 / (1 + MAX_DRAFT) + MAX_DRAFT, "the number of guesses grows by one a step at least"
+    assert backend.computed == len(prompt) + 59, "a right guess is computed once"
+
+
 def test_when_room_runs_out_the_youngest_gives_way() -> None:
     """The oldest is never interrupted; those that had to give way come back and lose nothing."""
     backend = GrowingBackend(max_sequences=4, max_tokens=60)
     scheduler = Scheduler(backend, frozenset([STOP_ID]), VOCABULARY)
     sampling = Sampling(temperature=1.0, ignore_eos=True)
     chunks: list[list[Chunk]] = [[], [], []]
-    group = [
-        add(scheduler, [i] * 10, sampling, max_tokens=30, seed=i, on_chunk=chunks[i].append) for i in range(3)
-    ]
+    group = [add(scheduler, [i] * 10, sampling, max_tokens=30, seed=i, on_chunk=chunks[i].append) for i in range(3)]
     steps = 0
     while group[0].completion is None:
         scheduler.step()

@@ -1,10 +1,10 @@
 // A team of threads that runs one function together, phase by phase, for the many short parallel loops of a step.
 //
-// Every member goes through the whole function; in each of its loops the work is handed out piece by piece, and a member
-// goes on when all pieces are done. It does not wait for the other members themselves: one that the system has put aside
-// holds nobody up unless it has a piece in hand, and finds the loops it missed done when it returns. Waiting is spinning,
-// because the next loop comes within microseconds; between runs a member sleeps. Every model has a team of its own; the
-// calling thread is a member.
+// Every member goes through the whole function; in each of its loops the work is handed out piece by piece, and a
+// member goes on when all pieces are done. It does not wait for the other members themselves: one that the system has
+// put aside holds nobody up unless it has a piece in hand, and finds the loops it missed done when it returns. Waiting
+// is spinning, because the next loop comes within microseconds; between runs a member sleeps. Every model has a team of
+// its own; the calling thread is a member.
 #pragma once
 
 #include <atomic>
@@ -79,7 +79,7 @@ class Team {
   int owner_ = 0;  // process that the threads live in
   const std::function<void(Member&)>* work_ = nullptr;
   const std::function<bool()>* interrupted_ = nullptr;
-  std::int64_t asked_ = 0;                        // nanoseconds, when `interrupted` was last asked
+  std::int64_t asked_ = 0;                         // nanoseconds, when `interrupted` was last asked
   alignas(64) std::atomic<std::int64_t> next_{0};  // piece to hand out next
   alignas(64) std::atomic<std::int64_t> done_{0};  // pieces that are done
   alignas(64) std::atomic<int> inside_{kClosed};   // helpers in the run that is open, or kClosed
