@@ -34,6 +34,8 @@ class BackendOptions:
     ctx: int | None
     threads: int | None
     kv: KvType
+    cpus: tuple[int, ...] = ()
+    """Processors to bind threads to, one each (native backend); the calling thread stays where it is."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class LLM:
     backend: "native", "torch", or "auto" for the first of them that is installed.
     draft: what guesses the next tokens, for the model to check several at once: "ngram" (what followed the same tokens
         before), or a smaller model of the same vocabulary. On the native backend results do not change.
+    cpus: processors to bind the native backend's threads to, one each; the calling thread, their first, is left alone.
 
     Raises UsageError for a wrong argument, HerdError for a path that is no model, ResourceError before loading when
     memory will not do, MissingDependency when no backend is installed.
@@ -60,6 +61,7 @@ class LLM:
         kv: KvType | str = "bf16",
         backend: str = "auto",
         draft: str | Path | None = None,
+        cpus: Sequence[int] = (),
     ) -> None:
         from herd import checkpoint, tokenizer
 
@@ -70,7 +72,11 @@ class LLM:
         if threads is not None:
             check_whole("threads", threads, 1, 4096)
         resolved = checkpoint.resolve(str(path))
-        options = BackendOptions(path=resolved, quant=quant, ctx=ctx, threads=threads, kv=cast("KvType", kv))
+        for cpu in cpus:
+            check_whole("a processor's number", cpu, 0, 1023)
+        options = BackendOptions(
+            path=resolved, quant=quant, ctx=ctx, threads=threads, kv=cast("KvType", kv), cpus=tuple(cpus)
+        )
         self._backend: Backend | None = open_backend(backend, options)
         self.path: Path = resolved
         self.tokenizer: Tokenizer = tokenizer.load(resolved)

@@ -13,6 +13,7 @@ from pathlib import Path
 from herd.architecture import LlamaConfig
 from herd.architecture.size import kv_cache_bytes, parameter_count
 from herd.errors import ResourceError
+from herd.progress import status
 
 GIB = 1 << 30
 _BYTES = {"f32": 4, "bf16": 2}
@@ -27,6 +28,12 @@ class MemoryPlan:
     context: int
     work: int
     free: int | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.needed / GIB:.1f} GiB of memory (weights {self.weights / GIB:.1f}, "
+            f"cache for {self.context} tokens {self.cache / GIB:.1f}, work {self.work / GIB:.1f})"
+        )
 
     @property
     def cache(self) -> int:
@@ -66,17 +73,17 @@ def plan_memory(
 
 
 def require_memory(plan: MemoryPlan, *, name: str, alternatives: Iterable[tuple[str, MemoryPlan]]) -> None:
-    """Raise ResourceError when the plan does not fit, with the first alternative that does.
+    """Show the plan on a terminal; raise ResourceError when it does not fit, with the first alternative that does.
 
     `alternatives`: (how to load the model, what that takes), best first.
     """
     if plan.fits:
+        status(f"loading {name}: {plan}")
         return
     fix = next((f"load it with {how}" for how, other in alternatives if other.fits), "use a smaller model")
     assert plan.free is not None
     raise ResourceError(
-        f"{name} needs {plan.needed / GIB:.1f} GiB of memory (weights {plan.weights / GIB:.1f}, "
-        f"cache for {plan.context} tokens {plan.cache / GIB:.1f}, work {plan.work / GIB:.1f})",
+        f"{name} needs {plan}",
         value=f"{plan.free / GIB:.1f} GiB free",
         fix=fix,
     )

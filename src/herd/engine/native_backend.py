@@ -40,7 +40,7 @@ def open_backend(options: BackendOptions) -> NativeBackend:
         others = smaller_plans(checkpoint, plan, quant=options.quant, kv=options.kv, rows=ROWS)
         require_memory(plan, name=options.path.name, alternatives=others)
         threads = options.threads or _native.usable_cpus()
-        engine = make_engine(config, formats, checkpoint, threads)
+        engine = make_engine(config, formats, checkpoint, threads, options.cpus)
         load_weights(engine, checkpoint, formats)
     own = pages = -(-context // PAGE_TOKENS)
     spare = (MAX_SEQUENCES - 1) * plan.cache if plan.spare is None else plan.spare // 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +77,9 @@ def smaller_plans(
                 yield f'quant="{mix}" and {how}', shorter
 
 
-def make_engine(config: LlamaConfig, formats: dict[str, str], checkpoint: Checkpoint, threads: int) -> _native.Engine:
+def make_engine(
+    config: LlamaConfig, formats: dict[str, str], checkpoint: Checkpoint, threads: int, cpus: Sequence[int] = ()
+) -> _native.Engine:
     """An engine with room for the weights, which are still to be loaded."""
     matrices = []
     for name, format_name in formats.items():
@@ -104,7 +106,7 @@ def make_engine(config: LlamaConfig, formats: dict[str, str], checkpoint: Checkp
         chunks=[min(config.attention_chunk or 0, _MAX_INT) if config.uses_rope(i) else 0 for i in layers],
         matrices=matrices,
         threads=threads,
-        cpus=[],
+        cpus=list(cpus),
     )
 
 

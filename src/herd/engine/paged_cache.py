@@ -30,8 +30,10 @@ class CachedSequence:
 
 
 class PagedCache:
-    """A pool of `n_pages` pages. `copy_page(source, target)` copies what a page holds. `max_idle`: remembered pages that
-    nobody holds, beyond which the oldest is given out before a page that was never used (None: all).
+    """A pool of `n_pages` pages. `copy_page(source, target)` copies what a page holds.
+
+    max_idle: so many remembered pages that nobody holds, and the oldest is given out before a page that was never used
+    (None: any number), which bounds the memory that stands behind the pool.
     """
 
     def __init__(
