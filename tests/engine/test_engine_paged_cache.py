@@ -68,13 +68,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = self.memory.cache
         self.live: list[tuple[CachedSequence, list[int]]] = []
         self.remembered: dict[tuple[int, ...], int] = {}  # beginning of whole pages -> page of its end
+        self.texts: list[list[int]] = []
         self.gaps = False  # a page was forgotten before pages that follow it: those may not be found any more
 
     def some(self, data: st.DataObject) -> tuple[CachedSequence, list[int]]:
         return self.live[data.draw(st.integers(0, len(self.live) - 1))]
 
-    @rule(prompt=TOKENS)
-    def open(self, prompt: list[int]) -> None:
+    @rule(data=st.data(), more=TOKENS)
+    def open(self, data: st.DataObject, more: list[int]) -> None:
+        """A prompt that goes on where an earlier text was, or a new one."""
+        prompt = data.draw(st.sampled_from([[], *self.texts])) + more
         sequence = self.cache.open(prompt)
         n = len(sequence.tokens)
         ends = range(SIZE, len(prompt), SIZE)
@@ -83,6 +86,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert sequence.tokens == prompt[:n] and len(sequence.pages) == n // SIZE
         assert n == expected or (self.gaps and n < expected)
         self.live.append((sequence, list(prompt[:n])))
+        self.texts = [*self.texts, prompt][-20:]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), tokens=TOKENS, n_kept=st.none() | st.integers(0, 14))
@@ -101,6 +105,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.forget(set(sequence.pages) - held)
         self.memory.write(sequence, tokens)
         expected += tokens
+        self.texts = [*self.texts, list(expected)][-20:]
         for end in range(SIZE, len(expected) + 1, SIZE):
             self.remembered.setdefault(tuple(expected[:end]), sequence.pages[end // SIZE - 1])
         if n_kept is not None and n_kept < len(tokens):

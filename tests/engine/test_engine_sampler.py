@@ -293,3 +293,26 @@ def test_option_names_are_the_same_everywhere() -> None:
     from herd.engine.request import SamplingOptions
 
     assert set(SamplingOptions.__annotations__) == {f.name for f in fields(Sampling)}
+
+
+@pytest.mark.parametrize("vocabulary", [50, 3001])
+@pytest.mark.parametrize("mass", [0.0, 0.2, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
+def test_typical_tokens_equal_transformers(vocabulary: int, mass: float, temperature: float) -> None:
+    """Tokens of typical surprise (arXiv 2202.00666), and draws in proportion among them."""
+    import torch
+    from transformers import TypicalLogitsWarper
+
+    logits_V = logits(1, vocabulary, seed=vocabulary)[0]
+    warper = TypicalLogitsWarper(mass=max(mass, 1e-6))
+    scores = warper(None, torch.from_numpy(logits_V / np.float32(temperature))[None])
+    kept = set(torch.isfinite(scores[0]).nonzero()[:, 0].tolist())
+    n = 2000
+    options = Sampling(temperature=temperature, typical_p=mass, top_p=1.0)
+    rows = [SamplerRow(options, seed, ()) for seed in range(n)]
+    ids = [choice.token_id for choice in sample(np.repeat(logits_V[None], n, axis=0), rows)]
+    assert set(ids) <= kept
+    p = np.exp(log_softmax(logits_V[None] / temperature)[0][sorted(kept)])
+    p /= p.sum()
+    counts = np.bincount(ids, minlength=vocabulary)[sorted(kept)]
+    assert np.all(np.abs(counts - n * p) < 5 * np.sqrt(n * p * (1 - p)) + 3)

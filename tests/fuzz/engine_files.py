@@ -2,10 +2,10 @@
 
     python tests/fuzz/engine_files.py --count 100000
 
-Small GGUF files in every block format, and a safetensors model that is quantised while loading, get up to three damages:
-most in the head, where sizes and offsets stand, the rest in the weights, where any bytes are possible (scales that are
-infinite or no numbers). What loads computes the logits of a few tokens. Meant for a build with sanitisers (`make
-sanitize`), in which a wrong access ends the process.
+Small GGUF files in every block format, and a safetensors model that is quantised while loading, get up to three
+damages: most in the head, where sizes and offsets stand, the rest in the weights, where any bytes are possible (scales
+that are infinite or no numbers). What loads computes the logits of a few tokens. Meant for a build with sanitisers
+(`make sanitize`), in which a wrong access ends the process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,21 @@ from herd.engine.backend import BackendOptions, Span
 from herd.engine.native_backend import open_backend
 from herd.errors import HerdError
 
-FORMATS = ("q4_0", "q5_1", "q8_0", "q4_1", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "bf16", "f32")
+FORMATS = (
+    "q4_0",
+    "q5_1",
+    "q8_0",
+    "q4_1",
+    "q2_k",
+    "q3_k_m",
+    "q4_k_m",
+    "q5_k_m",
+    "q6_k",
+    "iq4_nl",
+    "iq4_xs",
+    "bf16",
+    "f32",
+)
 EXTREMES = (0, 1, 2, 3, 31, 33, 255, 65_535, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 CONFIG = LlamaConfig(
     dim=256, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=256, vocab_size=32, context_length=64
