@@ -220,11 +220,10 @@ class Engine::Pass {
       for (int i = 0; i < width_; ++i) queries[i] *= factor;
     }
     const Span& span = step_.spans[static_cast<std::size_t>(span_of_[static_cast<std::size_t>(t)])];
-    for (int g = 0; g < shape_.kv_heads; ++g) {
-      const CachedHead head = cache_.head(index, g, span.pages);
-      k_.put_key(head, position, keys + g * shape_.head_dim);
-      k_.put_value(head, position, values + g * shape_.head_dim);
-    }
+    const bool last = position == span.position + span.rows - 1;
+    for (int g = 0; g < shape_.kv_heads; ++g)
+      k_.put(cache_.head(index, g, span.pages), position, keys + g * shape_.head_dim, values + g * shape_.head_dim,
+             last);
   }
 
   Panels input_of(const Layer& layer) const {

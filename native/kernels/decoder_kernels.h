@@ -274,20 +274,24 @@ void with_kv(KvType type, const Function& f) {
   }
 }
 
-void put(const CachedHead& cache, std::int64_t token, const float* x, bool key) {
+// A row's key and value into its lane of their tiles. `last`: nothing follows yet. Then the lanes behind are cleared:
+// they count as zeros, and what an earlier sequence left there may be no numbers.
+void put(const CachedHead& cache, std::int64_t token, const float* key, const float* value, bool last) {
   const int width = cache.shape->width(), lane = static_cast<int>(token % 16);
-  float padded[1024];
-  for (int k = 0; k < width; ++k) padded[k] = k < cache.shape->head_dim ? x[k] : 0.0f;
+  const auto padded = [&](const float* x, float* out) {
+    for (int k = 0; k < width; ++k) out[k] = k < cache.shape->head_dim ? x[k] : 0.0f;
+    return out;
+  };
+  float row[1024];
   with_kv(cache.shape->type, [&](auto kv) {
     using Kv = decltype(kv);
-    if (key)
-      Kv::put_key(cache.key_tile(token), lane, width, padded);
-    else
-      Kv::put_value(cache.value_tile(token), lane, width, padded);
+    Kv::put_key(cache.key_tile(token), lane, width, padded(key, row));
+    Kv::put_value(cache.value_tile(token), lane, width, padded(value, row));
+    if (!last || lane == 15) return;
+    std::fill(row, row + width, 0.0f);
+    for (int l = lane + 1; l < 16; ++l) Kv::put_value(cache.value_tile(token), l, width, row);
   });
 }
-void put_key(const CachedHead& cache, std::int64_t token, const float* x) { put(cache, token, x, true); }
-void put_value(const CachedHead& cache, std::int64_t token, const float* x) { put(cache, token, x, false); }
 
 void attend(const CachedHead& cache, const Queries& queries, float* scratch) {
   with_kv(cache.shape->type, [&](auto kv) { attend_with<decltype(kv)>(cache, queries, scratch); });

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence, Sized
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -200,7 +199,6 @@ def test_a_fork_copies_only_the_page_it_writes_to() -> None:
     assert memory.cache.available == 14
 
 
-@pytest.mark.xfail(strict=True, reason="a fork shares pages that were asked for and not yet written")
 def test_a_fork_between_room_and_writing() -> None:
     """Room that was asked for and not yet used is not shared by a fork."""
     memory = Memory(20)

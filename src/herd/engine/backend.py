@@ -88,10 +88,10 @@ class Backend(Protocol):
         """
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
-        """ln P of tokens 1.. of each sequence (at most `context` tokens), without touching the cache."""
+        """ln P of tokens 1.. of each sequence (at most `context` tokens). Raises CacheFull without room now."""
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
-        """Mean of the final hidden states of each sequence, [len(sequences), D]."""
+        """Mean of the final hidden states of each sequence, [len(sequences), D]. Raises CacheFull as `score` does."""
 
     def close(self) -> None:
         """Free the weights and the cache."""
@@ -116,6 +116,13 @@ def open_backend(name: str, options: BackendOptions) -> Backend:
     if name == "native":
         raise HerdError("Herd's compiled part is missing", fix="herd doctor says why")
     raise MissingDependency("torch", extra="train")
+
+
+class CacheFull(HerdError):
+    """Running sequences hold the room that a call needs; it works once they have given it back."""
+
+    def __init__(self) -> None:
+        super().__init__("the cache is full of running sequences", fix="try again when some have ended")
 
 
 class EngineClosed(HerdError):

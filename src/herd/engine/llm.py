@@ -8,16 +8,16 @@ from __future__ import annotations
 import operator
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from herd.engine.backend import Backend, BackendOptions, EngineClosed, KvType, open_backend
+from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, open_backend
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
 from herd.engine.sampler import fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from herd.architecture import LlamaConfig
     from herd.tokenizer import Message, Tokenizer
 
+T = TypeVar("T")
 Prompt = str | list[int]
 Prompts = list[str] | list[list[int]]
 
@@ -222,7 +223,7 @@ class LLM:
                 windows.append(ids[start : start + self.context])
                 owners.append((i, fresh - start - 1))
         with self._lock:
-            results = self._open().score(windows)
+            results = self._with_room(lambda backend: backend.score(windows))
         logprobs: list[list[float]] = [[] for _ in sequences]
         for (i, skip), result in zip(owners, results, strict=True):
             logprobs[i] += result[skip:].tolist()
@@ -242,7 +243,7 @@ class LLM:
             if len(ids) > self.context:
                 raise ContextLengthExceeded(len(ids), self.context)
         with self._lock:
-            vectors_ND = self._open().embed(sequences)
+            vectors_ND = self._with_room(lambda backend: backend.embed(sequences))
         if normalise:
             vectors_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return cast("npt.NDArray[np.float32]", vectors_ND[0] if single else vectors_ND)
@@ -261,6 +262,14 @@ class LLM:
         with checkpoint.open_checkpoint(path) as opened:
             context = min(self._open().context, opened.config.context_length)
         return ModelDrafter(open_backend(backend, replace(options, path=path, quant=None, ctx=context)))
+
+    def _with_room(self, work: Callable[[Backend], T]) -> T:
+        """Run something that needs room in the cache; where streams hold it all, they give way and go on later."""
+        try:
+            return work(self._open())
+        except CacheFull:
+            self._scheduler.make_way()
+            return work(self._open())
 
     def _open(self) -> Backend:
         if self._backend is None:

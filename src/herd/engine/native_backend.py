@@ -14,7 +14,7 @@ import numpy.typing as npt
 from herd import _native
 from herd.architecture import LlamaConfig, attention_scale, rope_frequencies
 from herd.checkpoint import Adapter, open_checkpoint
-from herd.engine.backend import BackendOptions, Span
+from herd.engine.backend import BackendOptions, CacheFull, Span
 from herd.engine.memory import require_memory
 from herd.engine.native_weights import load_weights, make_engine, plan_native, smaller_plans, weight_formats
 from herd.engine.paged_cache import CachedSequence, PagedCache
@@ -39,7 +39,7 @@ def open_backend(options: BackendOptions) -> NativeBackend:
         plan = plan_native(checkpoint, formats, kv=options.kv, context=context, rows=ROWS)
         others = smaller_plans(checkpoint, plan, quant=options.quant, kv=options.kv, rows=ROWS)
         require_memory(plan, name=options.path.name, alternatives=others)
-        threads = options.threads or _native.usable_cpus()
+        threads = min(options.threads or 4096, _native.usable_cpus())
         engine = make_engine(config, formats, checkpoint, threads, options.cpus)
         load_weights(engine, checkpoint, formats)
     own = pages = -(-context // PAGE_TOKENS)
@@ -164,12 +164,15 @@ class NativeBackend:
         longest = 0
         for i, span in enumerate(spans):
             sequence = self._sequences[span.sequence]
+            length = len(sequence.tokens) + len(span.tokens)
+            if length > self.context:
+                raise ContextLengthExceeded(length, self.context)
             if not self._pages.grow(sequence, len(span.tokens)):
-                raise ContextLengthExceeded(len(sequence.tokens) + len(span.tokens), self.context)
+                raise CacheFull()
             places[i] = len(span.tokens), len(sequence.tokens), len(table), sequence.variant
             tokens += span.tokens
             table += sequence.pages
-            longest = max(longest, len(sequence.tokens) + len(span.tokens))
+            longest = max(longest, length)
         cosine, sine = self._rotation.up_to(longest)
         self._engine.step(
             self._cache, np.array(tokens, np.int32), places, np.array(table, np.int32), cosine, sine, wanted, **outputs

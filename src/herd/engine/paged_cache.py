@@ -82,10 +82,11 @@ class PagedCache:
         return sequence
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
-        """A second holder of everything `sequence` holds."""
-        for page in sequence.pages:
+        """A second holder of all tokens of `sequence`; room that it has for more stays its own."""
+        pages = sequence.pages[: self.pages_for(len(sequence.tokens))]
+        for page in pages:
             self._hold(page)
-        return CachedSequence(sequence.variant, list(sequence.tokens), list(sequence.pages), list(sequence.contents))
+        return CachedSequence(sequence.variant, list(sequence.tokens), pages, list(sequence.contents))
 
     def release(self, sequence: CachedSequence) -> None:
         """Let go of a sequence; its full pages stay remembered until their room is needed."""

@@ -28,6 +28,17 @@ Ints = npt.NDArray[np.int64]
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
+class BrokenLogits(HerdError):
+    """Some `rows` of a batch have logits that are not numbers: the weights they met are broken."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__(
+            "the model computed logits that are not numbers",
+            fix="check the checkpoint with `herd convert --verify`; a training run may have diverged",
+        )
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Choice:
     """The token chosen for a row, with its log-probability under the unmodified model where the row asked for it."""
@@ -79,7 +90,7 @@ class SamplerRow:
 def sample(logits_BV: npt.NDArray[np.float32], rows: Sequence[SamplerRow]) -> list[Choice]:
     """Choose one token per row and commit it to the row. `logits_BV` is not changed.
 
-    Raises HerdError when a row holds not-a-number logits (broken weights).
+    Raises BrokenLogits, before anything is chosen, when rows hold logits that are no numbers.
     """
     changed = [b for b, row in enumerate(rows) if row.penalised or row.sampling.logit_bias]
     modified_BV = logits_BV
@@ -90,11 +101,9 @@ def sample(logits_BV: npt.NDArray[np.float32], rows: Sequence[SamplerRow]) -> li
 
     ids_B = modified_BV.argmax(axis=1)  # of a row with a not-a-number, argmax finds that
     best_B = modified_BV[np.arange(len(rows)), ids_B]
-    if not np.isfinite(best_B).all():
-        raise HerdError(
-            "the model computed logits that are not numbers",
-            fix="check the checkpoint with `herd convert --verify`; a training run may have diverged",
-        )
+    broken = np.flatnonzero(~np.isfinite(best_B))
+    if len(broken):
+        raise BrokenLogits(broken.tolist())
     drawing = [b for b, row in enumerate(rows) if row.sampling.temperature > 0.0]
     if drawing:
         ids_B[drawing] = _draw(modified_BV[drawing], best_B[drawing], [rows[b] for b in drawing])

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from herd.engine.backend import Backend, Span
 from herd.engine.request import Chunk, Completion, FinishReason, Sampling, Timings, Usage
-from herd.engine.sampler import Choice, SamplerRow, sample
+from herd.engine.sampler import BrokenLogits, Choice, SamplerRow, sample
 from herd.engine.speculation import MAX_DRAFT, Ask, Drafter
 from herd.engine.text import StreamDecoder, TextStream
 
@@ -289,7 +289,14 @@ class Scheduler:
         while active:
             rows = [work.row for work in active]
             logits_BV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[rows]
-            choices = sample(logits_BV, [work.sequence.row for work in active])
+            try:
+                choices = sample(logits_BV, [work.sequence.row for work in active])
+            except BrokenLogits as error:  # nothing was chosen yet: those rows end, the others go on
+                for b in error.rows:
+                    active[b].sequence.error = error
+                    self._leave(active[b].sequence)
+                active = [work for work in active if work.sequence.error is None]
+                continue
             right = []
             for work, choice in zip(active, choices, strict=True):
                 work.sequence.accept(choice)
@@ -301,6 +308,8 @@ class Scheduler:
             active = right
         for work in works:
             sequence = work.sequence
+            if sequence.error is not None:
+                continue
             if sequence.completion is not None:
                 self._leave(sequence)
             elif work.n_drafted:
@@ -328,11 +337,20 @@ class Scheduler:
         while sequence.handle is not None:
             if self._backend.grow(sequence.handle, n_tokens):
                 return True
-            last = self._running[-1]
-            self._leave(last)
-            last.n_computed = 0
-            self._waiting.appendleft(last)
+            self._put_back()
         return False
+
+    def _put_back(self) -> None:
+        """The sequence that came last gives up its place; it is first in the queue, with all its tokens."""
+        last = self._running[-1]
+        self._leave(last)
+        last.n_computed = 0
+        self._waiting.appendleft(last)
+
+    def make_way(self) -> None:
+        """All running sequences give up their places for now, so that something else may use the cache."""
+        while self._running:
+            self._put_back()
 
     def _fork_followers(self, leader: LiveSequence) -> list[LiveSequence]:
         """Let waiting sequences with the leader's prompt begin from its cache; without room they compute it anew."""
