@@ -13,6 +13,10 @@ namespace {
 
 constexpr std::int64_t kAhead = 4096;  // bytes between what is multiplied and what is fetched from memory
 
+inline void fetch_ahead(const std::uint8_t* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 3);
+}
+
 // acc[r] += Σ codes[r][i]·x[i], i < 4, for 16 rows r. Codes have at most kBits bits.
 template <int kBits>
 inline Ints add_products(Ints acc, Codes codes, const std::int8_t* x) {
@@ -59,14 +63,17 @@ inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, int group
   constexpr int kChunk = F::kGroups == 1 ? 8 : 4;  // vectors of codes that share a scale
   constexpr int kPair = Rows % 2 ? 1 : 2;          // rows whose chains of products run side by side
   constexpr int kHeader = tile_size(F::kFormat).header, kBytes = tile_size(F::kFormat).tile;
-  for (int m = 0; m < Rows; ++m) y[m] = Floats{};
-  const std::uint8_t* header = w;
+  Floats acc[Rows] = {};
+  Floats units[2] = {};
   for (std::int64_t b = 0; b < blocks; ++b, x += group) {
-    if (kHeader && b % 8 == 0) header = w, w += kHeader;
-    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(w + kAhead + i, 0, 2);
+    if (kHeader && b % 8 == 0) {
+      for (int i = 0; i < kHeader / 32; ++i) units[i] = from_halves(w + 32 * i);
+      w += kHeader;
+    }
+    fetch_ahead(w, kBytes);
     Codes c[8];
     Floats scale[2], offset[2];
-    F::read(w, header, c, scale, offset);
+    F::read(w, units, c, scale, offset);
     w += kBytes;
 #pragma GCC unroll 8
     for (int m = 0; m < Rows; m += kPair) {
@@ -82,12 +89,13 @@ inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, int group
             s[p] = add_products<F::kBits>(s[p], c[at], x[m + p].codes + 4 * at);
           }
         for (int p = 0; p < kPair; ++p) {
-          y[m + p] += convert(s[p]) * (scale[part] * x[m + p].scale);
-          if (F::kOffset) y[m + p] -= offset[part] * x[m + p].sum[sum];
+          acc[m + p] += convert(s[p]) * (scale[part] * x[m + p].scale);
+          if (F::kOffset) acc[m + p] -= offset[part] * x[m + p].sum[sum];
         }
       }
     }
   }
+  for (int m = 0; m < Rows; ++m) y[m] = acc[m];
 }
 
 // The same with plain weights and inputs of 32 bits.
@@ -96,7 +104,7 @@ inline void plain_strip(const std::uint8_t* w, const float* x, int group, std::i
   constexpr int kBytes = tile_size(F::kFormat).tile;
   Floats even_sum[Rows] = {}, odd_sum[Rows] = {};
   for (std::int64_t b = 0; b < blocks; ++b, x += group * kTile, w += kBytes) {
-    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(w + kAhead + i, 0, 2);
+    fetch_ahead(w, kBytes);
     for (int pair = 0; pair < kTile / 2; ++pair) {
       Floats even, odd;
       F::read(w, pair, &even, &odd);
@@ -195,9 +203,13 @@ void read_row(const Matrix& w, std::int64_t index, float* out) {
   with_format(w.format, [&](auto format) {
     using F = decltype(format);
     constexpr TileSize size = tile_size(F::kFormat);
-    const std::uint8_t *p = strip, *header = strip;
+    const std::uint8_t* p = strip;
+    Floats units[2] = {};
     for (std::int64_t b = 0; b < w.tiles(); ++b, p += size.tile) {
-      if (size.header && b % 8 == 0) header = p, p += size.header;
+      if (size.header && b % 8 == 0) {
+        for (int i = 0; i < size.header / 32; ++i) units[i] = from_halves(p + 32 * i);
+        p += size.header;
+      }
       float values[kTile];
       if constexpr (F::kFormat <= Format::bf16) {
         for (int pair = 0; pair < kTile / 2; ++pair) {
@@ -208,7 +220,7 @@ void read_row(const Matrix& w, std::int64_t index, float* out) {
       } else {
         Codes c[8];
         Floats scale[2], offset[2] = {};
-        F::read(p, header, c, scale, offset);
+        F::read(p, units, c, scale, offset);
         for (int i = 0; i < kTile; ++i) {
           const int group = F::kGroups == 1 ? 0 : i / 16;
           const float code = static_cast<float>(c[i / 4][4 * lane + i % 4] - F::kZero);

@@ -7,8 +7,8 @@ namespace {
 std::uint64_t read(const std::uint8_t* p, std::int64_t bytes) {
   Words sums[4] = {};
   for (std::int64_t i = 0; i < bytes; i += 256) {
+    fetch_ahead(p + i, 256);
     for (int j = 0; j < 4; ++j) {
-      __builtin_prefetch(p + i + 64 * j + kAhead, 0, 2);
       sums[j] += load<Words>(p + i + 64 * j);
     }
   }

@@ -3,8 +3,8 @@
 // Codes come as eight vectors of [16 rows][4 columns] bytes, which is what a byte product takes. Formats of fewer bits
 // keep them packed, so that unpacking is a shift and a mask for all rows at once: vector j of four-bit codes has
 // columns 4j … in its low and 16 + 4j … in its high halves; fifth and higher bits have vectors of their own. Then come
-// the scales of the 16 rows. Super-blocks have a header with the rows' float16 units before every eight tiles. A weight
-// is scale·(code - kZero) - offset.
+// the scales of the 16 rows. Super-blocks have a header with the rows' float16 units before every eight tiles, read as
+// `units`. A weight is scale·(code - kZero) - offset.
 #pragma once
 
 #include "herd/tiles.h"
@@ -61,7 +61,7 @@ struct Quantised {
 struct Q4_0 : Quantised {
   static constexpr Format kFormat = Format::q4_0;
   static constexpr int kZero = 8;
-  static void read(const std::uint8_t* p, const std::uint8_t*, Codes* c, Floats* scale, Floats*) {
+  static void read(const std::uint8_t* p, const Floats*, Codes* c, Floats* scale, Floats*) {
     four_bits(p, c);
     scale[0] = from_halves(p + 256);
   }
@@ -69,7 +69,7 @@ struct Q4_0 : Quantised {
 struct Q4_1 : Quantised {
   static constexpr Format kFormat = Format::q4_1;
   static constexpr bool kOffset = true;
-  static void read(const std::uint8_t* p, const std::uint8_t*, Codes* c, Floats* scale, Floats* offset) {
+  static void read(const std::uint8_t* p, const Floats*, Codes* c, Floats* scale, Floats* offset) {
     four_bits(p, c);
     scale[0] = from_halves(p + 256), offset[0] = -from_halves(p + 288);
   }
@@ -77,7 +77,7 @@ struct Q4_1 : Quantised {
 struct Q5_0 : Quantised {
   static constexpr Format kFormat = Format::q5_0;
   static constexpr int kZero = 16, kBits = 5;
-  static void read(const std::uint8_t* p, const std::uint8_t*, Codes* c, Floats* scale, Floats*) {
+  static void read(const std::uint8_t* p, const Floats*, Codes* c, Floats* scale, Floats*) {
     four_bits(p, c);
     add_one_bit(p + 256, 4, c);
     scale[0] = from_halves(p + 320);
@@ -87,7 +87,7 @@ struct Q5_1 : Quantised {
   static constexpr Format kFormat = Format::q5_1;
   static constexpr int kBits = 5;
   static constexpr bool kOffset = true;
-  static void read(const std::uint8_t* p, const std::uint8_t*, Codes* c, Floats* scale, Floats* offset) {
+  static void read(const std::uint8_t* p, const Floats*, Codes* c, Floats* scale, Floats* offset) {
     four_bits(p, c);
     add_one_bit(p + 256, 4, c);
     scale[0] = from_halves(p + 320), offset[0] = -from_halves(p + 352);
@@ -96,7 +96,7 @@ struct Q5_1 : Quantised {
 struct Q8_0 : Quantised {
   static constexpr Format kFormat = Format::q8_0;
   static constexpr int kZero = 128, kBits = 8;
-  static void read(const std::uint8_t* p, const std::uint8_t*, Codes* c, Floats* scale, Floats*) {
+  static void read(const std::uint8_t* p, const Floats*, Codes* c, Floats* scale, Floats*) {
     for (int g = 0; g < 8; ++g) c[g] = load<Codes>(p + 64 * g);
     scale[0] = from_halves(p + 512);
   }
@@ -104,7 +104,7 @@ struct Q8_0 : Quantised {
 struct Iq4_nl : Quantised {
   static constexpr Format kFormat = Format::iq4_nl;
   static constexpr int kZero = 128, kBits = 8;
-  static void read(const std::uint8_t* p, const std::uint8_t*, Codes* c, Floats* scale, Floats*) {
+  static void read(const std::uint8_t* p, const Floats*, Codes* c, Floats* scale, Floats*) {
     look_up(p, c);
     scale[0] = from_halves(p + 256);
   }
@@ -113,62 +113,59 @@ struct Q2_K : Quantised {
   static constexpr Format kFormat = Format::q2_k;
   static constexpr int kGroups = 2, kBits = 2;
   static constexpr bool kOffset = true;
-  static void read(const std::uint8_t* p, const std::uint8_t* header, Codes* c, Floats* scale, Floats* offset) {
+  static void read(const std::uint8_t* p, const Floats* units, Codes* c, Floats* scale, Floats* offset) {
     two_bits(p, c);
-    const Floats unit = from_halves(header), least = from_halves(header + 32);
     for (int half = 0; half < 2; ++half) {
       std::uint8_t low[16], high[16];  // scale and offset in a byte
       for (int r = 0; r < 16; ++r) low[r] = p[128 + 16 * half + r] & 15, high[r] = p[128 + 16 * half + r] >> 4;
-      scale[half] = unit * from_bytes(low), offset[half] = least * from_bytes(high);
+      scale[half] = units[0] * from_bytes(low), offset[half] = units[1] * from_bytes(high);
     }
   }
 };
 struct Q3_K : Quantised {
   static constexpr Format kFormat = Format::q3_k;
   static constexpr int kGroups = 2, kZero = 4, kBits = 3;
-  static void read(const std::uint8_t* p, const std::uint8_t* header, Codes* c, Floats* scale, Floats*) {
+  static void read(const std::uint8_t* p, const Floats* units, Codes* c, Floats* scale, Floats*) {
     two_bits(p, c);
     add_one_bit(p + 128, 2, c);
-    const Floats unit = from_halves(header);
-    scale[0] = unit * from_signed(p + 192), scale[1] = unit * from_signed(p + 208);
+    scale[0] = units[0] * from_signed(p + 192), scale[1] = units[0] * from_signed(p + 208);
   }
 };
 struct Q4_K : Quantised {
   static constexpr Format kFormat = Format::q4_k;
   static constexpr bool kOffset = true;
-  static void read(const std::uint8_t* p, const std::uint8_t* header, Codes* c, Floats* scale, Floats* offset) {
+  static void read(const std::uint8_t* p, const Floats* units, Codes* c, Floats* scale, Floats* offset) {
     four_bits(p, c);
-    scale[0] = from_halves(header) * from_bytes(p + 256);
-    offset[0] = from_halves(header + 32) * from_bytes(p + 272);
+    scale[0] = units[0] * from_bytes(p + 256);
+    offset[0] = units[1] * from_bytes(p + 272);
   }
 };
 struct Q5_K : Quantised {
   static constexpr Format kFormat = Format::q5_k;
   static constexpr int kBits = 5;
   static constexpr bool kOffset = true;
-  static void read(const std::uint8_t* p, const std::uint8_t* header, Codes* c, Floats* scale, Floats* offset) {
+  static void read(const std::uint8_t* p, const Floats* units, Codes* c, Floats* scale, Floats* offset) {
     four_bits(p, c);
     add_one_bit(p + 256, 4, c);
-    scale[0] = from_halves(header) * from_bytes(p + 320);
-    offset[0] = from_halves(header + 32) * from_bytes(p + 336);
+    scale[0] = units[0] * from_bytes(p + 320);
+    offset[0] = units[1] * from_bytes(p + 336);
   }
 };
 struct Q6_K : Quantised {
   static constexpr Format kFormat = Format::q6_k;
   static constexpr int kGroups = 2, kZero = 32, kBits = 6;
-  static void read(const std::uint8_t* p, const std::uint8_t* header, Codes* c, Floats* scale, Floats*) {
+  static void read(const std::uint8_t* p, const Floats* units, Codes* c, Floats* scale, Floats*) {
     four_bits(p, c);
     add_two_bits(p + 256, 4, c);
-    const Floats unit = from_halves(header);
-    scale[0] = unit * from_signed(p + 384), scale[1] = unit * from_signed(p + 400);
+    scale[0] = units[0] * from_signed(p + 384), scale[1] = units[0] * from_signed(p + 400);
   }
 };
 struct Iq4_xs : Quantised {
   static constexpr Format kFormat = Format::iq4_xs;
   static constexpr int kZero = 128, kBits = 8;
-  static void read(const std::uint8_t* p, const std::uint8_t* header, Codes* c, Floats* scale, Floats*) {
+  static void read(const std::uint8_t* p, const Floats* units, Codes* c, Floats* scale, Floats*) {
     look_up(p, c);
-    scale[0] = from_halves(header) * from_signed(p + 256);
+    scale[0] = units[0] * from_signed(p + 256);
   }
 };
 
