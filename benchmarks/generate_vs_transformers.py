@@ -1,8 +1,8 @@
-"""Generation speed of `herd.LLM` (torch backend) next to transformers' `generate`, same random weights, greedy.
+"""Generation speed of `herd.LLM`, on either backend, next to transformers' `generate`, same random weights, greedy.
 
 Both run float32 on the same threads; rounds are interleaved and medians compared, and both must give the same tokens.
 
-    python benchmarks/generate_vs_transformers.py [--rounds 5] [--threads 2] [--shapes 5m,60m] [--json FILE]
+    python benchmarks/generate_vs_transformers.py [--backend native|torch] [--rounds 5] [--threads 2] [--shapes 5m,60m]
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _compare(task: Task, config: LlamaConfig, folder: str, arguments: argparse.N
         [rng.randrange(config.vocab_size) for _ in range(rng.randint(*task.prompt_tokens))]
         for _ in range(task.n_prompts)
     ]
-    ours, theirs = _herd(folder, arguments.threads, task), _transformers(folder, arguments.threads, task)
+    ours, theirs = _herd(folder, arguments, task), _transformers(folder, arguments.threads, task)
     runners: list[Callable[[list[list[int]]], list[list[int]]]] = [ours, theirs]
     same = _agreement(ours(prompts), theirs(prompts))  # also the warm-up
     seconds: list[list[float]] = [[], []]
@@ -95,10 +95,10 @@ def _compare(task: Task, config: LlamaConfig, folder: str, arguments: argparse.N
     }
 
 
-def _herd(folder: str, threads: int, task: Task) -> Callable[[list[list[int]]], list[list[int]]]:
+def _herd(folder: str, arguments: argparse.Namespace, task: Task) -> Callable[[list[list[int]]], list[list[int]]]:
     import herd
 
-    llm = herd.LLM(folder, threads=threads, kv="f32")
+    llm = herd.LLM(folder, threads=arguments.threads, kv="f32", backend=arguments.backend)
 
     def run(prompts: list[list[int]]) -> list[list[int]]:
         completions = llm.generate(prompts, max_tokens=task.new_tokens, temperature=0.0, ignore_eos=True)
@@ -162,6 +162,7 @@ def _write_model(config: LlamaConfig, folder: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--backend", default="native", choices=("native", "torch"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", default="5m,60m")

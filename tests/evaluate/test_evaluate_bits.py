@@ -16,7 +16,7 @@ from herd.evaluate import bits_per_byte
 
 @pytest.fixture(scope="module")
 def llm(small_models: dict[str, Path]) -> Iterator[LLM]:
-    with LLM(small_models["one"], ctx=64) as opened:
+    with LLM(small_models["one"], ctx=64, kv="f32") as opened:
         yield opened
 
 

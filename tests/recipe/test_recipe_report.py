@@ -196,7 +196,7 @@ def test_a_run_without_held_out_text(finished_run: Path) -> None:
     _rewrite(finished_run, "corpus", "stats.json", lambda data: data.update(heldout_documents=0, split="none"))
     page, card = _texts(finished_run)
     assert "880 documents (10.5 MB) for training." in card
-    assert "The final model as GGUF files." in page and "bytes per token, held-out text" not in page
+    assert "The final model as GGUF files, and how many" in page and "bytes per token, held-out text" not in page
     assert (
         "| q8_0 | `model-q8_0.gguf` | 5.60 MB |  |  |" in card and "3.75 bytes per token on the training text" in card
     )
