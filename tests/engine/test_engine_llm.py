@@ -373,7 +373,7 @@ def test_wrong_models_and_arguments(tiny: Path, backend: str, monkeypatch: pytes
         assert short.context == 64
         with pytest.raises(ContextLengthExceeded):
             short.generate([5] * 60, max_tokens=5)
-        stream = short.stream("def ", max_tokens=20)
+        stream = short.stream("def ", max_tokens=20, ignore_eos=True)
         next(stream)
     with pytest.raises(HerdError, match="closed"):
         next(stream)
