@@ -21,6 +21,7 @@ import numpy.typing as npt
 from herd.architecture import LlamaConfig
 from herd.checkpoint import Adapter
 from herd.errors import HerdError, MissingDependency, UsageError
+from herd.progress import status
 
 KvType = Literal["bf16", "f32", "int8"]
 
@@ -111,7 +112,10 @@ def open_backend(name: str, options: BackendOptions) -> Backend:
     for candidate in BACKENDS if name == "auto" else [name]:
         module, needed = BACKENDS[candidate]
         if importlib.util.find_spec(needed) is not None:
-            backend: Backend = importlib.import_module(module).open_backend(options)
+            try:
+                backend: Backend = importlib.import_module(module).open_backend(options)
+            finally:
+                status("")  # of the memory plan that was shown while loading
             return backend
     if name == "native":
         raise HerdError("Herd's compiled part is missing", fix="herd doctor says why")
