@@ -39,9 +39,9 @@ KvType kv_type(const std::string& name) {
 using SpecTuple = std::tuple<std::string, std::string, std::int64_t, std::int64_t>;
 
 void make_engine(Engine* self, int dim, int heads, int kv_heads, int head_dim, int vocab, float norm_eps, bool qk_norm,
-                 float temperature, int temperature_floor, int experts, int top_k, const std::vector<bool>& rotates,
-                 const std::vector<int>& chunks, const std::vector<SpecTuple>& matrices, int threads,
-                 std::vector<int> cpus) {
+                 float temperature, int temperature_floor, int experts, int top_k, bool token_scales,
+                 const std::vector<bool>& rotates, const std::vector<int>& chunks,
+                 const std::vector<SpecTuple>& matrices, int threads, std::vector<int> cpus) {
   require(rotates.size() == chunks.size(), "rotates and chunks have one value a layer");
   require(dim > 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && vocab > 0, "impossible shape");
   require(experts >= 0 && top_k >= 0 && top_k <= experts, "impossible experts");
@@ -53,8 +53,8 @@ void make_engine(Engine* self, int dim, int heads, int kv_heads, int head_dim, i
     specs.push_back({name, format_named(format), rows, columns});
   }
   const DecoderShape shape{
-      dim,         static_cast<int>(layers.size()), heads,   kv_heads, head_dim, vocab, norm_eps, qk_norm,
-      temperature, std::max(1, temperature_floor),  experts, top_k};
+      dim,         static_cast<int>(layers.size()), heads,   kv_heads, head_dim,    vocab, norm_eps, qk_norm,
+      temperature, std::max(1, temperature_floor),  experts, top_k,    token_scales};
   new (self) Engine(shape, layers, specs, threads, std::move(cpus));
 }
 
@@ -140,7 +140,7 @@ void product(const std::string& format, const Bytes& data, std::int64_t rows, st
       float values[kTile] = {};
       for (std::int64_t i = 0; i < std::min<std::int64_t>(kTile, columns - kTile * b); ++i)
         values[i] = x.data()[row * columns + kTile * b + i];
-      k.put_block(panel, row, b, values);
+      k.put_block(panel, row, b, values, 0.0f);
     }
   for (std::int64_t s = 0; s < w.strips(); ++s) k.multiply(w, s, panel, y.data() + kStrip * s, rows, false);
 }
@@ -195,8 +195,8 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("page_bytes", [](const Cache& c) { return c.shape().page_bytes(); });
   nb::class_<Engine>(m, "Engine", "Packed weights of a decoder, and the step through all its layers.")
       .def("__init__", &make_engine, "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "vocab"_a, "norm_eps"_a,
-           "qk_norm"_a, "temperature"_a, "temperature_floor"_a, "experts"_a, "top_k"_a, "rotates"_a, "chunks"_a,
-           "matrices"_a, "threads"_a, "cpus"_a)
+           "qk_norm"_a, "temperature"_a, "temperature_floor"_a, "experts"_a, "top_k"_a, "token_scales"_a, "rotates"_a,
+           "chunks"_a, "matrices"_a, "threads"_a, "cpus"_a)
       .def(
           "load",
           [](Engine& self, const std::string& name, const Bytes& data) {

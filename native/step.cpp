@@ -99,13 +99,14 @@ class Engine::Pass {
   // Puts n inputs into a row of all forms in use.
   void put(const Panels& panels, int row, const float* values, std::int64_t n) const {
     const std::int64_t whole = n / kTile;
+    const float largest = shape_.token_scales ? k_.largest(values, n) : 0.0f;
     for (int kind = 0; kind < 2; ++kind) {
       if (!panels.used[kind]) continue;
-      for (std::int64_t b = 0; b < whole; ++b) k_.put_block(panels.of[kind], row, b, values + kTile * b);
+      for (std::int64_t b = 0; b < whole; ++b) k_.put_block(panels.of[kind], row, b, values + kTile * b, largest);
       if (n % kTile) {
         float rest[kTile] = {};
         std::memcpy(rest, values + kTile * whole, sizeof(float) * static_cast<std::size_t>(n % kTile));
-        k_.put_block(panels.of[kind], row, whole, rest);
+        k_.put_block(panels.of[kind], row, whole, rest, largest);
       }
     }
   }
@@ -248,7 +249,7 @@ class Engine::Pass {
   Branch branch(const FeedForward& network, PanelBuffer& in, PanelBuffer& down, int rows, float* out, bool add) const {
     return {&network,
             in.reserve(rows, shape_.dim, {&network.w1, &network.w3}),
-            down.reserve(rows, network.w1.rows, {&network.w2}),
+            down.reserve(rows, network.w1.rows, {&network.w2}, shape_.token_scales),
             out,
             add,
             false};
@@ -281,14 +282,23 @@ class Engine::Pass {
         }
       }
       k_.swiglu(gate, up, kTile * rows, hidden);
-      const Panel& to = branch.hidden[k_.inputs_of(branch.network->w2.format)];
-      for (int t = 0; t < rows; ++t) k_.put_block(to, t, b, hidden + kTile * t);
+      const Inputs kind = shape_.token_scales ? Inputs::f32 : k_.inputs_of(branch.network->w2.format);
+      for (int t = 0; t < rows; ++t) k_.put_block(branch.hidden[kind], t, b, hidden + kTile * t, 0.0f);
       if (branch.adapted) {
         const auto count = static_cast<std::size_t>(std::min<std::int64_t>(kTile, w1.rows - kTile * b));
         for (int t = 0; t < rows; ++t)
           std::memcpy(b_.hidden.data() + t * w1.rows + kTile * b, hidden + kTile * t, sizeof(float) * count);
       }
     });
+    if (shape_.token_scales) {
+      std::int64_t rows = 0;
+      for (std::size_t i = 0; i < n_branches; ++i) rows += rows_of(branches[i]);
+      m.each(rows, 1, [&](std::int64_t row) {
+        const Branch* branch = branches;
+        for (; row >= rows_of(*branch); ++branch) row -= rows_of(*branch);
+        round_hidden(branch->hidden, static_cast<int>(row));
+      });
+    }
     if (branches[0].adapted) {
       const std::int64_t n = branches[0].network->w1.rows;
       m.each(rows_, 1, [&](std::int64_t t) { take_low(t, layer, {&AdapterLayer::w2}, b_.hidden.data() + t * n, n); });
@@ -302,6 +312,16 @@ class Engine::Pass {
       k_.multiply(w2, s, branch.hidden[k_.inputs_of(w2.format)], branch.out + kStrip * s, shape_.dim, branch.add);
       if (branch.adapted) add_change(layer, &AdapterLayer::w2, 0, w2, s, branch.out + kStrip * s, shape_.dim);
     });
+  }
+
+  // A whole row of hidden numbers as int8 with one scale, now that all of them are there.
+  void round_hidden(const Panels& hidden, int row) const {
+    const Panel &from = hidden[Inputs::f32], &to = hidden[Inputs::int8];
+    if (!hidden.used[static_cast<int>(Inputs::int8)]) return;
+    const auto values = [&](std::int64_t b) { return reinterpret_cast<const float*>(from.block(row, b)); };
+    float largest = 0;
+    for (std::int64_t b = 0; b < from.blocks; ++b) largest = std::max(largest, k_.largest(values(b), kTile));
+    for (std::int64_t b = 0; b < from.blocks; ++b) k_.put_block(to, row, b, values(b), largest);
   }
 
   // shared(h) + Σ over a row's experts e of expert_e(sigmoid(router_e(h))·h), for the normalised input h.

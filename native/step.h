@@ -46,17 +46,18 @@ struct Panels {
 // Memory for panels of both forms.
 class PanelBuffer {
  public:
-  // For `rows` rows of `columns` inputs, multiplied with these matrices.
-  Panels reserve(int rows, std::int64_t columns, std::initializer_list<const Matrix*> matrices) {
+  // For `rows` rows of `columns` inputs, multiplied with these matrices; `plain`: also in 32 bits.
+  Panels reserve(int rows, std::int64_t columns, std::initializer_list<const Matrix*> matrices, bool plain = false) {
     Panels panels;
     const std::int64_t blocks = (columns + kTile - 1) / kTile;
-    for (const Matrix* matrix : matrices) {
-      const Inputs kind = engine_kernels().inputs_of(matrix->format);
+    const auto use = [&](Inputs kind) {
       const int at = static_cast<int>(kind);
-      if (panels.used[at]) continue;
+      if (panels.used[at]) return;
       panels.used[at] = true;
       panels.of[at] = {kind, rows, blocks, bytes_[at].reserve(rows * blocks * block_bytes(kind))};
-    }
+    };
+    for (const Matrix* matrix : matrices) use(engine_kernels().inputs_of(matrix->format));
+    if (plain) use(Inputs::f32);
     return panels;
   }
   std::int64_t bytes() const { return bytes_[0].bytes() + bytes_[1].bytes(); }

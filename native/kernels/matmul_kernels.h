@@ -173,15 +173,21 @@ void multiply(const Matrix& w, std::int64_t strip, const Panel& x, float* y, std
   with_format(w.format, [&](auto format) { strip_of_panel<decltype(format)>(w, strip, x, y, stride, add); });
 }
 
+float largest_of(const float* values, std::int64_t n) {
+  Floats found{};
+  in_vectors(n, [&](std::int64_t i, int lanes) { found = larger(magnitude(load_some(values + i, lanes)), found); });
+  return maximum(found);
+}
+
 // Inputs 32·b … of one row into a panel.
-void put_block(const Panel& panel, int row, std::int64_t b, const float* values) {
+void put_block(const Panel& panel, int row, std::int64_t b, const float* values, float largest) {
   std::uint8_t* to = panel.block(row, b);
   if (panel.kind == Inputs::f32) {
     std::memcpy(to, values, 4 * kTile);
   } else {
     auto& block = *reinterpret_cast<Int8Block*>(to);
     const Floats low = load(values), high = load(values + 16);
-    const float largest = maximum(larger(magnitude(low), magnitude(high)));
+    if (largest == 0) largest = maximum(larger(magnitude(low), magnitude(high)));
     // Added to the scale: nothing, or not a number where an input is none, so that the outputs are none either.
     const float poison = sum(low * 0.0f + high * 0.0f);
     block.scale = largest * (1.0f / 127.0f) + poison;

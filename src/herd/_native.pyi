@@ -55,6 +55,7 @@ class Engine:
         temperature_floor: int,
         experts: int,
         top_k: int,
+        token_scales: bool,
         rotates: list[bool],
         chunks: list[int],
         matrices: list[tuple[str, str, int, int]],

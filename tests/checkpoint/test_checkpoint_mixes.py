@@ -78,6 +78,55 @@ def test_a_mix_spends_its_bits_where_errors_cost_most(tmp_path: Path) -> None:
     )
 
 
+def rounded(weights: np.ndarray, group: int, levels: float, low: int, high: int) -> np.ndarray:
+    """Symmetric rounding with a float16 scale for each group of a row, one group at a time."""
+    out = np.empty_like(weights)
+    for row, to in zip(weights, out, strict=True):
+        for start in range(0, len(row), group):
+            part = row[start : start + group]
+            scale = np.float32(np.float16(np.abs(part).max() / np.float32(levels)))
+            to[start : start + group] = np.clip(np.round(part / scale), low, high) * scale if scale else 0
+    return out
+
+
+def test_the_scheme_of_llama_3_2(tmp_path: Path) -> None:
+    """4 bits in groups of 32; embedding and head in 8 bits with a scale a row; activations with a scale a token."""
+    original = weights()
+    original["layers.0.ffn.w1.weight"][3] = 0
+    path = save(tmp_path / "m.gguf", CONFIG, original, format="gguf", dtype="int4_g32")
+    assert gguf.GGUFReader(path).get_field("herd.activations").contents() == "token"
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.activations == "token"
+        for name, array in original.items():
+            if array.ndim == 1:
+                continue
+            whole = name in ("embed.weight", "output.weight")
+            assert checkpoint.type_name(name) == ("q8_0" if whole else "q4_0")
+            how = (array.shape[1], 127.5, -128, 127) if whole else (32, 7.5, -8, 7)
+            np.testing.assert_array_equal(checkpoint[name], rounded(array, *how))
+
+
+def test_the_scheme_of_llama_4(tmp_path: Path) -> None:
+    """4 bits in groups of 128 for the experts; everything else stays in bfloat16."""
+    config = LlamaConfig.from_dict(
+        CONFIG.to_dict() | {"generation": "llama4", "moe": {"n_experts": 4, "ffn_dim": 160, "top_k": 1}, "n_layers": 2}
+    )
+    original = weights(config)
+    with open_checkpoint(save(tmp_path / "m.gguf", config, original, format="gguf", dtype="int4_g128")) as checkpoint:
+        assert checkpoint.activations == "block"
+        for name, array in original.items():
+            if array.ndim == 1 or "router" in name:
+                continue
+            if ".moe." not in name:
+                assert checkpoint.type_name(name) == "bf16", name
+                continue
+            assert checkpoint.type_name(name) == "q4_0", name
+            expected = rounded(array.reshape(-1, array.shape[-1]), 128, 8.0, -8, 7)  # of 160 columns: 128 and 32
+            np.testing.assert_array_equal(checkpoint[name], expected.reshape(array.shape))
+    dense = types(save(tmp_path / "d.gguf", CONFIG, weights(), format="gguf", dtype="int4_g128"))
+    assert dense["blk.1.attn_q.weight"] == "q4_0" and dense["output.weight"] == "bf16"
+
+
 def test_rows_that_do_not_fill_blocks_take_the_nearest_format(tmp_path: Path) -> None:
     narrow = LlamaConfig.from_dict(
         CONFIG.to_dict() | {"dim": 96, "n_heads": 2, "n_kv_heads": 1, "head_dim": 48, "ffn_dim": 80}
@@ -131,6 +180,42 @@ def test_importance_lowers_the_error_where_it_counts(model: Path, tmp_path: Path
                     float((squares[matrix] * (quantised[matrix] - original[matrix]) ** 2).sum()) for matrix in squares
                 )
     assert sums["weighed"] < 0.98 * sums["plain"]  # random weights: every input is of like importance
+
+
+def test_each_expert_has_importance_of_its_own(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from herd.model import from_arrays, input_squares
+
+    config = LlamaConfig.from_dict(
+        CONFIG.to_dict() | {"generation": "llama4", "moe": {"n_experts": 3, "ffn_dim": 256, "top_k": 2}, "n_layers": 1}
+    )
+    original = weights(config)
+    model = from_arrays(config, original).eval()
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, 60).tolist()
+    found = input_squares(model, [ids])
+    assert set(found) == {name for name, array in original.items() if array.ndim > 1 and name != "embed.weight"}
+    # By hand: what the router sends to each expert, scaled by its score.
+    with torch.no_grad():
+        seen: list[torch.Tensor] = []
+        hook = model.layers[0].moe.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+        model(torch.tensor([ids]))
+        hook.remove()
+        chosen, scores = model.layers[0].moe.router(seen[0]).topk(2)[::-1], None
+        expected = torch.zeros(3, config.dim)
+        for e in range(3):
+            for t in range(len(ids)):
+                if e in chosen[0][t].tolist():
+                    scores = chosen[1][t][chosen[0][t].tolist().index(e)].sigmoid()
+                    expected[e] += (seen[0][t] * scores) ** 2 / len(ids)
+    np.testing.assert_allclose(found["layers.0.moe.experts.w1"], expected.numpy(), rtol=1e-4)
+    assert found["layers.0.moe.experts.w2"].shape == (3, 256)
+    errors = {}
+    for name, importance in (("plain", None), ("weighed", found)):
+        path = save(tmp_path / f"{name}.gguf", config, original, format="gguf", dtype="q4_k_m", importance=importance)
+        with open_checkpoint(path) as quantised:
+            matrix = "layers.0.moe.experts.w2"
+            errors[name] = float((found[matrix][:, None] * (quantised[matrix] - original[matrix]) ** 2).sum())
+    assert errors["weighed"] < 0.99 * errors["plain"]
 
 
 def test_bad_calibration_texts_are_refused(model: Path, tmp_path: Path, herd_command: Command) -> None:

@@ -23,7 +23,8 @@ from herd import checkpoint
 from herd.architecture import LlamaConfig, MoeConfig, RopeScaling
 from herd.checkpoint import open_checkpoint
 from herd.checkpoint.blocks import dequantize, quantize
-from herd.checkpoint.mixes import MIXES
+from herd.checkpoint.mixes import MIXES, Activations, activations_of, rounding_of
+from herd.checkpoint.numbers import BLOCKS
 from herd.engine.backend import BackendOptions, Span
 
 pytest.importorskip("herd._native")
@@ -174,40 +175,46 @@ def test_weights_in_few_bits_equal_torch_on_the_same_weights(
     path = saved(tmp_path, config, arrays)
     with open_checkpoint(path) as stored:
         formats = weight_formats(stored, quant)
-    weights = {name: through(formats[name], array) if name in formats else array for name, array in arrays.items()}
+    weights = {
+        name: through(formats[name], array, quant) if name in formats else array for name, array in arrays.items()
+    }
     model = from_arrays(config, weights).eval()
     with opened(path, quant=quant) as backend:
         found = whole(backend, tokens)
-    if quant in MIXES:
-        round_inputs(model, monkeypatch)
+    share = activations_of(quant)
+    round_inputs(model, formats, share, monkeypatch)
     with torch.no_grad():
         x_SD = model.hidden(torch.tensor([tokens]))[0]
-        head = to_int8_and_back(x_SD) if quant in MIXES else x_SD
+        head = to_int8_and_back(x_SD, share) if formats["output.weight"] in BLOCKS else x_SD
         expected = torch.nn.functional.linear(head, model.output_weight).numpy()
     error = np.abs(found - expected).max(1) / expected.std()
     assert np.quantile(error, 0.9) <= 1e-5, "measured: 3e-6"
     assert error.max() <= 0.15, "measured: 0.045, where an input lies between two codes and torch takes the other"
 
 
-def to_int8_and_back(x: torch.Tensor) -> torch.Tensor:
-    """The engine's rounding of what block formats are multiplied with: blocks of 32, scale max|x| / 127."""
-    blocks = x.reshape(*x.shape[:-1], -1, 32)
+def to_int8_and_back(x: torch.Tensor, share: Activations) -> torch.Tensor:
+    """The engine's rounding of what block formats are multiplied with: scale max|x| / 127 of 32 numbers or a row."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32 if share == "block" else x.shape[-1])
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     return (torch.round(blocks / scale.clamp_min(1e-30)) * scale).reshape(x.shape)
 
 
-def round_inputs(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch round as the engine does before every product but the router's, which is in float32."""
+def round_inputs(
+    model: torch.nn.Module, formats: dict[str, str], share: Activations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let torch round as the engine does before every product with blocks."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not name.endswith("router"):
-            module.register_forward_pre_hook(lambda _, inputs: (to_int8_and_back(inputs[0]),))
-    grouped = moe.grouped_linear
-    monkeypatch.setattr(moe, "grouped_linear", lambda x, weight, counts: grouped(to_int8_and_back(x), weight, counts))
+        if isinstance(module, torch.nn.Linear) and formats.get(f"{name}.weight") in BLOCKS:
+            module.register_forward_pre_hook(lambda _, inputs: (to_int8_and_back(inputs[0], share),))
+    if any(formats[name] in BLOCKS for name in formats if name.endswith("moe.experts.w1")):
+        grouped = moe.grouped_linear
+        monkeypatch.setattr(moe, "grouped_linear", lambda x, w, counts: grouped(to_int8_and_back(x, share), w, counts))
 
 
-def through(type_name: str, array: np.ndarray) -> np.ndarray:
+def through(type_name: str, array: np.ndarray, quant: str) -> np.ndarray:
     """What remains of weights after a format."""
-    return dequantize(type_name, quantize(type_name, array)).reshape(array.shape)
+    data = quantize(type_name, array, rounding=rounding_of(type_name, quant))
+    return dequantize(type_name, data).reshape(array.shape)
 
 
 @pytest.mark.parametrize(("name", "bound"), [("Llama 3.1, llama3 scaling", 0.03), (SCOUT, 0.15)])
@@ -222,18 +229,22 @@ def test_rounding_inputs_costs_little(name: str, bound: float, quant: str, tmp_p
     path = saved(tmp_path, config, arrays)
     with open_checkpoint(path) as stored:
         formats = weight_formats(stored, quant)
-    weights = {name: through(formats[name], array) if name in formats else array for name, array in arrays.items()}
+    weights = {
+        name: through(formats[name], array, quant) if name in formats else array for name, array in arrays.items()
+    }
     expected = expected_logits(config, weights, tokens)
     with opened(path, quant=quant) as backend:
         error = np.sqrt(((whole(backend, tokens) - expected) ** 2).mean()) / expected.std()
     assert error <= bound
 
 
-def test_a_quantised_file_and_quantising_at_load_are_the_same(tmp_path: Path) -> None:
-    arrays, tokens = table.random_arrays(WIDE), tokens_of(WIDE, 80)
-    with opened(saved(tmp_path, WIDE, arrays), quant="q4_k_m") as backend:
+@pytest.mark.parametrize("mix", ["q4_k_m", "int4_g32", "int4_g128"])
+@pytest.mark.parametrize("config", [WIDE, WIDE_LLAMA4], ids=["dense", "llama4"])
+def test_a_quantised_file_and_quantising_at_load_are_the_same(config: LlamaConfig, mix: str, tmp_path: Path) -> None:
+    arrays, tokens = table.random_arrays(config), tokens_of(config, 80)
+    with opened(saved(tmp_path, config, arrays), quant=mix) as backend:
         at_load = whole(backend, tokens)
-    with opened(saved(tmp_path, WIDE, arrays, format="gguf", dtype="q4_k_m")) as backend:
+    with opened(saved(tmp_path, config, arrays, format="gguf", dtype=mix)) as backend:
         np.testing.assert_array_equal(whole(backend, tokens), at_load)
 
 

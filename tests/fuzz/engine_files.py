@@ -38,6 +38,8 @@ FORMATS = (
     "q6_k",
     "iq4_nl",
     "iq4_xs",
+    "int4_g32",
+    "int4_g128",
     "bf16",
     "f32",
 )

@@ -24,6 +24,7 @@ struct DecoderShape {
   float temperature;  // of layers without rotation: ln(⌊(position + 1) / floor⌋ + 1)·temperature + 1; 0: none
   int temperature_floor;
   int experts, top_k;  // of mixture layers
+  bool token_scales;   // int8 inputs of a product have one scale a row, not one a block
 };
 
 // One feed-forward network; a layer has one, or a shared one and its experts.

@@ -53,8 +53,10 @@ struct EngineKernels {
   Inputs (*inputs_of)(Format format);
   // y[m][0 … 16) (+)= x[m] · (rows 16·strip … of w) for all rows m of x, as far as w has rows.
   void (*multiply)(const Matrix& w, std::int64_t strip, const Panel& x, float* y, std::int64_t stride, bool add);
-  // Inputs 32·b … 32·b + 31 of one row into a panel.
-  void (*put_block)(const Panel& panel, int row, std::int64_t b, const float* values);
+  // Inputs 32·b … 32·b + 31 of one row into a panel. `largest`: what int8 codes reach to; 0: these values' own largest.
+  void (*put_block)(const Panel& panel, int row, std::int64_t b, const float* values, float largest);
+  // The largest magnitude of n values; those that are no numbers do not count.
+  float (*largest)(const float* values, std::int64_t n);
   // The stored values of one row of a matrix.
   void (*read_row)(const Matrix& w, std::int64_t row, float* out);
   // out = x / rms(x) · weight (weight null: 1); out may be x.

@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from herd.checkpoint.blocks import dequantize, quantize
+from herd.checkpoint.blocks import Rounding, dequantize, quantize
 from herd.checkpoint.bytefile import ByteFile
 from herd.checkpoint.numbers import BLOCKS, PLAIN, Array, cast, name_of, stored_bytes
 from herd.checkpoint.tensorfile import Extent, StoredTensor
@@ -214,16 +214,28 @@ class GgufWriter:
         out.write(text)
         out.truncate(start + position)
 
-    def put(self, name: str, blocks: Iterable[Array], importance: npt.NDArray[np.float32] | None = None) -> None:
-        """Write tensor `name` from row blocks, cast or quantised to its planned type; see `quantize` on importance."""
+    def put(
+        self,
+        name: str,
+        blocks: Iterable[Array],
+        importance: npt.NDArray[np.float32] | None = None,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """Write tensor `name` from row blocks, cast or quantised to its planned type; see `quantize` on the rest.
+
+        Stacked matrices may have `importance` for each, [matrices, N].
+        """
         tensor = self._plan[name]
         self._out.seek(self._starts[name])
+        first = 0
         for block in blocks:
             if tensor.type_name in BLOCKS:
                 try:
-                    self._out.write(quantize(tensor.type_name, block, importance))
+                    for part, weights in _weighed(block, importance, first):
+                        self._out.write(quantize(tensor.type_name, part, weights, rounding=rounding))
                 except HerdError as error:
                     raise error.inside(name) from None
+                first += len(block)
             else:
                 self._out.write(np.ascontiguousarray(cast(block, tensor.type_name, name)).view(np.uint8).data)
         written = self._out.tell() - self._starts[name]
@@ -235,6 +247,17 @@ class GgufWriter:
         """Check that nothing is missing; the caller's `atomic_write` flushes."""
         if self._missing:
             raise HerdError("tensors are missing", value=sorted(self._missing)[:3])
+
+
+def _weighed(
+    block: Array, importance: npt.NDArray[np.float32] | None, first: int
+) -> Iterable[tuple[Array, npt.NDArray[np.float32] | None]]:
+    """A row block with the importance of its columns; matrices `first` … of stacked ones each with their own."""
+    if importance is None or importance.ndim == 1:
+        return [(block, importance)]
+    if len(importance) < first + len(block):
+        raise UsageError("stacked matrices need importance for each", value=importance.shape)
+    return zip(block, importance[first:], strict=False)
 
 
 def write(

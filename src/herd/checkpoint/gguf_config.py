@@ -13,7 +13,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -26,13 +26,13 @@ from herd.architecture import (
     rope_frequencies,
 )
 from herd.checkpoint.fields import Fields, build_config, guess_generation
-from herd.checkpoint.mixes import MIXES
+from herd.checkpoint.mixes import MIXES, Activations, activations_of
 from herd.checkpoint.numbers import Array
 from herd.errors import FileFormatError, UsageError
 from herd.files import parse_json
 from herd.ggufmeta import MetadataValue
 
-__all__ = ["config_from_gguf", "config_to_gguf", "rope_divisors"]
+__all__ = ["activations_from_gguf", "config_from_gguf", "config_to_gguf", "rope_divisors"]
 
 # llama.cpp's llama_ftype
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32} | {name: mix.file_type for name, mix in MIXES.items()}
@@ -255,4 +255,15 @@ def config_to_gguf(config: LlamaConfig, dtype: str) -> dict[str, MetadataValue]:
         "general.quantization_version": 2,
         **{f"{arch}.{key}": value for key, value in own.items()},
         "herd.config": json.dumps(unsaid, sort_keys=True),
+        **({"herd.activations": activations_of(dtype)} if activations_of(dtype) != "block" else {}),
     }
+
+
+def activations_from_gguf(metadata: Mapping[str, MetadataValue], file: Path) -> Activations:
+    """How the weights want activations rounded. FileFormatError for another value."""
+    value = metadata.get("herd.activations", "block")
+    if value in get_args(Activations):
+        return cast("Activations", value)
+    Fields(metadata, file).fail(
+        "herd.activations", "is not known", value=value, allowed=", ".join(get_args(Activations))
+    )

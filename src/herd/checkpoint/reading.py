@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from herd.architecture import LlamaConfig, tensor_shapes
+from herd.checkpoint.gguf_config import activations_from_gguf
 from herd.checkpoint.locate import resolve
+from herd.checkpoint.mixes import Activations
 from herd.checkpoint.numbers import Array, name_of
 from herd.checkpoint.sources import Format, GgufSource, HfSource, MetaSource, Source
 from herd.checkpoint.tensorfile import Extent
@@ -59,6 +61,11 @@ class Checkpoint(Mapping[str, Array]):
     def metadata(self) -> Mapping[str, Any]:
         """The configuration as the files have it: config.json, params.json, or the GGUF metadata."""
         return self._source.metadata
+
+    @property
+    def activations(self) -> Activations:
+        """What shares a scale where the model's activations are rounded to 8 bits."""
+        return activations_from_gguf(self.metadata, self.path) if self.format == "gguf" else "block"
 
     @property
     def files(self) -> list[Path]:

@@ -21,7 +21,7 @@ from herd.checkpoint.gguf_config import config_to_gguf, rope_divisors
 from herd.checkpoint.hf_config import config_to_hf
 from herd.checkpoint.layout import stored_blocks, stored_shape
 from herd.checkpoint.meta_config import config_to_meta, sidecar
-from herd.checkpoint.mixes import MIXES, gguf_type
+from herd.checkpoint.mixes import MIXES, gguf_type, rounding_of
 from herd.checkpoint.numbers import BLOCKS, PLAIN, Array, name_of
 from herd.checkpoint.reading import Checkpoint
 from herd.checkpoint.safetensors import SafetensorsWriter
@@ -66,7 +66,8 @@ def save(
     - `format`: "hf" or "meta" (`path` is a directory) or "gguf" (a file).
     - `dtype`: "f32", "bf16", "f16", for GGUF also one of `herd.checkpoint.mixes.MIXES`. None keeps the tensors' own;
       pairs then share the first one's.
-    - `importance`: for quantising, canonical names to what the squared errors of a matrix' columns weigh.
+    - `importance`: for quantising, canonical names to what the squared errors of a matrix' columns weigh, [in], of
+      stacked experts [E, in].
     - `tokenizer`: its files, or its GGUF metadata, are written along.
     - `metadata`: text to keep with the weights (safetensors header, GGUF "general.…" keys such as "name").
     - `max_shard_bytes`: size of one safetensors file; `shards`: number of Meta's model-parallel files.
@@ -250,13 +251,15 @@ def _save_gguf(
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         divisors = rope_divisors(config)
         plan.insert(1, StoredTensor("rope_freqs.weight", "f32", divisors.shape))
+    types = {tensor.name: tensor.type_name for tensor in plan}
     with atomic_write(path) as out:
         sink = GgufWriter(out, head, plan)
         if divisors is not None:
             sink.put("rope_freqs.weight", [divisors])
         for rule, parts in feed.groups(rules):
             importance = feed.importance.get(rule.parts[0])
-            sink.put(rule.stored, stored_blocks(rule, parts, config.head_dim), importance)
+            rounding = rounding_of(types[rule.stored], dtype)
+            sink.put(rule.stored, stored_blocks(rule, parts, config.head_dim), importance, rounding)
         sink.finish()
 
 

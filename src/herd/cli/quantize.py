@@ -22,7 +22,7 @@ def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="Model: directory, GGUF, run, or pulled OWNER/NAME.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="New GGUF file.")],
     mix: Annotated[
-        str, typer.Option("--type", help="Format or mix: q4_k_m, q5_k_m, q6_k, q8_0, q4_0, iq4_xs, q3_k_m, q2_k, …")
+        str, typer.Option("--type", help="Format or mix: q4_k_m, q5_k_m, q6_k, q8_0, q4_0, iq4_xs, q3_k_m, int4_g32, bf16, …")
     ] = "q4_k_m",
     imatrix: Annotated[
         Path | None,
@@ -43,10 +43,11 @@ def command(
     """
     from herd import checkpoint
     from herd.checkpoint.mixes import MIXES
+    from herd.checkpoint.numbers import PLAIN
     from herd.errors import UsageError, near
 
-    if mix not in MIXES:
-        raise UsageError("no such format or mix", value=mix, allowed=near(mix, MIXES))
+    if mix not in (*MIXES, *PLAIN):
+        raise UsageError("no such format or mix", value=mix, allowed=near(mix, [*MIXES, *PLAIN]))
     if dst.exists() and not force:
         raise UsageError("the destination exists", value=dst, fix="choose another name, or add --force")
     importance = None if imatrix is None else _importance(src, imatrix)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from herd import _native
 from herd.architecture import LlamaConfig, attention_scale, rope_frequencies
 from herd.checkpoint import Adapter, open_checkpoint
+from herd.checkpoint.mixes import activations_of
 from herd.engine.backend import BackendOptions, CacheFull, Span
 from herd.engine.memory import require_memory
 from herd.engine.native_weights import load_weights, make_engine, plan_native, smaller_plans, weight_formats
@@ -40,8 +41,9 @@ def open_backend(options: BackendOptions) -> NativeBackend:
         others = smaller_plans(checkpoint, plan, quant=options.quant, kv=options.kv, rows=ROWS)
         require_memory(plan, name=options.path.name, alternatives=others)
         threads = min(options.threads or 4096, _native.usable_cpus())
-        engine = make_engine(config, formats, checkpoint, threads, options.cpus)
-        load_weights(engine, checkpoint, formats)
+        activations = checkpoint.activations if options.quant is None else activations_of(options.quant)
+        engine = make_engine(config, formats, checkpoint, activations=activations, threads=threads, cpus=options.cpus)
+        load_weights(engine, checkpoint, formats, options.quant)
     own = pages = -(-context // PAGE_TOKENS)
     spare = (MAX_SEQUENCES - 1) * plan.cache if plan.spare is None else plan.spare // 2
     page_bytes = max(1, plan.cache_per_token * PAGE_TOKENS)

@@ -12,7 +12,7 @@ from herd import _native
 from herd.architecture import LlamaConfig, stored_tensors
 from herd.checkpoint import Checkpoint
 from herd.checkpoint.blocks import dequantize, quantize
-from herd.checkpoint.mixes import MIXES, gguf_type
+from herd.checkpoint.mixes import MIXES, Activations, gguf_type, rounding_of
 from herd.checkpoint.numbers import BLOCKS, PLAIN, cast
 from herd.engine.memory import MemoryPlan, available_bytes, smaller_contexts
 from herd.errors import HerdError, UsageError, near
@@ -78,7 +78,13 @@ def smaller_plans(
 
 
 def make_engine(
-    config: LlamaConfig, formats: dict[str, str], checkpoint: Checkpoint, threads: int, cpus: Sequence[int] = ()
+    config: LlamaConfig,
+    formats: dict[str, str],
+    checkpoint: Checkpoint,
+    *,
+    activations: Activations,
+    threads: int,
+    cpus: Sequence[int] = (),
 ) -> _native.Engine:
     """An engine with room for the weights, which are still to be loaded."""
     matrices = []
@@ -102,6 +108,7 @@ def make_engine(
         temperature_floor=min(temperature.floor_scale, _MAX_INT) if temperature else 1,
         experts=moe.n_experts if moe else 0,
         top_k=moe.top_k if moe else 0,
+        token_scales=activations == "token",
         rotates=[config.uses_rope(i) for i in layers],
         chunks=[min(config.attention_chunk or 0, _MAX_INT) if config.uses_rope(i) else 0 for i in layers],
         matrices=matrices,
@@ -110,8 +117,10 @@ def make_engine(
     )
 
 
-def load_weights(engine: _native.Engine, checkpoint: Checkpoint, formats: dict[str, str]) -> None:
-    """Read, convert where asked for, and pack every tensor.
+def load_weights(
+    engine: _native.Engine, checkpoint: Checkpoint, formats: dict[str, str], quant: str | None = None
+) -> None:
+    """Read, convert to the formats that `weight_formats` gave for `quant`, and pack every tensor.
 
     What is kept as it is stored goes from the file to its packed form piece by piece; of the rest, one tensor at a time
     is in memory beside the packed ones. Raises HerdError when a file ends too early.
@@ -123,7 +132,7 @@ def load_weights(engine: _native.Engine, checkpoint: Checkpoint, formats: dict[s
         shape, extent = checkpoint.shape(name), checkpoint.extent(name)
         names = [name] if len(shape) == 2 else [f"{name}.{e}" for e in range(shape[0])]
         if extent is None or checkpoint.type_name(name) != formats[name]:
-            for each, data in zip(names, _converted(checkpoint, name, formats[name]), strict=True):
+            for each, data in zip(names, _converted(checkpoint, name, formats[name], quant), strict=True):
                 engine.load(each, data)
             continue
         size = extent.nbytes // len(names)
@@ -135,7 +144,9 @@ def load_weights(engine: _native.Engine, checkpoint: Checkpoint, formats: dict[s
     engine.ready()
 
 
-def _converted(checkpoint: Checkpoint, name: str, format_name: str) -> Iterator[npt.NDArray[np.uint8]]:
+def _converted(
+    checkpoint: Checkpoint, name: str, format_name: str, quant: str | None
+) -> Iterator[npt.NDArray[np.uint8]]:
     """The bytes of a tensor's matrix, or of each expert's, in the format wanted."""
     raw = checkpoint.raw(name)
     n_experts = raw.shape[0] if len(raw.shape) == 3 else 1
@@ -146,6 +157,6 @@ def _converted(checkpoint: Checkpoint, name: str, format_name: str) -> Iterator[
         values = data.view(PLAIN[raw.type_name]) if raw.type_name in PLAIN else dequantize(raw.type_name, data)
         matrix = values.reshape(raw.shape[-2:])
         if format_name in BLOCKS:
-            yield np.frombuffer(quantize(format_name, matrix), np.uint8)
+            yield np.frombuffer(quantize(format_name, matrix, rounding=rounding_of(format_name, quant)), np.uint8)
         else:
             yield np.ascontiguousarray(cast(matrix, format_name, name)).reshape(-1).view(np.uint8)

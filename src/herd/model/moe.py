@@ -28,10 +28,12 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, counts_E: Tensor) -> Tensor:
         """SwiGLU of every token by its expert; tokens are sorted by expert, counts_E[e] of them for expert e."""
+        return _grouped(self.hidden(x_TD, counts_E), self.w2, counts_E)
+
+    def hidden(self, x_TD: Tensor, counts_E: Tensor) -> Tensor:
+        """What `w2` is multiplied by, [T, F]."""
         gate_TF = _grouped(x_TD, self.w1, counts_E)
-        up_TF = _grouped(x_TD, self.w3, counts_E)
-        y_TD: Tensor = _grouped(functional.silu(gate_TF) * up_TF, self.w2, counts_E)
-        return y_TD
+        return functional.silu(gate_TF) * _grouped(x_TD, self.w3, counts_E)
 
 
 class MixtureOfExperts(nn.Module):
@@ -76,7 +78,7 @@ def grouped_linear(x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
     One operator to torch.compile, which could not trace through the data-dependent counts.
     """
     y_TO = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
-    for e, start, end in _groups(counts_E):
+    for e, start, end in groups(counts_E):
         torch.mm(x_TI[start:end], weight_EOI[e].T, out=y_TO[start:end])
     return y_TO
 
@@ -85,7 +87,7 @@ def grouped_linear(x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
 def grouped_outer(grad_TO: Tensor, x_TI: Tensor, counts_E: Tensor) -> Tensor:
     """The gradient of `grouped_linear` in its weight: sum over an expert's tokens of grad ⊗ x, [E, O, I]."""
     weight_EOI = x_TI.new_zeros(counts_E.shape[0], grad_TO.shape[1], x_TI.shape[1])
-    for e, start, end in _groups(counts_E):
+    for e, start, end in groups(counts_E):
         torch.mm(grad_TO[start:end].T, x_TI[start:end], out=weight_EOI[e])
     return weight_EOI
 
@@ -114,7 +116,7 @@ def _differentiate(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor, None]:
 grouped_linear.register_autograd(_differentiate, setup_context=_remember)
 
 
-def _groups(counts_E: Tensor) -> list[tuple[int, int, int]]:
+def groups(counts_E: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first token, end) of every expert that has tokens."""
     groups, start = [], 0
     for expert, count in enumerate(counts_E.tolist()):

@@ -17,7 +17,7 @@ from herd.files import write_json
 
 Format = Literal[
     "f32", "bf16", "f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs",
-    "q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k",
+    "q2_k", "q3_k", "q3_k_m", "q4_k", "q4_k_s", "q4_k_m", "q5_k", "q5_k_m", "q6_k", "int4_g32", "int4_g128",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from herd.checkpoint.blocks.decode import DECODERS
 from herd.checkpoint.blocks.plain import PLAIN_ENCODERS
+from herd.checkpoint.blocks.shared_scales import Rounding, encode_shared
 from herd.checkpoint.numbers import BLOCKS, PLAIN, Array
 from herd.errors import HerdError, UsageError
 
@@ -22,18 +23,24 @@ try:
 except ImportError:  # installed without a compiler
     _native = None  # type: ignore[assignment]
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["Rounding", "dequantize", "quantize"]
 
 _WEIGHTS_AT_ONCE = 1 << 19  # 2 MiB of float32: the temporaries stay in cache, whatever the tensor's size
 
 
 def quantize(
-    type_name: str, weights: Array, importance: npt.NDArray[np.float32] | None = None, *, threads: int | None = None
+    type_name: str,
+    weights: Array,
+    importance: npt.NDArray[np.float32] | None = None,
+    *,
+    rounding: Rounding | None = None,
+    threads: int | None = None,
 ) -> bytes:
     """Encode `weights` [..., N] as `type_name`, N a multiple of its block; a plain format takes any N.
 
     `importance` [N]: what the squared error of each column weighs, for example the mean square of what the column is
-    multiplied by. `threads`: by default one for each processor. Returns the bytes as they lie in a GGUF file. Raises
+    multiplied by. `rounding`: no search but this plain rule, for q4_0 and q8_0; importance then has no say. `threads`:
+    by default one for each processor. Returns the bytes as they lie in a GGUF file. Raises
     UsageError for another type or width, HerdError when a weight is not finite or a block's scale does not fit in
     float16, or when the compiled part is needed and missing.
     """
@@ -52,7 +59,11 @@ def quantize(
         raise HerdError(f"weights that are not finite cannot be stored as {type_name}")
     if importance is not None:
         importance = _checked(importance, rows.shape[1])
-    if _native is not None:
+    if rounding is not None:
+        if type_name not in ("q4_0", "q8_0"):
+            raise UsageError("scales cannot be shared in this format", value=type_name, allowed="q4_0, q8_0")
+        fits = encode_shared(type_name, rows, rounding, out.reshape(-1, block.bytes))
+    elif _native is not None:
         fits = _native.quantize(type_name, rows, importance, out, threads or _native.usable_cpus())
     elif type_name in PLAIN_ENCODERS:
         fits = PLAIN_ENCODERS[type_name](rows.reshape(-1, block.weights), out.reshape(-1, block.bytes))
