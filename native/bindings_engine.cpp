@@ -60,10 +60,11 @@ void make_engine(Engine* self, int dim, int heads, int kv_heads, int head_dim, i
 
 bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const std::int64_t, 2>& spans,
           const Ints& pages, const Table& cosine, const Table& sine, const Ints& wanted, const OutRows& logits,
-          const OutRows& states, const std::optional<Ints>& targets, const OutRow& log_probabilities) {
+          const OutRows& states, const std::optional<Ints>& targets, const OutRow& log_probabilities, int vocabulary) {
   const DecoderShape& shape = engine.shape();
   const CacheShape& cached = cache.shape();
   const auto rows = static_cast<std::int64_t>(tokens.shape(0)), positions = static_cast<std::int64_t>(cosine.shape(0));
+  require(engine.is_ready(), "the weights are not loaded");
   require(cached.layers == shape.layers && cached.heads == shape.kv_heads && cached.head_dim == shape.head_dim,
           "the cache is of another model");
   require(spans.shape(1) == 4, "spans are [n, 4]: rows, position, first page, adapter");
@@ -101,8 +102,10 @@ bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const st
   }
   if (log_probabilities) {
     require(targets && targets->shape(0) == n_wanted && log_probabilities->shape(0) == n_wanted, "one target a row");
+    require(vocabulary > 0 && vocabulary <= shape.vocab, "vocabulary is up to the rows of the head");
     for (std::size_t i = 0; i < n_wanted; ++i)
-      require(targets->data()[i] >= 0 && targets->data()[i] < shape.vocab, "no such token");
+      require(targets->data()[i] >= 0 && targets->data()[i] < vocabulary, "no such token");
+    work.vocabulary = vocabulary;
     work.targets = targets->data(), work.log_probabilities = log_probabilities->data();
   }
   bool finished;
@@ -192,6 +195,8 @@ void bind_engine(nb::module_& m) {
           },
           "type"_a, "layers"_a, "heads"_a, "head_dim"_a, "page_tokens"_a, "pages"_a)
       .def("copy_page", &Cache::copy_page, "source"_a, "target"_a)
+      .def_prop_ro("pages", &Cache::pages)
+      .def_prop_ro("page_tokens", [](const Cache& c) { return c.shape().page_tokens; })
       .def_prop_ro("page_bytes", [](const Cache& c) { return c.shape().page_bytes(); });
   nb::class_<Engine>(m, "Engine", "Packed weights of a decoder, and the step through all its layers.")
       .def("__init__", &make_engine, "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "vocab"_a, "norm_eps"_a,
@@ -225,7 +230,7 @@ void bind_engine(nb::module_& m) {
           "adapter"_a, "layer"_a, "matrix"_a, "a"_a, "b"_a, "The change B·A to a matrix, \"wq\" … \"w2\", of a layer.")
       .def("step", &step, "cache"_a, "tokens"_a, "spans"_a, "pages"_a, "cosine"_a, "sine"_a, "wanted"_a,
            "logits"_a = nb::none(), "states"_a = nb::none(), "targets"_a = nb::none(),
-           "log_probabilities"_a = nb::none(),
+           "log_probabilities"_a = nb::none(), "vocabulary"_a = 0,
            "Appends spans [n, 4] (rows, position, index of its first page in `pages`, adapter or -1); fills the given "
            "outputs.")
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)

@@ -32,20 +32,14 @@ class Engine::Pass {
     b_.normed.reserve(rows_ * shape_.dim);
     b_.qkv.reserve(static_cast<std::int64_t>(rows_) * (width_ + 2 * kv_width_));
     b_.attended.reserve(static_cast<std::int64_t>(rows_) * width_);
-    b_.branches.resize(engine.layers_.size());
     b_.scratch.resize(static_cast<std::size_t>(engine.threads()));
     // Memory grows here only: what the members reserve later is there already.
-    for (const Layer& layer : engine.layers_) {
+    for (std::size_t i = 0; i < engine.layers_.size(); ++i) {
+      const Layer& layer = engine.layers_[i];
       input_of(layer);
       b_.out.reserve(rows_, width_, {&layer.wo});
-      dense_branch(layer);
-      if (!layer.experts.empty()) b_.head.reserve(rows_, shape_.dim, {&layer.router});
-    }
-    if (shape_.experts) {
-      b_.router.reserve(static_cast<std::int64_t>(rows_) * shape_.experts);
-      const auto slots = static_cast<std::size_t>(rows_) * static_cast<std::size_t>(shape_.top_k);
-      for (auto* ints : {&b_.chosen, &b_.slot_of, &b_.row_of}) ints->resize(slots);
-      b_.score_of.resize(slots);
+      const Branch dense = dense_branch(layer);
+      if (!layer.experts.empty()) reserve_mixture(layer, i, dense);
     }
     if (adapted_) {
       std::int64_t widest = 0;
@@ -358,10 +352,28 @@ class Engine::Pass {
     });
   }
 
+  // Memory for the rows of all experts, one expert's after the other's. There is a branch from the beginning, because
+  // an interrupted step goes on without its routes.
+  void reserve_mixture(const Layer& layer, std::size_t index, const Branch& shared) {
+    const std::int64_t slots = static_cast<std::int64_t>(rows_) * shape_.top_k;
+    const auto experts = static_cast<std::size_t>(shape_.experts);
+    b_.head.reserve(rows_, shape_.dim, {&layer.router});
+    b_.router.reserve(static_cast<std::int64_t>(rows_) * shape_.experts);
+    for (auto* ints : {&b_.chosen, &b_.slot_of, &b_.row_of}) ints->resize(static_cast<std::size_t>(slots));
+    b_.score_of.resize(static_cast<std::size_t>(slots));
+    b_.order.resize(experts), b_.counts.resize(experts), b_.next.resize(experts);
+    branch(layer.experts[0], b_.expert_in, b_.expert_down, static_cast<int>(slots),
+           b_.routed.reserve(slots * shape_.dim), false);
+    b_.branches.resize(engine_.layers_.size());
+    b_.branches[index].reserve(experts + 1);
+    b_.branches[index].assign(1, shared);
+  }
+
   // The top_k experts of each row, and a branch for each expert that has rows.
   void route(const Layer& layer, const Branch& shared, std::vector<Branch>& branches) const {
     const int experts = shape_.experts, top_k = shape_.top_k;
-    std::vector<int> order(static_cast<std::size_t>(experts)), counts(static_cast<std::size_t>(experts), 0);
+    std::vector<int>&order = b_.order, &counts = b_.counts, &next = b_.next;
+    std::fill(counts.begin(), counts.end(), 0);
     for (int t = 0; t < rows_; ++t) {
       const float* logits = b_.router.data() + static_cast<std::int64_t>(t) * experts;
       std::iota(order.begin(), order.end(), 0);
@@ -374,16 +386,14 @@ class Engine::Pass {
         ++counts[static_cast<std::size_t>(order[static_cast<std::size_t>(j)])];
       }
     }
-    float* routed = b_.routed.reserve(static_cast<std::int64_t>(rows_) * top_k * shape_.dim);
-    b_.expert_in.resize(static_cast<std::size_t>(experts)), b_.expert_down.resize(static_cast<std::size_t>(experts));
+    const Branch all = branch(layer.experts[0], b_.expert_in, b_.expert_down, rows_ * top_k, b_.routed.data(), false);
     branches.assign(1, shared);
-    std::vector<int> next(static_cast<std::size_t>(experts), 0);
     int slot = 0;
     for (std::size_t e = 0; e < counts.size(); ++e) {
       next[e] = slot;
       if (!counts[e]) continue;
-      branches.push_back(branch(layer.experts[e], b_.expert_in[e], b_.expert_down[e], counts[e],
-                                routed + static_cast<std::int64_t>(slot) * shape_.dim, false));
+      branches.push_back({&layer.experts[e], all.in.part(slot, counts[e]), all.hidden.part(slot, counts[e]),
+                          all.out + static_cast<std::int64_t>(slot) * shape_.dim, false, false});
       slot += counts[e];
     }
     for (int i = 0; i < rows_ * top_k; ++i) {
@@ -414,7 +424,8 @@ class Engine::Pass {
       multiply(m, {product(engine_.head_, in, logits, vocab, false)}, rows);
       if (!step_.log_probabilities) continue;
       m.each(rows, 1, [&](std::int64_t i) {
-        step_.log_probabilities[first + i] = k_.log_probability(logits + i * vocab, vocab, step_.targets[first + i]);
+        step_.log_probabilities[first + i] =
+            k_.log_probability(logits + i * vocab, step_.vocabulary, step_.targets[first + i]);
       });
     }
   }

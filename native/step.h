@@ -41,6 +41,15 @@ struct Panels {
   bool used[2] = {};
 
   const Panel& operator[](Inputs kind) const { return of[static_cast<int>(kind)]; }
+  // The memory of `count` of the rows, as panels of their own.
+  Panels part(std::int64_t first, int count) const {
+    Panels rows = *this;
+    for (Panel& panel : rows.of) {
+      if (panel.data) panel.data += first * panel.blocks * block_bytes(panel.kind);
+      panel.rows = count;
+    }
+    return rows;
+  }
 };
 
 // Memory for panels of both forms.
@@ -77,20 +86,18 @@ struct Branch {
 
 struct Engine::Buffers {
   Buffer<float> x, normed, qkv, attended, hidden, low, router, routed, states, logits;
-  PanelBuffer in, out, down, head;
-  std::vector<PanelBuffer> expert_in, expert_down;
+  PanelBuffer in, out, down, head, expert_in, expert_down;
   std::vector<Buffer<float>> scratch;  // of each thread
   // Of a mixture layer: the experts of each row, with their scores, and the rows of each expert one after the other.
-  std::vector<int> chosen, slot_of, row_of;
+  std::vector<int> chosen, slot_of, row_of, order, counts, next;
   std::vector<float> score_of;
   std::vector<std::vector<Branch>> branches;  // of each layer: a member that is late may still look at them
 
   std::int64_t bytes() const {
-    std::int64_t total = in.bytes() + out.bytes() + down.bytes() + head.bytes();
+    std::int64_t total = 0;
+    for (const auto* b : {&in, &out, &down, &head, &expert_in, &expert_down}) total += b->bytes();
     for (const auto* b : {&x, &normed, &qkv, &attended, &hidden, &low, &router, &routed, &states, &logits})
       total += b->bytes();
-    for (const auto& b : expert_in) total += b.bytes();
-    for (const auto& b : expert_down) total += b.bytes();
     for (const auto& b : scratch) total += b.bytes();
     return total;
   }

@@ -140,8 +140,9 @@ inline std::uint16_t to_bf16(float x) {
 inline Floats convert(Ints v) { return __builtin_convertvector(v, Floats); }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-// v, but 0 where x is below the bound.
+// v, but 0 where x is below the bound; v, but x where x is no number.
 inline Floats zero_below(Floats x, float bound, Floats v) { return x < bound ? Floats{} : v; }
+inline Floats number_or(Floats x, Floats v) { return x == x ? v : x; }
 #else
 inline Floats convert(Ints v) {
   return {{__builtin_convertvector(v.h[0], Floats::Half), __builtin_convertvector(v.h[1], Floats::Half)}};
@@ -154,6 +155,9 @@ inline Floats smaller(Floats a, Floats b) {
 }
 inline Floats zero_below(Floats x, float bound, Floats v) {
   return {{x.h[0] < bound ? Floats::Half{} : v.h[0], x.h[1] < bound ? Floats::Half{} : v.h[1]}};
+}
+inline Floats number_or(Floats x, Floats v) {
+  return {{x.h[0] == x.h[0] ? v.h[0] : x.h[0], x.h[1] == x.h[1] ? v.h[1] : x.h[1]}};
 }
 #endif
 
@@ -189,7 +193,7 @@ inline float maximum(Floats v) {
 inline Floats magnitude(Floats v) { return bits<Floats>(bits<Words>(v) & 0x7fffffffu); }
 
 // e^x to about 1 ulp: x = n·ln2 + r with ln2 in two parts, then a degree-6 polynomial of r in [-ln2/2, ln2/2]. Below
-// -87 the result is 0, above 88 that of 88.
+// -87 the result is 0, above 88 that of 88; what is no number stays none.
 inline Floats exponential(Floats x) {
   const Floats bounded = smaller(larger(x, Floats{} - 87.0f), Floats{} + 88.0f);
   const Floats shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5·2^23: the integer lands in the low mantissa bits
@@ -200,7 +204,7 @@ inline Floats exponential(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return zero_below(x, -87.0f, bits<Floats>(bits<Ints>(p) + (bits<Ints>(shifted) << 23)));
+  return number_or(x, zero_below(x, -87.0f, bits<Floats>(bits<Ints>(p) + (bits<Ints>(shifted) << 23))));
 }
 
 }  // namespace

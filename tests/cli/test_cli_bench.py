@@ -19,7 +19,7 @@ from herd.errors import HerdError, ResourceError
 pytest.importorskip("herd._native")
 
 from herd.engine import measure
-from herd.engine.backend import BackendOptions, open_backend
+from herd.engine.backend import BackendOptions, open_backend, thread_count
 
 TINY = LlamaConfig(
     dim=64,
@@ -99,6 +99,25 @@ def test_another_program_runs_on_the_same_file(model: Path, tmp_path: Path, caps
     assert all(f"-m {model} -t 1 " in call and "-ctk f16 -ctv f16" in call for call in calls)
     assert [call.count("-p 32 -n 0 -d 0") for call in calls] == [1, 1, 0, 0, 0, 0]
     assert [call.count("-p 0 -n 4 -d 10") for call in calls] == [0, 0, 0, 0, 1, 1]
+
+
+def test_the_threads_that_run_are_used_and_shown(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More than there are processors are not run: not by Herd, not for the limits, and not by the other program."""
+    usable = thread_count(None)
+    peer = program(tmp_path / "llama-bench", f"""echo "$@" >> {tmp_path}/calls; echo '[{{"avg_ts": 1}}]'""")
+    options = (*SHORT[:-1], "999", "--batches", "1", "--depth", "0", "--against", peer, "--json")
+    assert bench(model, *options) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["threads"] == usable
+    assert f"-t {usable} " in (tmp_path / "calls").read_text()
+    assert shown.err.splitlines() == [
+        f"herd: --threads 999 are more than the {usable} usable here: running with {usable}"
+    ]
+    assert bench(model, *SHORT[:-2], "--batches", "1", "--depth", "0", "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["threads"] == usable and shown.err == ""
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ def test_doctor_says_what_is_missing_without_the_compiled_part(compiler: bool, m
     found = doctor.examine()
     assert found["native"]["built"] is False
     advice = next(line for line in found["advice"] if "compiled part" in line)
+    assert "torch only" in advice and "k-quants" in advice
     assert "pip install" in advice and ("install a C++20 compiler" in advice) is not compiler
 
 

@@ -122,14 +122,28 @@ def test_what_does_not_fit_is_refused(tiny: Path, tmp_path: Path) -> None:
     good = write_adapter(tmp_path / "good", tiny, ATTENTION, 4)
     with open_checkpoint(tiny) as opened:
         config = opened.config
-    for field, value in {"r": 5, "use_dora": True, "bias": "all", "peft_type": "IA3", "lora_alpha": None}.items():
-        settings = json.loads((good / "adapter_config.json").read_text()) | {field: value}
-        bad = tmp_path / field
+    settings = json.loads((good / "adapter_config.json").read_text())
+    absent = {name: value for name, value in settings.items() if name != "peft_type"}
+    wrong = [("peft_type", absent)]
+    for field, value in (
+        ("r", 5),
+        ("use_dora", True),
+        ("alora_invocation_tokens", [128000]),
+        ("bias", "all"),
+        ("peft_type", "IA3"),
+        ("lora_alpha", None),
+        ("lora_alpha", 10**99),
+        ("lora_alpha", 10**400),
+    ):
+        wrong.append((field, settings | {field: value}))
+    for i, (field, settings) in enumerate(wrong):
+        bad = tmp_path / str(i)
         bad.mkdir()
         (bad / "adapter_config.json").write_text(json.dumps(settings))
         (bad / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes())
-        with pytest.raises(FileFormatError):
+        with pytest.raises(FileFormatError, match="lora_A" if field == "r" else None) as caught:
             read_adapter(bad, config)
+        assert field in str(caught.value) or field == "r" or "endless" in str(caught.value)
     tensors = load_file(good / "adapter_model.safetensors")
     for change in ("missing", "unknown"):
         broken = dict(tensors)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from herd import LLM
+from herd import LLM, UsageError
 from herd.engine import Completion, scheduler
 from herd.engine.memory import MemoryPlan
 
@@ -128,13 +128,29 @@ def test_with_a_prefix_in_the_cache(wide: Path, kind: Any) -> None:
         assert answers(llm, PROMPTS, **GREEDY) == greedy
 
 
+@pytest.mark.parametrize("page_tokens", [16, 48, 256])
+def test_pages_of_any_size(wide: Path, page_tokens: int) -> None:
+    with LLM(wide, backend="native", threads=1) as llm:
+        greedy, seeded = answers(llm, PROMPTS, **GREEDY), answers(llm, PROMPTS, **SEEDED)
+    with LLM(wide, backend="native", threads=1, page_tokens=page_tokens) as llm:
+        assert answers(llm, PROMPTS, **GREEDY) == greedy
+        assert answers(llm, PROMPTS, **SEEDED) == seeded
+        reused = [c.timings.reused_tokens for c in llm.generate(PROMPTS, **GREEDY)]
+        assert reused == [(n - 1) // page_tokens * page_tokens for n in LENGTHS]
+
+
+def test_a_page_has_whole_tiles(wide: Path) -> None:
+    with pytest.raises(UsageError, match="multiple of 16"):
+        LLM(wide, page_tokens=40)
+
+
 def cramped(monkeypatch: pytest.MonkeyPatch, spare_pages: int = 0) -> None:
     """Memory for the pages of one context, and hardly more: sequences must give way to each other."""
     plan_native = native_backend.plan_native
 
     def plan(*args: Any, **options: Any) -> MemoryPlan:
         made = plan_native(*args, **options)
-        page = made.cache_per_token * native_backend.PAGE_TOKENS
+        page = made.cache_per_token * 64
         return dataclasses.replace(made, free=made.needed + 2 * spare_pages * page)
 
     monkeypatch.setattr(native_backend, "plan_native", plan)

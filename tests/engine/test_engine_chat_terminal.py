@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
+import inspect
 import io
 import json
 import os
@@ -16,12 +18,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from herd import LLM
 from herd.cli import main
 from herd.cli.chat import _Terminal
+from herd.cli.options import Choosing, Loading
 from herd.cli.output import visible
+from herd.engine import Chunk, Sampling
+from herd.engine.backend import thread_count
 
 pytest.importorskip("torch")
 
@@ -224,6 +231,61 @@ def test_ctrl_c_beside_an_answer_does_not_end_the_program(capsys: pytest.Capture
     assert "(stopped)" in capsys.readouterr().err
 
 
+def test_ctrl_c_in_a_long_prompt_breaks_it_off(model: Path, tmp_path: Path) -> None:
+    """The first press is enough, at once, and the message is not sent: no token of an answer comes."""
+    long = "import os\n" * 2_700
+    chat = Terminal("chat", str(model), "--system", long, "--temperature", "0", "--threads", "1")
+    chat.expect(PROMPT)
+    chat.send("hello\n")
+    chat.expect("hello\n")
+    time.sleep(0.3)
+    chat.send("\x03")
+    assert plain(chat.expect(r"\(stopped\)")) == "^C(stopped)"
+    chat.expect(PROMPT)
+    chat.send(f"/save {tmp_path}/talk.json\n")
+    chat.expect("saved")
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system"]
+    chat.expect(PROMPT)
+    chat.send("/quit\n")
+    assert chat.exit_code() == 0
+    os.close(chat.handle)
+
+
+def test_ctrl_c_before_the_first_token_stops_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    class Session:
+        def say(self, text: str) -> Iterator[Chunk]:
+            signal.raise_signal(signal.SIGINT)  # while the prompt is computed
+            yield Chunk("too late", 0)
+
+    terminal = _Terminal(Session(), 100, None, False)  # type: ignore[arg-type]
+    terminal._person = True
+    lines = iter(["hello", "/quit"])
+    terminal._read = lambda: next(lines)  # type: ignore[method-assign]
+    assert terminal.run("title") == 0
+    shown = capsys.readouterr()
+    assert "(stopped)" in shown.err and shown.out == ""
+
+
+def test_right_guesses_are_counted(small: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("herd.progress.interactive", lambda: True)
+    options = ["--temperature", "0", "--draft", "ngram", "--max-tokens", "40"]
+    with LLM(small, draft="ngram") as llm:
+        times = llm.generate("def f", temperature=0, max_tokens=40).timings
+    assert times.drafted_tokens
+    words = f"{times.accepted_tokens} of {times.drafted_tokens} guesses right"
+    assert words in run("generate", str(small), "def f", *options)[2]
+    assert "guesses" not in run("generate", str(small), "def f", *options[:2])[2]
+    terminal = Terminal("chat", str(small), *options)
+    terminal.expect(PROMPT)
+    terminal.send("hello\n")
+    terminal.expect(PROMPT)
+    terminal.send("/quit\n")
+    terminal.expect(r"\d+ of \d+ guesses right")
+    assert terminal.exit_code() == 0
+    os.close(terminal.handle)
+
+
 def test_an_answer_that_cannot_fit_names_the_option(small: Path) -> None:
     result = subprocess.run(
         [*COMMAND, "chat", str(small), "--max-tokens", "95"],
@@ -298,6 +360,65 @@ def test_generate_command(small: Path, run: Run) -> None:
     assert code == 0 and out == expected.text[: expected.text.index(stop)] + "\n"
 
 
+def test_the_common_options_are_those_of_the_engine() -> None:
+    """By name and by default; what is a mapping or a list there is said in words here."""
+    engine = {name: p.default for name, p in inspect.signature(LLM).parameters.items()}
+    ours = {field.name: field.default for field in dataclasses.fields(Loading)}
+    assert ours.keys() == engine.keys() - {"path"}
+    assert {**ours, "cpus": ()} == {name: engine[name] for name in ours}
+    sampling = {field.name: field.default for field in dataclasses.fields(Sampling)}
+    ours = {field.name: field.default for field in dataclasses.fields(Choosing)}
+    assert {**ours, "stop": ()} == {name: sampling[name] for name in ours}
+
+
+def test_generate_takes_the_engines_options(small: Path, tmp_path: Path, run: Run) -> None:
+    """Each option says on the command line what it says in Python; the JSON has what it gives."""
+    with LLM(small, threads=1) as llm:
+        sampled = dict(max_tokens=6, temperature=1.5, seed=3, typical_p=0.9, presence_penalty=0.5)
+        several = llm.generate("def f", n=2, ignore_eos=True, top_logprobs=2, frequency_penalty=0.5, **sampled)
+        first = llm.generate("def f", temperature=0, max_tokens=4).token_ids[0]
+        biased = llm.generate("def f", temperature=0, max_tokens=4, logit_bias={first: -100.0, 5: 1.5})
+    options = ["--max-tokens", "6", "--temperature", "1.5", "--seed", "3", "--typical-p", "0.9"]
+    options += ["--presence-penalty", "0.5", "--frequency-penalty", "0.5", "--ignore-eos", "--n", "2"]
+    code, out, _ = run("generate", str(small), "def f", *options, "--top-logprobs", "2", "--cpus", "0", "--json")
+    found = json.loads(out)["completions"]
+    assert code == 0 and [each["token_ids"] for each in found] == [each.token_ids for each in several]
+    assert [each["logprobs"] for each in found] == [each.logprobs for each in several]
+    assert [len(top) for top in found[0]["top_logprobs"]] == [2] * 6
+    assert run("generate", str(small), "def f", *options)[1] == "".join(each.text + "\n" for each in several)
+    greedy = ["--temperature", "0", "--max-tokens", "4"]
+    bias = ["--logit-bias", f"{first}=-100", "--logit-bias", "5=1.5", "--backend", "native"]
+    assert run("generate", str(small), "def f", *greedy, *bias)[1] == biased.text + "\n"
+    data = json.loads(run("generate", str(small), "def f", *greedy, "--logprobs", "--json")[1])
+    assert len(data["logprobs"]) == 4 and data["top_logprobs"] is None
+
+
+def test_generate_and_chat_take_an_adapter(small: Path, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("herd._native")
+    rng = np.random.default_rng(0)
+    stem = "base_model.model.model.layers.0.self_attn.o_proj"
+    changes = {f"{stem}.lora_{side}.weight": rng.normal(0, 1, shape).astype(np.float32) for side, shape in (
+        ("A", (2, 48)), ("B", (48, 2)))}  # fmt: skip
+    (tmp_path / "adapter").mkdir()
+    save_file(changes, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    with LLM(small) as llm:
+        llm.load_adapter(tmp_path / "adapter", "a")
+        text = llm.generate("def f", temperature=0, max_tokens=6, adapter="a").text
+        answer = llm.chat([{"role": "user", "content": "hello"}], temperature=0, max_tokens=6, adapter="a").text
+        assert text != llm.generate("def f", temperature=0, max_tokens=6).text
+    options = ["--temperature", "0", "--max-tokens", "6", "--adapter", str(tmp_path / "adapter")]
+    assert run("generate", str(small), "def f", *options)[1] == text + "\n"
+    assert run("chat", str(small), *options, stdin="hello\n")[1] == answer + "\n"
+
+
+def test_more_threads_than_processors_are_said(small: Path, run: Run) -> None:
+    usable = thread_count(None)
+    code, _, err = run("generate", str(small), "def f", "--max-tokens", "2", "--threads", "999")
+    assert code == 0 and f"--threads 999 are more than the {usable} usable here" in err
+
+
 def test_errors_are_one_line_and_have_their_exit_code(small: Path, run: Run) -> None:
     for code, word, arguments in (
         (3, "96", ["generate", str(small), "def f", "--max-tokens", "900"]),
@@ -305,6 +426,14 @@ def test_errors_are_one_line_and_have_their_exit_code(small: Path, run: Run) -> 
         (2, "top_p", ["chat", str(small), "--top-p", "2"]),
         (3, "no such model", ["generate", str(small) + "-not", "x"]),
         (2, "bf16", ["chat", str(small), "--quant", "q9"]),
+        (2, "n is out of range", ["generate", str(small), "x", "--n", "0"]),
+        (2, "add --json", ["generate", str(small), "x", "--logprobs"]),
+        (2, "ID=VALUE", ["generate", str(small), "x", "--logit-bias", "5:1"]),
+        (2, "logit_bias", ["generate", str(small), "x", "--logit-bias", "5=nan"]),
+        (2, "--cpus is no list", ["generate", str(small), "x", "--cpus", "0-3"]),
+        (2, "threads is out of range", ["generate", str(small), "x", "--threads", "0"]),
+        (2, "auto, native, torch", ["chat", str(small), "--backend", "gpu"]),
+        (3, "no such file", ["generate", str(small), "x", "--adapter", str(small) + "-not"]),
     ):
         left, out, err = run(*arguments, stdin="hello\n")
         assert (left, out) == (code, "") and word in err and "Traceback" not in err, (arguments, err)

@@ -406,6 +406,8 @@ def test_what_the_error_advises_can_be_loaded(
                 break
             advice = dict(re.findall(r'(quant|ctx)="?([a-z0-9_]+)"?', error.fix))
             seen.add(tuple(advice))
+            as_options = dict(re.findall(r"--(\w+) (\w+)", error.fix))
+            assert as_options == advice, error.fix
             how = {"quant": advice.get("quant"), "ctx": int(advice["ctx"]) if "ctx" in advice else None}
             with LLM(path, backend=backend, **how) as llm:
                 assert llm.generate("x", max_tokens=3, ignore_eos=True).usage.completion_tokens == 3

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 
 from herd import LLM, ContextLengthExceeded, HerdError, UsageError, checkpoint, tokenizer
+from herd.architecture import LlamaConfig, MoeConfig, tensor_shapes
 from herd.checkpoint import open_checkpoint
 from herd.engine.backend import BackendOptions, Span
 from herd.engine.memory import MemoryPlan
@@ -25,7 +29,7 @@ pytest.importorskip("herd._native")
 
 from herd.engine import native_backend
 from herd.engine.native_backend import NativeBackend
-from herd.engine.native_weights import plan_native, weight_formats
+from herd.engine.native_weights import Need, plan_native, weight_formats
 
 CONTEXT = 192
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": True}
@@ -210,6 +214,89 @@ def test_an_interrupted_step_frees_its_pages(tiny: Path, expected: Any, monkeypa
         assert answer(llm, prompt[:100]) == before and answer(llm) == expected
 
 
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_ctrl_c_in_a_long_prompt(kind: str, tmp_path: Path) -> None:
+    """A real signal in the middle of a native call of about a second: the call ends, and the model is usable."""
+    config = LlamaConfig(
+        dim=1024, n_layers=3, n_heads=8, n_kv_heads=2, head_dim=128, ffn_dim=4096, vocab_size=64, context_length=2048
+    )
+    if kind == "mixture":
+        moe = MoeConfig(n_experts=4, ffn_dim=2048, top_k=2)
+        config = dataclasses.replace(config, moe=moe, generation="llama4")
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
+        for name, shape in tensor_shapes(config).items()
+    }
+    path = checkpoint.save(tmp_path / "m", config, weights, dtype="bf16")
+    backend = native_backend.open_backend(BackendOptions(path=path, quant=None, ctx=None, threads=2, kv="bf16"))
+    prompt = [i % 64 for i in range(2000)]
+    fired: list[float] = []
+
+    def fire() -> None:
+        fired.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for wait in (0.0, 0.02, 0.3):
+        reserved = backend.reserve(2000)
+        assert reserved is not None
+        timer = threading.Timer(wait, fire)
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            backend.step([Span(reserved[0], prompt)])
+            time.sleep(5)  # the step was over before the signal came
+        assert time.perf_counter() - fired[-1] < 0.5, "measured: 0.03"
+        timer.join()
+        backend.release(reserved[0])
+    assert np.isfinite(backend.score([prompt[:20]])[0]).all()
+    backend.close()
+
+
+def test_scores_of_broken_weights_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """One row of the head is no number, whatever the bits of that: no probability of any token is one."""
+    path = make_model()
+    for bits in (0x7FC00000, 0xFFFFFFFF, 0x7F800001):
+        with open_checkpoint(path) as stored:
+            weights = {name: stored[name] for name in stored}
+            weights["output.weight"][7] = np.array(bits, np.uint32).view(np.float32)
+            broken = checkpoint.save(tmp_path / f"{bits:x}", stored.config, weights, tokenizer=stored.tokenizer)
+        with native(broken) as llm:
+            with pytest.raises(HerdError, match="not numbers"):
+                llm.score([5, 6, 7])
+            with pytest.raises(HerdError, match="not numbers"):
+                answer(llm)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_rows_of_the_head_without_a_token_have_no_probability(make_model: Callable[..., Path], backend: str) -> None:
+    """A head that is padded beyond the tokenizer: scores and choices are of the same distribution."""
+    pytest.importorskip("torch")
+    with LLM(make_model(vocab_size=640), backend=backend, kv="f32") as llm:
+        assert llm.tokenizer.vocab_size < 640
+        completion = llm.generate([5, 6], temperature=0, max_tokens=10, ignore_eos=True, logprobs=True)
+        assert completion.logprobs is not None
+        scored = llm.score([5, 6, *completion.token_ids]).logprobs[1:]
+        np.testing.assert_allclose(scored, completion.logprobs, atol=1e-5)
+        with pytest.raises(UsageError, match=r"stands for no token; got 639"):
+            llm.score([5, 639])
+
+
+def test_closing_frees_the_cache(tiny: Path) -> None:
+    llm = native(tiny)
+    cache = backend_of(llm)._cache
+    llm.close()
+    assert sys.getrefcount(cache) == 2, "only this test holds it, in a variable and for the call"
+
+
+def test_scoring_leaves_the_remembered_prompts_alone(tiny: Path) -> None:
+    with native(tiny) as llm:
+        prompt = [5 + i % 50 for i in range(140)]
+        answer(llm, prompt)
+        for i in range(10):
+            llm.score([i + 9] * 190)
+        assert llm.generate(prompt, **GREEDY).timings.reused_tokens == 128
+
+
 @pytest.mark.usefixtures("cramped")
 def test_scoring_beside_streams_that_fill_the_cache(tiny: Path) -> None:
     """Room for one sequence of full context: a text is scored although a stream holds most of it."""
@@ -321,7 +408,7 @@ def test_the_memory_that_was_planned_is_enough(
     """Weights, cache and the working memory of the largest step, with logits after its last 256 rows."""
     with open_checkpoint(wide) as stored:
         formats = weight_formats(stored, quant)
-        plan = plan_native(stored, formats, kv=kv, context=1024, rows=native_backend.ROWS)
+        plan = plan_native(stored, formats, Need(kv, native_backend.ROWS, outputs=256), context=1024)
     backend = native_backend.open_backend(BackendOptions(path=wide, quant=quant, ctx=1024, threads=2, kv=kv))
     reserved = backend.reserve(1024)
     assert reserved is not None
@@ -330,7 +417,7 @@ def test_the_memory_that_was_planned_is_enough(
     backend.score([[5] * 1000])
     assert backend._engine is not None and backend._cache is not None
     assert plan.weights <= backend._engine.weight_bytes <= plan.weights + (1 << 16)
-    assert backend._cache.page_bytes <= plan.cache_per_token * native_backend.PAGE_TOKENS
+    assert backend._cache.page_bytes <= plan.cache_per_token * backend._pages.page_tokens
     assert backend._engine.work_bytes + 256 * 4 * backend.config.vocab_size <= plan.work
     backend.close()
 

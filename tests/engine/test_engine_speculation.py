@@ -110,3 +110,43 @@ def test_the_draft_model_must_have_the_same_vocabulary(
     other = make_model(small=tokenizer.train([Path(argparse.__file__).read_text()], 600))
     with pytest.raises(UsageError, match="vocabulary"):
         LLM(models[0], draft=other)
+
+
+def test_a_draft_model_with_a_padded_head(models: tuple[Path, Path], make_model: Callable[..., Path]) -> None:
+    """Rows beyond the tokenizer are no guesses, even where they are the largest."""
+    path, _ = models
+    padded = make_model(vocab_size=640)
+    with checkpoint.open_checkpoint(padded) as opened:
+        weights = {name: opened[name] for name in opened}
+        weights["output.weight"][620:] *= 50
+        loud = checkpoint.save(path.parent / "loud", opened.config, weights, tokenizer=opened.tokenizer)
+    with LLM(path, kv="f32") as plain, LLM(path, kv="f32", draft=loud) as llm:
+        ask: dict[str, Any] = {"max_tokens": 40, "temperature": 0}
+        assert llm.generate("def ", **ask).token_ids == plain.generate("def ", **ask).token_ids
+
+
+def test_a_draft_model_on_the_torch_backend(models: tuple[Path, Path]) -> None:
+    pytest.importorskip("torch")
+    path, near = models
+    with LLM(path, kv="f32", backend="torch") as plain, LLM(path, kv="f32", backend="torch", draft=near) as llm:
+        ask: dict[str, Any] = {"max_tokens": 150, "temperature": 0}
+        one, other = plain.generate("def ", **ask), llm.generate("def ", **ask)
+        assert other.token_ids == one.token_ids and other.timings.accepted_tokens > 0
+
+
+def test_a_crowd_asks_for_no_more_rows_than_fit(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses and sequences together: at most as many rows of logits as sequences may run."""
+    path, _ = models
+    rows: list[int] = []
+    step = native_backend.NativeBackend.step
+
+    def counted(self: native_backend.NativeBackend, spans: Any) -> Any:
+        rows.append(sum(span.outputs for span in spans))
+        return step(self, spans)
+
+    with LLM(path, kv="f32", draft=path) as llm:
+        assert llm._backend is not None
+        llm._backend.max_sequences = 10
+        monkeypatch.setattr(native_backend.NativeBackend, "step", counted)
+        llm.generate(["def ", "a", "b", "c"], max_tokens=30, temperature=0)
+    assert max(rows) <= 10

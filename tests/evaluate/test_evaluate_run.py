@@ -84,6 +84,23 @@ def test_command(small_models: dict[str, Path], tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "out" / "results.txt").read_text() == shown
 
 
+def test_command_says_how_models_are_loaded(
+    small_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("def double(x):\n    return x * 2\n" * 4)
+    model = str(small_models["one"])
+    arguments = ("evaluate", model, "--bpb", str(text), "--json")
+    assert _herd(*arguments, "--quant", "q4_0", "--ctx", "64", "--kv", "int8", "--threads", "1") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert _herd(*arguments) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert data["bits_per_byte"][model]["context"] == 64 != plain["bits_per_byte"][model]["context"]
+    assert data["bits_per_byte"][model]["nats"] != plain["bits_per_byte"][model]["nats"]
+    said = {"quant": "q4_0", "ctx": 64, "kv": "int8", "threads": 1}
+    assert {name: data["loading"][name] for name in said} == said
+
+
 def test_command_asks_exercises_and_compares(small_models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     one, other = map(str, small_models.values())
     assert _herd("evaluate", other, "--before", one, "--exercises", "10", "--json") == 0

@@ -78,6 +78,7 @@ struct Step {
   std::vector<std::int32_t> wanted;
   float *logits = nullptr, *states = nullptr, *log_probabilities = nullptr;
   const std::int32_t* targets = nullptr;
+  int vocabulary = 0;  // logits beyond so many are padding, and have no probability
 };
 
 class Engine {
@@ -100,6 +101,7 @@ class Engine {
   void load_norm(const std::string& name, const float* data, std::size_t count);
   // All is loaded: find each layer's weights. Throws std::invalid_argument when something is missing.
   void ready();
+  bool is_ready() const { return ready_; }
 
   // An adapter without changes, which load_delta fills: `layer` and "wq" … "w2" name the matrix, A is [rank, columns]
   // and B [rows, rank]. Throws std::invalid_argument for another matrix or a wrong shape.

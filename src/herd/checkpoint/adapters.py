@@ -22,7 +22,17 @@ from herd.files import read_json_object
 __all__ = ["Adapter", "LowRank", "read_adapter"]
 
 MAX_RANK = 1024
+MAX_ALPHA = 1_000_000  # far beyond any use, and far from the end of float32
 _PREFIX = "base_model.model."
+_VARIANTS = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "alora_invocation_tokens",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "lora_bias",
+)
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,16 @@ def read_adapter(path: str | Path, config: LlamaConfig) -> dict[str, LowRank]:
 
 def _check(settings: Mapping[str, Any], place: Path) -> None:
     """What changes the arithmetic must be absent or switched off."""
-    if settings.get("peft_type") != "LORA":
-        raise FileFormatError("only LoRA adapters are read", file=place, field="peft_type", value=settings["peft_type"])
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise FileFormatError("only LoRA adapters are read", file=place, field="peft_type", value=kind)
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise FileFormatError("impossible rank", file=place, field="r", value=rank, allowed=f"1 to {MAX_RANK}")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise FileFormatError("not a number", file=place, field="lora_alpha", value=alpha)
-    for field in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save", "lora_bias"):
+    if not isinstance(alpha, int | float) or not -MAX_ALPHA <= alpha <= MAX_ALPHA:
+        allowed = f"a number up to {MAX_ALPHA:,}"
+        raise FileFormatError("impossible factor", file=place, field="lora_alpha", value=alpha, allowed=allowed)
+    for field in _VARIANTS:
         if settings.get(field):
             raise FileFormatError("this is not plain LoRA", file=place, field=field, value=settings[field])
     if settings.get("bias", "none") != "none":

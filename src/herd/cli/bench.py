@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from herd.cli.options import numbers, usable_threads
 from herd.cli.output import emit, table
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def command(
     for option, value in counts.items():
         if value is not None:
             check_whole(option, value, 1, 1 << 30 if option != "--threads" else 4096)
-    depths, sizes = _numbers("--depth", depth, 0, 1 << 30), _numbers("--batches", batches, 1, 128)
+    depths, sizes = numbers("--depth", depth, 0, 1 << 30), numbers("--batches", batches, 1, 128)
     path = checkpoint.resolve(model)
     program = None if against is None else _program(against, path, quant)
     wanted = [Measurement(prompt=prompt)]
@@ -100,7 +101,7 @@ def command(
             "nothing that is to be measured fits the context", value=room, fix="a lower --prompt or --steps"
         )
     needed = max(each.length for each in fitting)
-    options = BackendOptions(path, quant, ctx or needed, threads or _cpus(), cast(KvType, kv))
+    options = BackendOptions(path, quant, ctx or needed, usable_threads(threads), cast(KvType, kv))
     status("loading …")
     start = time.perf_counter()
     backend = open_backend("native", options)
@@ -113,15 +114,6 @@ def command(
     beyond = f"needs more than the {room} tokens of context"
     result["skipped"] = [f"{each.name}: {beyond}" for each in wanted if each not in fitting] + result["skipped"]
     emit(result, as_json, lambda: _show(result))
-
-
-def _numbers(option: str, text: str, low: int, high: int) -> list[int]:
-    from herd.errors import UsageError
-
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and low <= int(part) <= high for part in parts):
-        raise UsageError(f"{option} is no list of numbers", value=text, allowed=f"numbers from {low} to {high}, as 1,8")
-    return list(dict.fromkeys(map(int, parts)))
 
 
 def _program(name: str, model: Path, quant: str | None) -> str:
@@ -138,14 +130,6 @@ def _program(name: str, model: Path, quant: str | None) -> str:
     if program is None:
         raise UsageError("there is no such program", value=name, fix="build llama.cpp, and give its bin/llama-bench")
     return program
-
-
-def _cpus() -> int:
-    try:
-        from herd import _native
-    except ImportError:
-        return 1  # the backend says what is missing
-    return int(_native.usable_cpus())
 
 
 def _measure(

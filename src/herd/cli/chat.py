@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import json
 import signal
 import sys
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from herd.cli.output import speak
+from herd.cli.options import Choosing, Loading, takes_groups
+from herd.cli.output import guesses, speak
 
 if TYPE_CHECKING:
     from herd.engine import ChatSession
@@ -31,24 +33,13 @@ Ctrl-C stops an answer; at the prompt, twice, it leaves. A message that begins w
 _LEAVE = ("/quit", "/exit")
 
 
+@takes_groups
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, GGUF file, run directory or pulled repository.")],
     system: Annotated[str | None, typer.Option(help="System text.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of an answer at most. Default: 256, or what the context leaves.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this mass.")] = 0.9,
-    seed: Annotated[int | None, typer.Option(help="Repeat a conversation's random choices.")] = None,
-    ctx: Annotated[int | None, typer.Option(help="Tokens of context (default: the model's).")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    quant: Annotated[
-        str | None, typer.Option(help="How weights are held: q4_k_m, q8_0, bf16, … (default: as they are stored).")
-    ] = None,
-    kv: Annotated[str, typer.Option(help="How keys and values are held: bf16, int8 or f32.")] = "bf16",
-    draft: Annotated[
-        str | None, typer.Option(help='What guesses ahead, to be checked: "ngram", or a smaller model.')
-    ] = None,
+    *,
+    choosing: Choosing,
+    loading: Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> int:
     """Talk to a model; answers stream as they are made. Type /help for the commands inside.
@@ -66,13 +57,14 @@ def command(
     from herd.engine import LLM, ChatSession
     from herd.progress import status
 
+    arguments = loading.arguments()
     status("loading …")
-    with LLM(model, quant=quant, ctx=ctx, threads=threads, kv=kv, draft=draft) as llm:
+    with LLM(model, **arguments) as llm:
         status("")
-        session = ChatSession(llm, system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        session = ChatSession(llm, system, **choosing.options(llm))
         title = f"{model} · {llm.context} tokens of context · /help for commands, Ctrl-D to leave"
         questions = _questions(Path(model).expanduser()) if sys.stdin.isatty() else []
-        return _Terminal(session, llm.context, max_tokens, as_json).run("\n".join([title, *questions]))
+        return _Terminal(session, llm.context, choosing.max_tokens, as_json).run("\n".join([title, *questions]))
 
 
 def _questions(model: Path) -> list[str]:
@@ -99,6 +91,7 @@ class _Terminal:
         self._max_tokens = max_tokens
         self._as_json = as_json
         self._person = sys.stdin.isatty()
+        self._guesses = self._right = 0  # of speculation, in the answers that came to their end
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
             "/system": self._system,
@@ -108,6 +101,12 @@ class _Terminal:
 
     def run(self, title: str) -> int:
         """Talk until the input ends; returns the exit code."""
+        code = self._talk(title)
+        if self._guesses and self._person:
+            self._note(guesses(self._right, self._guesses))
+        return code
+
+    def _talk(self, title: str) -> int:
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
         if self._person:
@@ -172,13 +171,18 @@ class _Terminal:
         parts: list[str] = []
         # Through a pipe nobody sees which answer Ctrl-C would stop: there it ends the program as usual.
         interruptible = _interruptible() if self._person else contextlib.nullcontext(lambda: False)
-        with interruptible as stopped, contextlib.closing(answer):
-            for chunk in answer:
-                parts.append(chunk.text)
-                if not self._as_json:
-                    speak(chunk.text)
-                if stopped():
-                    break
+        with contextlib.closing(answer):
+            first = next(answer)  # Ctrl-C in a long prompt breaks it off: there is nothing yet to stop after
+            with interruptible as stopped:
+                for chunk in itertools.chain([first], answer):
+                    parts.append(chunk.text)
+                    if not self._as_json:
+                        speak(chunk.text)
+                    if chunk.completion is not None:
+                        self._guesses += chunk.completion.timings.drafted_tokens
+                        self._right += chunk.completion.timings.accepted_tokens
+                    if stopped():
+                        break
         self._finish("".join(parts))
 
     def _finish(self, text: str) -> None:

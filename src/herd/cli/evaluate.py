@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from herd.cli.options import Loading, takes_groups
 from herd.cli.output import emit
 
 
+@takes_groups
 def command(
     model: Annotated[str, typer.Argument(help="A run, a checkpoint directory, a GGUF file or a pulled repository.")],
     bpb: Annotated[
@@ -24,6 +26,8 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the exercises.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write results.json and results.txt into this folder.")] = None,
+    *,
+    loading: Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output.")] = False,
 ) -> None:
     """Measure a model: bits per byte beside compressors, exact match with 95 % intervals.
@@ -35,6 +39,8 @@ def command(
         herd evaluate runs/pocket --bpb notes.txt --bpb posts.jsonl
 
         herd evaluate model-q4_0.gguf --before runs/pocket --bpb notes.txt --json
+
+        herd evaluate runs/pocket --quant q4_k_m --kv int8
     """
     import tempfile
 
@@ -52,6 +58,7 @@ def command(
         raise UsageError("there is nothing to measure", allowed="--exercises N from 1, --bpb FILE, or both")
     texts = [document.text for document in read_sources(bpb)] if bpb else []
     models = {before: before, model: model} if before else {model: model}
+    arguments = loading.arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        results: dict[str, Any] = run(config, models, texts, out or scratch)
+        results: dict[str, Any] = run(config, models, texts, out or scratch, **arguments)
     emit(results, as_json, lambda: print(results_table(results)))

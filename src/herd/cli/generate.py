@@ -5,33 +5,29 @@ from __future__ import annotations
 import dataclasses
 import io
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from herd.cli.options import Choosing, Loading, takes_groups
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from herd.engine import Chunk, Completion
+
+
+@takes_groups
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, GGUF file, run directory or pulled repository.")],
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; left out, it is read from a pipe.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to generate at most. Default: 256, or what the context leaves.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this mass.")] = 0.9,
-    top_k: Annotated[int, typer.Option(help="Keep this many most likely tokens (0: all).")] = 0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens this likely relative to the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Repeat a random choice.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    ctx: Annotated[int | None, typer.Option(help="Tokens of context (default: the model's).")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    quant: Annotated[
-        str | None, typer.Option(help="How weights are held: q4_k_m, q8_0, bf16, … (default: as they are stored).")
-    ] = None,
-    kv: Annotated[str, typer.Option(help="How keys and values are held: bf16, int8 or f32.")] = "bf16",
-    draft: Annotated[
-        str | None, typer.Option(help='What guesses ahead, to be checked: "ngram", or a smaller model.')
-    ] = None,
+    *,
+    choosing: Choosing,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on where the model would end.")] = False,
+    n: Annotated[int, typer.Option(help="Continuations of the text, one after the other.")] = 1,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: how likely each token was.")] = False,
+    top_logprobs: Annotated[int, typer.Option(help="With --json: the most likely tokens at each place.")] = 0,
+    loading: Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole completion as JSON at the end.")] = False,
 ) -> None:
     """Continue a text; the continuation streams to standard output, everything else goes to standard error.
@@ -47,14 +43,18 @@ def command(
 
         herd generate runs/pocket "x = [" --stop "]" --seed 7 --json
 
+        herd generate runs/pocket "def" --n 3 --top-logprobs 5 --json
+
         cat start.py | herd generate runs/pocket
     """
     from herd.checkpoint import continuing
-    from herd.cli.output import console, emit, speak
+    from herd.cli.output import emit, speak
     from herd.engine import LLM
     from herd.errors import UsageError
-    from herd.progress import interactive, status
+    from herd.progress import status
 
+    if (logprobs or top_logprobs) and not as_json:
+        raise UsageError("log-probabilities are part of the JSON output", fix="add --json")
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError("no text to continue", fix='herd generate MODEL "text", or pipe the text in')
@@ -64,31 +64,47 @@ def command(
 
     prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # an argument may hold bytes that are no UTF-8
     prompt = prompt.rstrip(" ")
+    arguments = loading.arguments()
     status("loading …")
-    with LLM(continuing(model), quant=quant, ctx=ctx, threads=threads, kv=kv, draft=draft) as llm:
+    with LLM(continuing(model), **arguments) as llm:
         status("")
-        chunks = llm.stream(
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-        )
-        completion = None
-        for chunk in chunks:
-            completion = chunk.completion
-            if not as_json:
-                speak(chunk.text)
-        assert completion is not None, "a stream ends with its completion"
-        if as_json:
-            emit({"model": str(llm.path), "prompt": prompt, **dataclasses.asdict(completion)}, True)
+        options = choosing.options(llm)
+        options |= {"ignore_eos": ignore_eos, "logprobs": logprobs, "top_logprobs": top_logprobs}
+        if n == 1 and not as_json:
+            _show(llm.stream(prompt, **options))
             return
-        sys.stdout.write("\n")
-        if interactive():
-            speed = f"{completion.timings.decode_tokens_per_s:.0f} tok/s"
-            tokens = f"{completion.usage.completion_tokens} tokens"
-            console().print(f"{tokens} · {speed} · {completion.finish_reason} · seed {completion.seed}", style="dim")
+        completions = llm.generate([prompt], n=n, **options)
+    if as_json:
+        found = [dataclasses.asdict(completion) for completion in completions]
+        emit({"model": str(llm.path), "prompt": prompt, **(found[0] if n == 1 else {"completions": found})}, True)
+        return
+    for completion in completions:
+        speak(completion.text)
+        _end(completion)
+
+
+def _show(chunks: Iterable[Chunk]) -> None:
+    """A continuation as it comes."""
+    from herd.cli.output import speak
+
+    completion = None
+    for chunk in chunks:
+        completion = chunk.completion
+        speak(chunk.text)
+    assert completion is not None, "a stream ends with its completion"
+    _end(completion)
+
+
+def _end(completion: Completion) -> None:
+    """The end of a continuation's line, and for a person a summary."""
+    from herd.cli.output import console, guesses
+    from herd.progress import interactive
+
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if interactive():
+        times = completion.timings
+        parts = [f"{completion.usage.completion_tokens} tokens", f"{times.decode_tokens_per_s:.0f} tok/s"]
+        if times.drafted_tokens:
+            parts.append(guesses(times.accepted_tokens, times.drafted_tokens))
+        console().print(" · ".join([*parts, completion.finish_reason, f"seed {completion.seed}"]), style="dim")

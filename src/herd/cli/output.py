@@ -58,6 +58,11 @@ _VISIBLE = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\t\n"} | {12
 _VISIBLE |= dict.fromkeys(range(128, 160), "\ufffd")
 
 
+def guesses(right: int, made: int) -> str:
+    """What speculation was good for, in words."""
+    return f"{right} of {made} guesses right"
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Lines of aligned columns, numbers to the right; as wide as it needs to be, so that pipes lose nothing."""
     cells = [[str(cell) for cell in row] for row in rows]

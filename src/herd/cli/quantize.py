@@ -22,7 +22,7 @@ def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="Model: directory, GGUF, run, or pulled OWNER/NAME.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="New GGUF file.")],
     mix: Annotated[
-        str, typer.Option("--type", help="Format or mix: q4_k_m, q5_k_m, q6_k, q8_0, q4_0, iq4_xs, q3_k_m, int4_g32, bf16, …")
+        str, typer.Option("--type", help="Format or mix: q4_k_m, q5_k_m, q6_k, q8_0, q4_0, iq4_xs, q3_k_m, int4_g32, …")
     ] = "q4_k_m",
     imatrix: Annotated[
         Path | None,

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from herd.architecture import LlamaConfig
+from herd.cgroup import usable_cpus
 from herd.checkpoint import Adapter
 from herd.errors import HerdError, MissingDependency, UsageError
 from herd.progress import status
@@ -37,6 +38,10 @@ class BackendOptions:
     kv: KvType
     cpus: tuple[int, ...] = ()
     """Processors to bind threads to, one each (native backend); the calling thread stays where it is."""
+    page_tokens: int = 64
+    """Tokens of a page of the cache, a multiple of 16 (native backend)."""
+    promised: int = 0
+    """Bytes of the free memory that another model of this process was promised and has not taken yet."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,10 @@ class Backend(Protocol):
     """Tokens a sequence may have at most."""
     max_sequences: int
     """Sequences that may be reserved at the same time."""
+    threads: int
+    """Threads that compute."""
+    promised: int
+    """Bytes of memory that it will take at most, beside what it had when it was loaded."""
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Make a low-rank adapter known by a name. Raises HerdError when this backend cannot apply it."""
@@ -88,8 +97,12 @@ class Backend(Protocol):
         Returns the logits after the last `outputs` tokens of each span, [sum of outputs, V]; the array is the caller's.
         """
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
-        """ln P of tokens 1.. of each sequence (at most `context` tokens). Raises CacheFull without room now."""
+    def score(self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None) -> list[npt.NDArray[np.float32]]:
+        """ln P of tokens 1.. of each sequence (at most `context` tokens). Raises CacheFull without room now.
+
+        `vocabulary`: rows of the head beyond it are padding, no token of the sequences among them (None: there are
+        none).
+        """
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
         """Mean of the final hidden states of each sequence, [len(sequences), D]. Raises CacheFull as `score` does."""
@@ -98,11 +111,26 @@ class Backend(Protocol):
         """Free the weights and the cache."""
 
 
+def thread_count(asked: int | None) -> int:
+    """Threads to run with: those asked for, but no more than processors, on which they would only take turns."""
+    usable = usable_cpus()
+    return usable if asked is None else min(asked, usable)
+
+
 # In the order of preference of "auto": name -> (module with `open_backend(options)`, the module that it needs).
 BACKENDS = {
     "native": ("herd.engine.native_backend", "herd._native"),
     "torch": ("herd.engine.torch_backend", "torch"),
 }
+
+
+def context_of(config: LlamaConfig, options: BackendOptions) -> int:
+    """Tokens of context that were asked for. Raises UsageError when the model has not so many."""
+    if options.ctx is not None and options.ctx > config.context_length:
+        raise UsageError(
+            "ctx is beyond the model's context", value=options.ctx, allowed=f"1 to {config.context_length}"
+        )
+    return config.context_length if options.ctx is None else options.ctx
 
 
 def open_backend(name: str, options: BackendOptions) -> Backend:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, open_backend
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
-from herd.engine.sampler import fold_seed, fresh_seed
+from herd.engine.sampler import BrokenLogits, fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
 from herd.engine.speculation import Drafter, ModelDrafter, NgramDrafter
 from herd.engine.text import StreamDecoder
@@ -48,6 +48,8 @@ class LLM:
         before), or a smaller model of the same vocabulary. On the native backend results do not change.
     cpus: processors to bind the native backend's threads to, one each; the calling thread, their first, is left alone.
 
+    page_tokens: tokens of a page of the native backend's cache, a multiple of 16: prompts share whole pages.
+
     Raises UsageError for a wrong argument, HerdError for a path that is no model, ResourceError before loading when
     memory will not do, MissingDependency when no backend is installed.
     Several threads may call one LLM; their sequences share the batch. Times in the results are wall clock.
@@ -63,6 +65,7 @@ class LLM:
         backend: str = "auto",
         draft: str | Path | None = None,
         cpus: Sequence[int] = (),
+        page_tokens: int = 64,
     ) -> None:
         from herd import checkpoint, tokenizer
 
@@ -72,11 +75,20 @@ class LLM:
             check_whole("ctx", ctx, 1, 1 << 30)
         if threads is not None:
             check_whole("threads", threads, 1, 4096)
+        check_whole("page_tokens", page_tokens, 16, 4096)
+        if page_tokens % 16:
+            raise UsageError("a page has whole tiles of 16 tokens", value=page_tokens, allowed="a multiple of 16")
         resolved = checkpoint.resolve(str(path))
         for cpu in cpus:
             check_whole("a processor's number", cpu, 0, 1023)
         options = BackendOptions(
-            path=resolved, quant=quant, ctx=ctx, threads=threads, kv=cast("KvType", kv), cpus=tuple(cpus)
+            path=resolved,
+            quant=quant,
+            ctx=ctx,
+            threads=threads,
+            kv=cast("KvType", kv),
+            cpus=tuple(cpus),
+            page_tokens=page_tokens,
         )
         self._backend: Backend | None = open_backend(backend, options)
         self.path: Path = resolved
@@ -222,8 +234,14 @@ class LLM:
             for start, fresh in self._windows(len(ids), overlap):
                 windows.append(ids[start : start + self.context])
                 owners.append((i, fresh - start - 1))
+        vocabulary = min(self.tokenizer.vocab_size, self.config.vocab_size)
+        beyond = next((i for ids in sequences for i in ids if i >= vocabulary), None)
+        if beyond is not None:
+            raise UsageError("this row of the head stands for no token", value=beyond, allowed=f"0 to {vocabulary - 1}")
         with self._lock:
-            results = self._with_room(lambda backend: backend.score(windows))
+            results = self._with_room(lambda backend: backend.score(windows, vocabulary))
+        if not all(np.isfinite(result).all() for result in results):
+            raise BrokenLogits([i for i, result in enumerate(results) if not np.isfinite(result).all()])
         logprobs: list[list[float]] = [[] for _ in sequences]
         for (i, skip), result in zip(owners, results, strict=True):
             logprobs[i] += result[skip:].tolist()
@@ -261,7 +279,8 @@ class LLM:
             raise UsageError("the draft model has another vocabulary", value=path, fix='use draft="ngram"')
         with checkpoint.open_checkpoint(path) as opened:
             context = min(self._open().context, opened.config.context_length)
-        return ModelDrafter(open_backend(backend, replace(options, path=path, quant=None, ctx=context)))
+        how = replace(options, path=path, quant=None, ctx=context, promised=self._open().promised)
+        return ModelDrafter(open_backend(backend, how), self.tokenizer.vocab_size)
 
     def _with_room(self, work: Callable[[Backend], T]) -> T:
         """Run something that needs room in the cache; where streams hold it all, they give way and go on later."""

@@ -133,11 +133,11 @@ def work_of(path: Path, quant: str | None, kv: str) -> Work:
     from herd import _native
     from herd.checkpoint import open_checkpoint
     from herd.checkpoint.numbers import PLAIN
-    from herd.engine.native_weights import plan_native, weight_formats
+    from herd.engine.native_weights import Need, plan_native, weight_formats
 
     with open_checkpoint(path) as checkpoint:
         config, formats = checkpoint.config, weight_formats(checkpoint, quant)
-        plan = plan_native(checkpoint, formats, kv=kv, context=1, rows=1)
+        plan = plan_native(checkpoint, formats, Need(kv, rows=1, outputs=1), context=1)
         head = "embed.weight" if config.tied_embeddings else "output.weight"
         products = []
         for name, held in formats.items():

@@ -6,12 +6,14 @@ All sizes in bytes. The plan is the backend's promise: weights, one sequence of 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from herd.architecture import LlamaConfig
 from herd.architecture.size import kv_cache_bytes, parameter_count
+from herd.cgroup import memory_available
 from herd.errors import ResourceError
 from herd.progress import status
 
@@ -80,13 +82,19 @@ def require_memory(plan: MemoryPlan, *, name: str, alternatives: Iterable[tuple[
     if plan.fits:
         status(f"loading {name}: {plan}")
         return
-    fix = next((f"load it with {how}" for how, other in alternatives if other.fits), "use a smaller model")
+    fix = next((_advice(how) for how, other in alternatives if other.fits), "use a smaller model")
     assert plan.free is not None
     raise ResourceError(
         f"{name} needs {plan}",
         value=f"{plan.free / GIB:.1f} GiB free",
         fix=fix,
     )
+
+
+def _advice(how: str) -> str:
+    """The same arguments as Python and as the command line take them."""
+    options = " ".join(f"--{name} {value}" for name, value in re.findall(r'(\w+)="?(\w+)', how))
+    return f"load it with {how} (on the command line: {options})"
 
 
 def smaller_contexts(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
@@ -98,8 +106,8 @@ def smaller_contexts(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
 
 
 def available_bytes() -> int | None:
-    """Memory this process may still take: the system's and its control group's limit, whichever is less."""
-    known = [size for size in (_system_available(), _group_available()) if size is not None]
+    """Memory this process may still take: the system's and what its control groups leave, whichever is less."""
+    known = [size for size in (_system_available(), memory_available()) if size is not None]
     return min(known) if known else None
 
 
@@ -113,15 +121,4 @@ def _system_available() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _group_available() -> int | None:
-    """Limit of the control group (version 2, as in containers) less what it uses."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        return None if limit == "max" else max(0, int(limit) - used)
-    except (OSError, ValueError):
         return None

@@ -7,6 +7,7 @@ in paged_cache.py. Letters: T rows of a step, V vocabulary, D model width, K hea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +16,13 @@ from herd import _native
 from herd.architecture import LlamaConfig, attention_scale, rope_frequencies
 from herd.checkpoint import Adapter, open_checkpoint
 from herd.checkpoint.mixes import activations_of
-from herd.engine.backend import BackendOptions, CacheFull, Span
+from herd.engine.backend import BackendOptions, CacheFull, Span, context_of, thread_count
 from herd.engine.memory import require_memory
-from herd.engine.native_weights import load_weights, make_engine, plan_native, smaller_plans, weight_formats
+from herd.engine.native_weights import Need, load_weights, make_engine, plan_native, smaller_plans, weight_formats
 from herd.engine.paged_cache import CachedSequence, PagedCache
-from herd.errors import ContextLengthExceeded, HerdError, UsageError
+from herd.errors import ContextLengthExceeded, HerdError
 
-PAGE_TOKENS = 64
-MAX_SEQUENCES = 256
+MAX_SEQUENCES = OUTPUTS = 256
 ROWS = 512
 """Rows of one native call at most; longer steps are cut. It bounds the working memory and how long Ctrl-C waits."""
 
@@ -31,40 +31,40 @@ def open_backend(options: BackendOptions) -> NativeBackend:
     """Check that the model fits into memory, then load it. Raises UsageError, ResourceError, HerdError."""
     with open_checkpoint(options.path) as checkpoint:
         config = checkpoint.config
-        context = config.context_length if options.ctx is None else options.ctx
-        if context > config.context_length:
-            raise UsageError(
-                "ctx is beyond the model's context", value=context, allowed=f"1 to {config.context_length}"
-            )
+        context = context_of(config, options)
         formats = weight_formats(checkpoint, options.quant)
-        plan = plan_native(checkpoint, formats, kv=options.kv, context=context, rows=ROWS)
-        others = smaller_plans(checkpoint, plan, quant=options.quant, kv=options.kv, rows=ROWS)
+        need = Need(kv=options.kv, rows=ROWS, outputs=OUTPUTS, promised=options.promised)
+        plan = plan_native(checkpoint, formats, need, context)
+        others = smaller_plans(checkpoint, plan, need, options.quant)
         require_memory(plan, name=options.path.name, alternatives=others)
-        threads = min(options.threads or 4096, _native.usable_cpus())
+        threads = thread_count(options.threads)
         activations = checkpoint.activations if options.quant is None else activations_of(options.quant)
         engine = make_engine(config, formats, checkpoint, activations=activations, threads=threads, cpus=options.cpus)
         load_weights(engine, checkpoint, formats, options.quant)
-    own = pages = -(-context // PAGE_TOKENS)
+    size = options.page_tokens
+    pages = -(-context // size)
     spare = (MAX_SEQUENCES - 1) * plan.cache if plan.spare is None else plan.spare // 2
-    page_bytes = max(1, plan.cache_per_token * PAGE_TOKENS)
+    page_bytes = max(1, plan.cache_per_token * size)
     pages += max(0, min(spare // page_bytes, (MAX_SEQUENCES - 1) * pages))
-    cache = _native.Cache(options.kv, config.n_layers, config.n_kv_heads, config.head_dim, PAGE_TOKENS, pages)
-    # Memory grows to what runs together, and one context's worth of beginnings to be met again.
-    return NativeBackend(config, engine, cache, PagedCache(pages, PAGE_TOKENS, cache.copy_page, max_idle=own), context)
+    cache = _native.Cache(options.kv, config.n_layers, config.n_kv_heads, config.head_dim, size, pages)
+    return NativeBackend(config, engine, cache, context, promised=plan.cache + plan.work)
 
 
 class NativeBackend:
     """See `herd.engine.backend.Backend`."""
 
     def __init__(
-        self, config: LlamaConfig, engine: _native.Engine, cache: _native.Cache, pages: PagedCache, context: int
+        self, config: LlamaConfig, engine: _native.Engine, cache: _native.Cache, context: int, promised: int
     ) -> None:
         self.config = config
         self.context = context
         self.max_sequences = MAX_SEQUENCES
+        self.threads = engine.threads
+        self.promised = promised
         self._engine: _native.Engine | None = engine
         self._cache: _native.Cache | None = cache
-        self._pages = pages
+        # Memory grows to what runs together, and one context's worth of beginnings to be met again.
+        self._pages = PagedCache(cache.pages, cache.page_tokens, self._copy_page, -(-context // cache.page_tokens))
         self._rotation = Rotation(config, context)
         self._sequences: dict[int, CachedSequence] = {}
         self._adapters: dict[str, int] = {}
@@ -115,7 +115,8 @@ class NativeBackend:
             done += len(wanted)
         return logits_NV
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+    def score(self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None) -> list[npt.NDArray[np.float32]]:
+        rows = self.config.vocab_size if vocabulary is None else vocabulary
         results = []
         for tokens in sequences:
             logprobs = np.empty(max(0, len(tokens) - 1), np.float32)
@@ -123,7 +124,8 @@ class NativeBackend:
                 end = start + len(part.tokens)
                 targets = np.asarray(tokens[start + 1 : end + 1], np.int32)
                 wanted = np.arange(len(part.tokens), dtype=np.int32)
-                self._run([part], wanted, targets=targets, log_probabilities=logprobs[start:end])
+                outputs = {"targets": targets, "log_probabilities": logprobs[start:end]}
+                self._run([part], wanted, vocabulary=rows, **outputs)
             results.append(logprobs)
         return results
 
@@ -141,6 +143,10 @@ class NativeBackend:
         self._engine = self._cache = None
         self._sequences.clear()
 
+    def _copy_page(self, source: int, target: int) -> None:
+        assert self._cache is not None
+        self._cache.copy_page(source, target)
+
     def _add(self, sequence: CachedSequence) -> int:
         self._next += 1
         self._sequences[self._next] = sequence
@@ -150,14 +156,15 @@ class NativeBackend:
         """A sequence of its own for `tokens`, appended to piece by piece: (start, span to run next)."""
         if not tokens:
             return
-        handle = self._add(CachedSequence())  # without the prefix cache: every token's output is wanted
+        # Without the prefix cache: every token's output is wanted, and what is scored is no prompt to come.
+        handle = self._add(CachedSequence(remembered=False))
         try:
             for start in range(0, len(tokens), ROWS):
                 yield start, Span(handle, tokens[start : start + ROWS])
         finally:
             self.release(handle)
 
-    def _run(self, spans: Sequence[Span], wanted: npt.NDArray[np.int32], **outputs: npt.NDArray[np.generic]) -> None:
+    def _run(self, spans: Sequence[Span], wanted: npt.NDArray[np.int32], **outputs: Any) -> None:
         """One native call: append the spans, and fill `outputs` for the wanted rows."""
         assert self._engine is not None and self._cache is not None
         tokens: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from herd.architecture import LlamaConfig, stored_tensors
 from herd.checkpoint import Checkpoint
 from herd.checkpoint.blocks import dequantize, quantize
 from herd.checkpoint.mixes import MIXES, Activations, gguf_type, rounding_of
-from herd.checkpoint.numbers import BLOCKS, PLAIN, cast
+from herd.checkpoint.numbers import BLOCKS, PLAIN, cast, stored_bytes
 from herd.engine.memory import MemoryPlan, available_bytes, smaller_contexts
 from herd.errors import HerdError, UsageError, near
 from herd.progress import track
@@ -25,7 +26,8 @@ MAX_HEAD_DIM = 1024
 
 _SMALLER = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")  # best first
 _MAX_INT = (1 << 31) - 1
-_LOGIT_ROWS = 256  # rows of logits that may be asked for together
+_SLAB_BYTES = 32 << 20  # of weights in 32 bits on their way to another format
+_LOGITS = 3  # arrays of logits that exist together: the model's, and the sampler's while it sorts and weighs
 
 
 def weight_formats(checkpoint: Checkpoint, quant: str | None) -> dict[str, str]:
@@ -42,35 +44,56 @@ def weight_formats(checkpoint: Checkpoint, quant: str | None) -> dict[str, str]:
     return formats
 
 
-def plan_native(checkpoint: Checkpoint, formats: dict[str, str], *, kv: str, context: int, rows: int) -> MemoryPlan:
-    """What matrices in `formats`, a cache of number type `kv` and steps of up to `rows` rows take."""
-    config = checkpoint.config
-    weights = 0
+@dataclass(frozen=True)
+class Need:
+    """What running takes beside weights: a cache of number type `kv`, steps of up to `rows` rows with logits of
+    `outputs`, and what another model of this process was `promised`."""
+
+    kv: str
+    rows: int
+    outputs: int
+    promised: int = 0
+
+
+def plan_native(checkpoint: Checkpoint, formats: dict[str, str], need: Need, context: int) -> MemoryPlan:
+    """What matrices in `formats` take, and running them."""
+    config, moe = checkpoint.config, checkpoint.config.moe
+    weights = converting = 0
     for name, held in formats.items():
-        *experts, height, width = checkpoint.shape(name)
+        shape = checkpoint.shape(name)
+        *experts, height, width = shape
         weights += math.prod(experts) * _native.packed_bytes(held, height, width)
+        if checkpoint.type_name(name) != held:  # the stored tensor, one of its matrices as it will be, and a slab
+            stored = stored_bytes(checkpoint.type_name(name), shape)
+            converting = max(converting, stored + stored_bytes(held, (height, width)) + 4 * _SLAB_BYTES)
     head_width = -(-config.head_dim // 16) * 16
-    number = {"f32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / head_width}[kv]
-    inner = max(config.ffn_dim, config.moe.ffn_dim if config.moe else 0)
+    number = {"f32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / head_width}[need.kv]
     # Of a row: inputs of products as up to 8 bytes a number, and states, queries, keys and values in 32 bits.
-    per_row = 8 * (2 * config.dim + inner) + 4 * 6 * config.dim
+    heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    per_row = 8 * (2 * config.dim + heads + config.ffn_dim) + 4 * (3 * config.dim + heads)
+    if moe:  # routed rows
+        per_row += moe.top_k * (8 * (config.dim + moe.ffn_dim) + 4 * config.dim)
+    running = need.rows * per_row + _LOGITS * need.outputs * config.vocab_size * 4
+    free = available_bytes()
     return MemoryPlan(
         weights=weights,
         cache_per_token=math.ceil(2 * config.n_layers * config.n_kv_heads * head_width * number),
         context=context,
-        work=rows * per_row + _LOGIT_ROWS * config.vocab_size * 4,
-        free=available_bytes(),
+        work=max(running, converting),
+        free=None if free is None else max(0, free - need.promised),
     )
 
 
 def smaller_plans(
-    checkpoint: Checkpoint, plan: MemoryPlan, *, quant: str | None, kv: str, rows: int
+    checkpoint: Checkpoint, plan: MemoryPlan, need: Need, quant: str | None
 ) -> Iterator[tuple[str, MemoryPlan]]:
-    """What to try when `plan` does not fit: a shorter context, then fewer bits with any context that is left."""
-    yield from smaller_contexts(plan)
+    """What to try when `plan` does not fit: half of the context, fewer bits, and then less and less of both."""
+    for how, shorter in smaller_contexts(plan):
+        if shorter.context >= plan.context // 2:
+            yield how, shorter
     for mix in _SMALLER:
         formats = weight_formats(checkpoint, mix)
-        other = plan_native(checkpoint, formats, kv=kv, context=plan.context, rows=rows)
+        other = plan_native(checkpoint, formats, need, plan.context)
         if mix != quant and other.weights < plan.weights:
             yield f'quant="{mix}"', other
             for how, shorter in smaller_contexts(other):
@@ -149,14 +172,23 @@ def _converted(
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """The bytes of a tensor's matrix, or of each expert's, in the format wanted."""
     raw = checkpoint.raw(name)
-    n_experts = raw.shape[0] if len(raw.shape) == 3 else 1
-    for data in raw.data.reshape(n_experts, -1):
+    height, width = raw.shape[-2:]
+    n_matrices = math.prod(raw.shape[:-2])
+    rounding = rounding_of(format_name, quant)
+    step = max(1, _SLAB_BYTES // (4 * width))
+    for data in raw.data.reshape(n_matrices, -1):
         if raw.type_name == format_name:
             yield data
             continue
-        values = data.view(PLAIN[raw.type_name]) if raw.type_name in PLAIN else dequantize(raw.type_name, data)
-        matrix = values.reshape(raw.shape[-2:])
-        if format_name in BLOCKS:
-            yield np.frombuffer(quantize(format_name, matrix, rounding=rounding_of(format_name, quant)), np.uint8)
-        else:
-            yield np.ascontiguousarray(cast(matrix, format_name, name)).reshape(-1).view(np.uint8)
+        stored_rows = data.reshape(height, -1)
+        out = np.empty((height, stored_bytes(format_name, (width,))), np.uint8)
+        for first in range(0, height, step):
+            slab = stored_rows[first : first + step]
+            values = slab.view(PLAIN[raw.type_name]) if raw.type_name in PLAIN else dequantize(raw.type_name, slab)
+            rows = values.reshape(-1, width)
+            if format_name in BLOCKS:
+                encoded = np.frombuffer(quantize(format_name, rows, rounding=rounding), np.uint8)
+            else:
+                encoded = np.ascontiguousarray(cast(rows, format_name, name)).view(np.uint8)
+            out[first : first + step] = encoded.reshape(len(rows), -1)
+        yield out.reshape(-1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -23,6 +23,8 @@ class CachedSequence:
     """
 
     variant: int = -1
+    remembered: bool = True
+    """Whether later prompts may begin with its pages."""
 
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -86,7 +88,7 @@ class PagedCache:
         pages = sequence.pages[: self.pages_for(len(sequence.tokens))]
         for page in pages:
             self._hold(page)
-        return CachedSequence(sequence.variant, list(sequence.tokens), pages, list(sequence.contents))
+        return replace(sequence, tokens=list(sequence.tokens), pages=pages, contents=list(sequence.contents))
 
     def release(self, sequence: CachedSequence) -> None:
         """Let go of a sequence; its full pages stay remembered until their room is needed."""
@@ -115,7 +117,8 @@ class PagedCache:
     def append(self, sequence: CachedSequence, tokens: Sequence[int]) -> None:
         """Count tokens that have been written, and remember the pages that are full."""
         sequence.tokens += tokens
-        self._remember(sequence)
+        if sequence.remembered:
+            self._remember(sequence)
 
     def truncate(self, sequence: CachedSequence, length: int) -> None:
         """Forget all but the first `length` tokens; nobody else holds what is forgotten."""

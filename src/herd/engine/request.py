@@ -94,11 +94,12 @@ class Sampling:
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
+                fix = f"did you mean {near[0]}?" if near else None
                 raise UsageError(
                     "unknown sampling option",
                     value=name,
                     allowed=", ".join(known),
-                    fix=f"did you mean {near[0]}?" if near else None,
+                    fix="only generate takes n" if name == "n" else fix,
                 )
         values = dict(options)
         values["stop"] = _stop_strings(values.get("stop"))

@@ -325,7 +325,7 @@ class Scheduler:
         asks, owners = [], []
         for sequence in self._running:
             room = sequence.capacity - len(sequence.tokens) - 1  # the last token is chosen, never guessed
-            n = min(sequence.draft_size, room)
+            n = min(sequence.draft_size, room, self._backend.max_sequences // len(self._running) - 1)
             if sequence.choices and len(sequence.tokens) - sequence.n_computed == 1 and n > 0:
                 assert sequence.handle is not None
                 asks.append(Ask(sequence.handle, sequence.tokens, n))

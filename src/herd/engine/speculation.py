@@ -48,7 +48,7 @@ class NgramDrafter:
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self._sizes = range(longest, shortest - 1, -1)
-        # For each sequence: what was indexed of it, and for each n-gram the place after its latest two occurrences.
+        # For each sequence: what was indexed of it, and for each n-gram the place after its latest occurrence.
         self._places: dict[int, tuple[int, dict[tuple[int, ...], int]]] = {}
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
@@ -78,8 +78,10 @@ class NgramDrafter:
 class ModelDrafter:
     """A smaller model of the same vocabulary, decoding greedily for all sequences together."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, vocabulary: int) -> None:
+        """`vocabulary`: ids that have a text; rows of its head beyond it are padding."""
         self._backend = backend
+        self._vocabulary = vocabulary
         self._held: dict[int, tuple[int, list[int]]] = {}  # key -> its sequence there, and the tokens that one has
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
@@ -94,7 +96,7 @@ class ModelDrafter:
             if not active:
                 return guesses
             spans = [Span(handles[i] or 0, pending[i]) for i in active]
-            best = self._backend.step(spans).argmax(axis=1).tolist()
+            best = self._backend.step(spans)[:, : self._vocabulary].argmax(axis=1).tolist()
             for i, token in zip(active, best, strict=True):
                 self._tokens(asks[i].key).extend(pending[i])
                 guesses[i].append(token)
@@ -122,7 +124,7 @@ class ModelDrafter:
         """The draft model's sequence, cut back to where it agrees with `ask.tokens`; None without room for one."""
         held = self._held.get(ask.key)
         if held is None:
-            reserved = self._backend.reserve(min(self._backend.context, len(ask.tokens) + ask.n), ask.tokens)
+            reserved = self._backend.reserve(self._backend.context, ask.tokens)
             if reserved is None:
                 return None
             handle, n_reused = reserved

@@ -8,6 +8,7 @@ Letters: B rows, S tokens, D model width, V vocabulary, T tokens that are scored
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from herd.architecture import LlamaConfig
 from herd.checkpoint import Adapter, open_checkpoint
-from herd.engine.backend import BackendOptions, KvType, Span
+from herd.engine.backend import BackendOptions, Span, context_of
 from herd.engine.memory import MemoryPlan, plan_memory, require_memory, smaller_contexts
 from herd.engine.scheduler import PREFILL_TOKENS
 from herd.errors import UsageError
@@ -39,13 +40,9 @@ def open_backend(options: BackendOptions) -> TorchBackend:
         raise UsageError("the torch backend has no such cache", value=options.kv, allowed=", ".join(_DTYPES))
     with open_checkpoint(options.path) as checkpoint:
         config = checkpoint.config
-        context = config.context_length if options.ctx is None else options.ctx
-        if context > config.context_length:
-            raise UsageError(
-                "ctx is beyond the model's context", value=context, allowed=f"1 to {config.context_length}"
-            )
-        plan = _plan(config, weights, options.kv, context)
-        halved = [('quant="bf16", which halves the weights', _plan(config, "bf16", options.kv, context))]
+        context = context_of(config, options)
+        plan = _plan(config, weights, options, context)
+        halved = [('quant="bf16", which halves the weights', _plan(config, "bf16", options, context))]
         others = [*smaller_contexts(plan), *(halved if weights == "f32" else [])]
         require_memory(plan, name=options.path.name, alternatives=others)
         if options.threads is not None:
@@ -54,9 +51,12 @@ def open_backend(options: BackendOptions) -> TorchBackend:
     return TorchBackend(model.eval(), context, plan, _DTYPES[options.kv])
 
 
-def _plan(config: LlamaConfig, weights: str, kv: KvType, context: int) -> MemoryPlan:
+def _plan(config: LlamaConfig, weights: str, options: BackendOptions, context: int) -> MemoryPlan:
     tokens = max(PREFILL_TOKENS, _SCORE_TOKENS)
-    return plan_memory(config, weights=weights, kv=kv, context=context, prefill_tokens=tokens, rows=MAX_SEQUENCES)
+    plan = plan_memory(
+        config, weights=weights, kv=options.kv, context=context, prefill_tokens=tokens, rows=MAX_SEQUENCES
+    )
+    return replace(plan, free=None if plan.free is None else max(0, plan.free - options.promised))
 
 
 class TorchBackend:
@@ -66,6 +66,8 @@ class TorchBackend:
         self.config: LlamaConfig = model.config
         self.context = context
         self.max_sequences = MAX_SEQUENCES
+        self.threads = torch.get_num_threads()
+        self.promised = plan.cache + plan.work
         self._model = model
         self._cache: KVCache | None = None
         self._cache_dtype = cache_dtype
@@ -134,7 +136,7 @@ class TorchBackend:
         return logits_NV
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+    def score(self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None) -> list[npt.NDArray[np.float32]]:
         results = [np.empty(0, np.float32)] * len(sequences)
         lengths = [len(sequence) for sequence in sequences]
         several = [i for i, length in enumerate(lengths) if length > 1]
@@ -142,7 +144,7 @@ class TorchBackend:
             x_BSD = self._model.hidden(_padded([sequences[i] for i in group]))
             x_TD = torch.cat([x_BSD[b, : lengths[i] - 1] for b, i in enumerate(group)])
             targets_T = torch.tensor([token for i in group for token in sequences[i][1:]])
-            logprobs_T = self._logprobs(x_TD, targets_T).numpy()
+            logprobs_T = self._logprobs(x_TD, targets_T, vocabulary).numpy()
             ends = np.cumsum([lengths[i] - 1 for i in group])
             for i, logprobs in zip(group, np.split(logprobs_T, ends[:-1]), strict=True):
                 results[i] = logprobs
@@ -184,12 +186,12 @@ class TorchBackend:
         logits: npt.NDArray[np.float32] = functional.linear(x_BD, self._model.output_weight).float().numpy()
         return logits
 
-    def _logprobs(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
+    def _logprobs(self, x_TD: Tensor, targets_T: Tensor, vocabulary: int | None) -> Tensor:
         """ln P of each target; the [T, V] logits exist only a few rows at a time."""
         rows = max(1, _HEAD_VALUES // self.config.vocab_size)
         parts = []
         for x_RD, targets_R in zip(torch.split(x_TD, rows), torch.split(targets_T, rows), strict=True):
-            logits_RV = functional.linear(x_RD, self._model.output_weight).float()
+            logits_RV = functional.linear(x_RD, self._model.output_weight[:vocabulary]).float()
             parts.append(logits_RV.gather(1, targets_R[:, None])[:, 0] - logits_RV.logsumexp(1))
         return torch.cat(parts)
 

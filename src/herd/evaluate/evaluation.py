@@ -54,12 +54,16 @@ class EvaluateConfig(Config):
 
 
 def run(
-    config: EvaluateConfig, models: Mapping[str, str | Path], heldout: Sequence[str], out_dir: str | Path
+    config: EvaluateConfig,
+    models: Mapping[str, str | Path],
+    heldout: Sequence[str],
+    out_dir: str | Path,
+    **loading: Any,
 ) -> dict[str, Any]:
     """Evaluate the models and write results.json and results.txt into `out_dir`; returns the data of results.json.
 
     models: label -> checkpoint, in order of the run ({"base": …, "sft": …}); the first and the last are compared
-    question by question. heldout: texts for bits per byte (none: left out)."""
+    question by question. heldout: texts for bits per byte (none: left out). loading: further arguments of `LLM`."""
     from herd.engine import LLM
 
     if not models:
@@ -67,12 +71,13 @@ def run(
     documents = first_documents(heldout, config.heldout_bytes)
     exercises = generate(config.seed, config.exercises, "heldout") if config.exercises else []
     results: dict[str, Any] = {"version": VERSION, "config": config.model_dump(), "models": list(models)}
+    results["loading"] = loading
     results |= {"bits_per_byte": {}, "compressors": {}, "exact_match": {}, "samples": {}}
     if documents:
         results["compressors"] = {name: asdict(size) for name, size in compressors(documents).items()}
     matches: dict[str, ExactMatch] = {}
     for label, path in models.items():
-        with LLM(path) as llm:
+        with LLM(path, **loading) as llm:
             if documents:
                 results["bits_per_byte"][label] = bits_data(bits_per_byte(llm, documents, overlap=config.overlap))
             if exercises:

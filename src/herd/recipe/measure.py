@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from herd.cgroup import usable_cpus
+
 _PACKAGES = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors", "pydantic")
 
 
@@ -46,17 +48,12 @@ def host() -> dict[str, object]:
     """The machine, without names that identify it: CPU, cores this process may use, GPUs, memory, system, Python."""
     return {
         "cpu": cpu_name(),
-        "cores": usable_cores(),
+        "cores": usable_cpus(),
         "gpus": gpu_names(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def cpu_name() -> str:

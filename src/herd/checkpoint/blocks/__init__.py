@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from herd.cgroup import usable_cpus
 from herd.checkpoint.blocks.decode import DECODERS
 from herd.checkpoint.blocks.plain import PLAIN_ENCODERS
 from herd.checkpoint.blocks.shared_scales import Rounding, encode_shared
@@ -64,7 +65,7 @@ def quantize(
             raise UsageError("scales cannot be shared in this format", value=type_name, allowed="q4_0, q8_0")
         fits = encode_shared(type_name, rows, rounding, out.reshape(-1, block.bytes))
     elif _native is not None:
-        fits = _native.quantize(type_name, rows, importance, out, threads or _native.usable_cpus())
+        fits = _native.quantize(type_name, rows, importance, out, threads or usable_cpus())
     elif type_name in PLAIN_ENCODERS:
         fits = PLAIN_ENCODERS[type_name](rows.reshape(-1, block.weights), out.reshape(-1, block.bytes))
     else:
