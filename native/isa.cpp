@@ -1,5 +1,10 @@
 #include "herd/isa.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <map>
@@ -11,7 +16,7 @@
 namespace herd {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 
 // Each set includes those before it, as on every processor that was ever made.
 Isa present_isa() {
@@ -27,6 +32,18 @@ Isa present_isa() {
 #endif
 }
 
+// Whether this process may use tiles: processor and system have them, and Linux gives their state to those that ask.
+bool tiles_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  std::map<std::string, bool> has;
+  for (const auto& [name, present] : cpu_features()) has[name] = present;
+  return has["amx_tile"] && has["amx_int8"] && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 Isa allowed_isa() {
   const char* limit = std::getenv("HERD_ISA");
   if (!limit || !*limit) return present_isa();
@@ -36,7 +53,10 @@ Isa allowed_isa() {
     for (const char* name : kNames) known += std::string(known.empty() ? "" : ", ") + name;
     throw std::invalid_argument("HERD_ISA=" + std::string(limit) + " is no instruction set; allowed: " + known);
   }
-  return std::min(present_isa(), static_cast<Isa>(named - std::begin(kNames)));
+  const auto asked = static_cast<Isa>(named - std::begin(kNames));
+  const Isa widest = std::min(present_isa(), asked);
+  // Only on request: the tile kernels are tested with emulated instructions, and their speed was never measured.
+  return asked == Isa::amx && widest == Isa::avx512_bf16 && tiles_granted() ? Isa::amx : widest;
 }
 
 }  // namespace

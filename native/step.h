@@ -82,6 +82,8 @@ struct Branch {
   float* out;  // [rows, dim]
   bool add;
   bool adapted;  // its rows are those of the batch, which may have adapters
+
+  int rows() const { return in.of[in.used[0] ? 0 : 1].rows; }
 };
 
 struct Engine::Buffers {

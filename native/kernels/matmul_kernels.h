@@ -7,15 +7,12 @@
 
 #include "herd/engine_kernels.h"
 #include "tile_formats.h"
+#if defined(HERD_AMX)
+#include "amx_kernels.h"
+#endif
 
 namespace herd {
 namespace {
-
-constexpr std::int64_t kAhead = 4096;  // bytes between what is multiplied and what is fetched from memory
-
-inline void fetch_ahead(const std::uint8_t* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 3);
-}
 
 // acc[r] += Σ codes[r][i]·x[i], i < 4, for 16 rows r. Codes have at most kBits bits.
 template <int kBits>
@@ -145,7 +142,17 @@ template <class F>
 void strip_of_panel(const Matrix& w, std::int64_t index, const Panel& x, float* y, std::int64_t stride, bool add) {
   const std::uint8_t* strip = w.strip(index);
   const int width = static_cast<int>(std::min<std::int64_t>(kStrip, w.rows - kStrip * index));
-  for (int first = 0; first < x.rows;) {
+  const auto put_rows = [&](int first, int count, const Floats* out) {
+    for (int m = 0; m < count; ++m) {
+      float* row = y + (first + m) * stride;
+      store_some(row, add ? load_some(row, width) + out[m] : out[m], width);
+    }
+  };
+  int first = 0;
+#if defined(HERD_AMX)
+  if constexpr (inputs_of(F::kFormat) == Inputs::int8) first = tiled_strip<F>(strip, x, put_rows);
+#endif
+  while (first < x.rows) {
     const Panel::Group group = x.group_of(first);
     Floats out[8];
     switch (group.size) {
@@ -161,10 +168,7 @@ void strip_of_panel(const Matrix& w, std::int64_t index, const Panel& x, float* 
       default:
         strip_of_group<F, 1>(strip, x.group(group), x.blocks, out);
     }
-    for (int m = 0; m < group.size; ++m) {
-      float* row = y + (first + m) * stride;
-      store_some(row, add ? load_some(row, width) + out[m] : out[m], width);
-    }
+    put_rows(first, group.size, out);
     first += group.size;
   }
 }
@@ -191,7 +195,8 @@ void put_block(const Panel& panel, int row, std::int64_t b, const float* values,
     // Added to the scale: nothing, or not a number where an input is none, so that the outputs are none either.
     const float poison = sum(low * 0.0f + high * 0.0f);
     block.scale = largest * (1.0f / 127.0f) + poison;
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    // The quotient of nothing, and of next to nothing, is infinite: such inputs count as 0.
+    const float quotient = 127.0f / largest, inverse = quotient < kInfinity ? quotient : 0.0f;
     // 1.5·2^23 rounds to whole numbers and leaves them in the low bits.
     const Ints a = bits<Ints>(low * inverse + 12582912.0f) - 0x4b400000;
     const Ints c = bits<Ints>(high * inverse + 12582912.0f) - 0x4b400000;

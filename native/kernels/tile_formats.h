@@ -13,6 +13,12 @@
 namespace herd {
 namespace {
 
+constexpr std::int64_t kAhead = 4096;  // bytes between what is multiplied and what is fetched from memory
+
+inline void fetch_ahead(const std::uint8_t* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 3);
+}
+
 inline void four_bits(const std::uint8_t* p, Codes* c) {
   for (int j = 0; j < 4; ++j) {
     const Codes both = load<Codes>(p + 64 * j);

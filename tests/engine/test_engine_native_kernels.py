@@ -4,7 +4,8 @@ Weights come back from their packed form exactly as `herd.checkpoint.blocks` dec
 those of float64 up to float32 rounding. Products of block formats are too, once the inputs are rounded as the engine
 states it: int8 in blocks of 32, scale max|x| / 127, halves to even. A row's bits depend on no other row.
 
-The instruction set is chosen when a process starts (HERD_ISA): each has a process of its own that computes all cases.
+The instruction set is chosen when a process starts (HERD_ISA): each has a process of its own that computes all cases,
+with the compiled part that this one runs (make sanitize puts another in its place).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ from herd.checkpoint.numbers import BLOCKS, PLAIN, stored_bytes
 
 native = pytest.importorskip("herd._native")
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_vnni")
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
 FORMATS = (*PLAIN, *BLOCKS)
 ROWS = 17  # of inputs: groups of 8, 4, 2 and 1 rows are taken together
 HIGH = 37  # of weights: two strips of 16 and five rows
@@ -116,14 +118,16 @@ CASES = {name: cases_of(name) for name in FORMATS}
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], Any]]:
+def computed(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, dict[tuple[str, str], Any]]:
     """What each instruction set of this machine computes, all cases together."""
     folder = tmp_path_factory.mktemp("kernels")
     (folder / "cases").write_bytes(pickle.dumps({n: {k: tuple(c) for k, c in cs.items()} for n, cs in CASES.items()}))
+    (folder / "child.py").write_text(CHILD)
+    start = [sys.executable, str(repository / "tests" / "fuzz" / "sanitized.py"), native.__file__, "--script"]
     results = {}
     for isa in ISAS:
-        command = [sys.executable, "-c", CHILD, str(folder / "cases"), str(folder / isa)]
-        subprocess.run(command, env={**os.environ, "HERD_ISA": isa}, check=True, timeout=120)
+        command = [*start, *(str(folder / name) for name in ("child.py", "cases", isa))]
+        subprocess.run(command, env={**os.environ, "HERD_ISA": isa}, check=True, timeout=500)
         used, values = pickle.loads((folder / isa).read_bytes())
         if used == isa:  # else the processor has less
             results[isa] = values
@@ -191,6 +195,15 @@ def test_what_is_no_number_is_never_hidden(found: dict[tuple[str, str], Any], na
     whole = np.delete(np.arange(ROWS), [NAN_ROW, INF_ROW])
     assert np.isfinite(y[whole]).all()
     np.testing.assert_array_equal(y[whole], found[name, "normal"]["together"][-1][whole])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_inputs_next_to_nothing_give_next_to_nothing(name: str) -> None:
+    """127 / 1e-38 is infinite."""
+    data, shape, _ = CASES[name]["normal"]
+    x, y = np.full((1, shape[1]), 1e-38, np.float32), np.empty((1, shape[0]), np.float32)
+    native.product(name, data, *shape, x, y)
+    assert (np.abs(y) <= 2e-38 * np.abs(dequantize(name, data).reshape(shape)).sum(1)).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -78,7 +78,7 @@ struct EngineKernels {
   std::int64_t (*int8_products)(std::int64_t rounds);
   std::int64_t (*f32_products)(std::int64_t rounds);
 };
-extern const EngineKernels kEngineScalar, kEngineAvx2, kEngineAvx512, kEngineAvx512Vnni;
+extern const EngineKernels kEngineScalar, kEngineAvx2, kEngineAvx512, kEngineAvx512Vnni, kEngineAmx;
 
 constexpr int kKeyChunk = 256;  // keys whose softmax is taken together
 constexpr int kQueries = 32;    // of a tile of queries, at most, unless one row has more heads

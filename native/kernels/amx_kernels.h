@@ -1,0 +1,149 @@
+// Products of one strip of quantised weights with eight rows and more, in AMX tiles.
+//
+// A tile product gives a block's exact sums of eight rows at once; what follows in floating point is what
+// quantised_strip does, in the same order, so that a row's bits are the same there and here.
+#pragma once
+
+#include "tile_formats.h"
+
+namespace herd {
+namespace {
+
+// Registers: 0 to 3 have sums, two groups of rows for each of two products in turn, 4 and 5 inputs, 6 and 7 weights.
+struct alignas(64) TileShapes {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {};
+  std::uint8_t rows[16] = {};
+};
+constexpr TileShapes tile_shapes(int parts) {  // of a block, each with scales of its own
+  TileShapes shapes;
+  for (int t = 0; t < 8; ++t) {
+    shapes.rows[t] = static_cast<std::uint8_t>(t < 6 ? 8 : 8 / parts);
+    shapes.row_bytes[t] = static_cast<std::uint16_t>(t == 4 || t == 5 ? 32 / parts : 64);
+  }
+  return shapes;
+}
+
+// Not the compiler's intrinsics: GCC's do not say that they read memory, so that stores before them may come too late.
+inline void set_shapes(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
+inline void release_tiles() { asm volatile("tilerelease" ::: "memory"); }
+template <int To>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(To));
+}
+template <int To>
+inline void load_tile(const void* p) {  // of rows 64 bytes apart, as all are
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(std::int64_t{64}), "i"(To) : "memory");
+}
+template <int From>
+inline void store_tile(void* p) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(std::int64_t{64}), "i"(From) : "memory");
+}
+template <int To, int Inputs, int Weights>
+inline void add_tile_products() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(To), "i"(Inputs), "i"(Weights));
+}
+
+constexpr int kUnpacked = 8;  // blocks whose codes are unpacked at a time: those of a super-block
+constexpr int kSlab = 64;     // rows that share them: their inputs and sums stay in the nearest cache
+
+struct Unpacked {
+  Codes codes[kUnpacked][8];  // signed
+  Floats scale[kUnpacked][2], offset[kUnpacked][2];
+};
+
+// Zero points are taken off here, once for all rows: Σ(code - zero)·x is minus·zero + Σ code·x, which the other kernels
+// add up, and both are exact.
+template <class F>
+inline const std::uint8_t* unpack(const std::uint8_t* w, int count, Unpacked& out) {
+  static_assert(F::kZero <= 128 && (1 << F::kBits) - 1 - F::kZero <= 127);
+  constexpr int kHeader = tile_size(F::kFormat).header, kBytes = tile_size(F::kFormat).tile;
+  Floats units[2] = {};
+  for (int i = 0; i < kHeader / 32; ++i) units[i] = from_halves(w + 32 * i);
+  w += kHeader;
+  for (int b = 0; b < count; ++b, w += kBytes) {
+    fetch_ahead(w, kBytes);
+    Codes c[8];
+    F::read(w, units, c, out.scale[b], out.offset[b]);
+    for (int g = 0; g < 8; ++g) out.codes[b][g] = c[g] - static_cast<std::uint8_t>(F::kZero);
+  }
+  return w;
+}
+
+// Whole sums of one or two groups of eight rows.
+template <int Turn, int Groups>
+inline void tile_products(const Codes* weights, const std::int8_t* x, std::int64_t next, Ints* sums) {
+  load_tile<6 + Turn>(weights);
+  clear_tile<2 * Turn>();
+  load_tile<4>(x);
+  add_tile_products<2 * Turn, 4, 6 + Turn>();
+  if constexpr (Groups == 2) {
+    clear_tile<2 * Turn + 1>();
+    load_tile<5>(x + next);
+    add_tile_products<2 * Turn + 1, 5, 6 + Turn>();
+    store_tile<2 * Turn + 1>(sums + 8);
+  }
+  store_tile<2 * Turn>(sums);
+}
+
+// y += the products of a few blocks. The second group of rows lies `next` blocks behind the first.
+template <class F, int Groups>
+void add_blocks(const Unpacked& w, int count, const Int8Block* x, std::int64_t next, Floats* y) {
+  constexpr int kParts = F::kGroups, kRows = 8 * Groups;
+  const int products = kParts * count;
+  Ints sums[2][kRows];
+  const auto start = [&](int i) {
+    const Codes* weights = w.codes[i / kParts] + 8 / kParts * (i % kParts);
+    const std::int8_t* codes = x[8 * (i / kParts)].codes + 16 * (i % kParts);
+    const auto bytes = next * static_cast<std::int64_t>(sizeof(Int8Block));
+    i % 2 ? tile_products<1, Groups>(weights, codes, bytes, sums[1])
+          : tile_products<0, Groups>(weights, codes, bytes, sums[0]);
+  };
+  Floats acc[kRows];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) acc[m] = y[m];
+  start(0);
+  for (int i = 0; i < products; ++i) {
+    if (i + 1 < products) start(i + 1);  // a tile product takes some 50 cycles: the next one runs beside these sums
+    const int b = i / kParts, part = i % kParts, sum = kParts == 1 ? 0 : part + 1;
+    const Floats scale = w.scale[b][part], offset = F::kOffset ? w.offset[b][part] : Floats{};
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      const Int8Block& in = x[m / 8 * next + 8 * b + m % 8];
+      acc[m] += convert(sums[i % 2][m]) * (scale * in.scale);
+      if (F::kOffset) acc[m] -= offset * in.sum[sum];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) y[m] = acc[m];
+}
+
+// Calls put(first, count, outputs) for the rows of a panel's groups of eight; returns how many these are.
+template <class F, class Put>
+int tiled_strip(const std::uint8_t* strip, const Panel& x, const Put& put) {
+  static constexpr TileShapes kShapes = tile_shapes(F::kGroups);
+  const int rows = x.rows / 8 * 8;
+  if (!rows) return 0;
+  set_shapes(kShapes);
+  for (int first = 0; first < rows; first += kSlab) {
+    const int count = std::min(kSlab, rows - first);
+    Floats out[kSlab];
+    std::fill(out, out + count, Floats{});
+    const std::uint8_t* w = strip;
+    for (std::int64_t b = 0; b < x.blocks; b += kUnpacked) {
+      const int blocks = static_cast<int>(std::min<std::int64_t>(kUnpacked, x.blocks - b));
+      Unpacked unpacked;
+      w = unpack<F>(w, blocks, unpacked);
+      const auto* in = reinterpret_cast<const Int8Block*>(x.data) + first * x.blocks + 8 * b;
+      int m = 0;
+      for (; m + 16 <= count; m += 16) add_blocks<F, 2>(unpacked, blocks, in + m * x.blocks, 8 * x.blocks, out + m);
+      if (m < count) add_blocks<F, 1>(unpacked, blocks, in + m * x.blocks, 0, out + m);
+    }
+    put(first, count, out);
+  }
+  release_tiles();  // a thread whose tiles are in use takes longer to switch to
+  return rows;
+}
+
+}  // namespace
+}  // namespace herd

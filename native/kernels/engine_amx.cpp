@@ -1,0 +1,3 @@
+#define HERD_AMX
+#define HERD_KERNELS kEngineAmx
+#include "engine_kernels.h"
