@@ -287,6 +287,11 @@ def test_wrong_options_are_named(options: dict[str, object]) -> None:
     assert next(iter(options)).split("_")[0] in str(caught.value) or "temperature" in str(caught.value)
 
 
+def test_n_is_said_to_be_generates() -> None:
+    with pytest.raises(UsageError, match=r"got n; .*to fix: only generate takes n"):
+        Sampling.from_options({"n": 2})
+
+
 def test_option_names_are_the_same_everywhere() -> None:
     from dataclasses import fields
 

@@ -139,7 +139,7 @@ class _Terminal:
             except KeyboardInterrupt:
                 if not self._person:
                     raise
-                self._note("(stopped)")  # just before or just after an answer: that ends nothing but the answer
+                self._note("\n(stopped)")  # before the answer's first token, or beside it: the program goes on
 
     def _read(self) -> str:
         if self._person:

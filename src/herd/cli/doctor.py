@@ -72,8 +72,8 @@ def _native_advice(native: dict[str, Any]) -> str:
     compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
     first = "" if compiler else "install a C++20 compiler (for example: apt install g++), then "
     return (
-        f"the compiled part is missing ({native['reason']}), so models run in torch only, none can be written in k-quants "
-        f"(q4_k_m, …), and training on a CPU is slower: {first}"
+        f"the compiled part is missing ({native['reason']}), so models run in torch only, none is written in "
+        f"k-quants (q4_k_m, …), and training on a CPU is slower: {first}"
         "in Herd's source folder, pip install --force-reinstall --no-deps ."
     )
 

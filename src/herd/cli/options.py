@@ -29,7 +29,7 @@ class Choosing:
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this mass.")] = 0.9
     top_k: Annotated[int, typer.Option(help="Keep this many most likely tokens (0: all).")] = 0
     min_p: Annotated[float, typer.Option(help="Keep tokens this likely relative to the best.")] = 0.0
-    typical_p: Annotated[float, typer.Option(help="Keep tokens about as surprising as expected, up to this mass.")] = 1.0
+    typical_p: Annotated[float, typer.Option(help="Keep the tokens of usual surprise up to this mass.")] = 1.0
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = 1.0
     presence_penalty: Annotated[float, typer.Option(help="Above 0 discourages what was generated before.")] = 0.0
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time it was.")] = 0.0
@@ -76,7 +76,9 @@ class Loading:
 def takes_groups(command: Callable[..., T]) -> Callable[..., T]:
     """A parameter whose type is a data class stands for that class's fields, an option each."""
     signature = inspect.signature(command, eval_str=True)
-    groups = {name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    groups: dict[str, Any] = {
+        name: p.annotation for name, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)
+    }
 
     @functools.wraps(command)
     def with_options(**given: Any) -> T:

@@ -65,7 +65,8 @@ def plan_native(checkpoint: Checkpoint, formats: dict[str, str], need: Need, con
         weights += math.prod(experts) * _native.packed_bytes(held, height, width)
         if checkpoint.type_name(name) != held:  # the stored tensor, one of its matrices as it will be, and a slab
             stored = stored_bytes(checkpoint.type_name(name), shape)
-            converting = max(converting, stored + stored_bytes(held, (height, width)) + 4 * _SLAB_BYTES)
+            slab = 4 * min(_SLAB_BYTES, 4 * height * width)
+            converting = max(converting, stored + stored_bytes(held, (height, width)) + slab)
     head_width = -(-config.head_dim // 16) * 16
     number = {"f32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / head_width}[need.kv]
     # Of a row: inputs of products as up to 8 bytes a number, and states, queries, keys and values in 32 bits.
