@@ -1,6 +1,6 @@
 """Herd's native engine against llama.cpp: the same files, as many threads, every figure a median of interleaved runs.
 
-    python benchmarks/native_vs_llamacpp.py --folder FOLDER [--shape 1b|15m|MODEL] [--formats q4_0 …]
+    python benchmarks/native_vs_llamacpp.py [--folder FOLDER] [--shape 1b|15m|MODEL] [--formats q4_0 …]
         [--llama-bench PROGRAM] [--llama-batched-bench PROGRAM] [--cases …] [--rounds 5] [--threads N] [--json]
 
 Files are made by shapes.py and kept in FOLDER. Every measurement, Herd's and the other's, is a process of its own that
@@ -30,7 +30,7 @@ from typing import Any
 
 from shapes import FORMATS, make
 
-from herd import _native
+from herd.cgroup import usable_cpus
 from herd.engine import measure
 from herd.errors import HerdError
 from herd.progress import status
@@ -273,14 +273,14 @@ def cells(spread: dict[str, float], unit: str) -> list[str]:
 def main() -> None:
     """Compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the models are kept")
+    parser.add_argument("--folder", type=Path, default=Path("build/models"), help="where the models are kept")
     parser.add_argument("--shape", default="1b", help="1b, 15m, or a path to a model")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--llama-bench", metavar="PROGRAM")
     parser.add_argument("--llama-batched-bench", metavar="PROGRAM")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=_native.usable_cpus())
+    parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--json", action="store_true", help="results as JSON instead of tables")
     options = parser.parse_args()
     results = []

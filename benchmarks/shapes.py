@@ -3,7 +3,8 @@
     python benchmarks/shapes.py --folder FOLDER [--shape 1b|15m|MODEL] [--formats q4_0 q8_0 …]
 
 `1b` is Llama 3.2 1B, `15m` a small model of the Llama 2 generation; a path to a model converts that one. Files that are
-there already stay as they are. In memory is one tensor at a time.
+there already stay as they are. In memory is one tensor at a time. The format `hf` is a directory in Hugging Face's form
+with bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -39,15 +40,16 @@ SHAPES = {
 
 def make(shape: str, format_name: str, folder: Path) -> Path:
     """The file of a shape, or of a model's path, in one format; it is written where it is missing."""
-    path = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', shape).strip('-')}-{format_name}.gguf"
+    kind, dtype, end = ("hf", "bf16", "") if format_name == "hf" else ("gguf", format_name, ".gguf")
+    path = folder / f"{re.sub('[^A-Za-z0-9.]+', '-', shape).strip('-')}-{format_name}{end}"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     if shape in SHAPES:
         config = SHAPES[shape]
-        checkpoint.save(path, config, weights(config), format="gguf", dtype=format_name, label=path.name)
+        checkpoint.save(path, config, weights(config), format=kind, dtype=dtype, label=path.name)
     else:
-        checkpoint.convert(checkpoint.resolve(shape), path, to="gguf", dtype=format_name)
+        checkpoint.convert(checkpoint.resolve(shape), path, to=kind, dtype=dtype)
     return path
 
 

@@ -19,7 +19,6 @@ NB_MODULE(_native, m) {
       },
       "Instruction sets by name, and whether this process may use them.");
   m.def("cpu_name", &herd::cpu_name, "Brand string of the processor; empty where it has none.");
-  m.def("usable_cpus", &herd::usable_cpus, "Number of processors this process may run on.");
   m.def(
       "isa", [] { return herd::isa_name(herd::widest_isa()); },
       "The widest instruction set that kernels may use here: what the processor has, up to HERD_ISA.");

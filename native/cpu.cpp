@@ -3,15 +3,9 @@
 #include "herd/cpu.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
-#include <thread>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -91,29 +85,5 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
 
 std::string cpu_name() { return ""; }
 #endif
-
-#if defined(__linux__)
-namespace {
-
-// Processors' worth of time that the control group (version 2, as in containers) allows; 0 without a limit.
-int quota() {
-  std::ifstream file("/sys/fs/cgroup/cpu.max");
-  double time = 0, period = 0;
-  return file >> time >> period && period > 0 ? std::max(1, static_cast<int>(std::ceil(time / period))) : 0;
-}
-
-}  // namespace
-#endif
-
-int usable_cpus() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) {
-    const int allowed = std::max(1, CPU_COUNT(&set)), limit = quota();
-    return limit ? std::min(allowed, limit) : allowed;
-  }
-#endif
-  return std::max(1u, std::thread::hardware_concurrency());
-}
 
 }  // namespace herd

@@ -13,7 +13,4 @@ std::vector<std::pair<std::string, bool>> cpu_features();
 // Brand string of the processor, empty where it has none.
 std::string cpu_name();
 
-// Number of processors this process may keep busy (its affinity mask and its control group's quota), at least 1.
-int usable_cpus();
-
 }  // namespace herd

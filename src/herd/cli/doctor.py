@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from herd.cgroup import usable_cpus
 from herd.cli.output import emit
 
 _OPTIONAL = {
@@ -62,7 +63,7 @@ def _native_part() -> dict[str, Any]:
     return {
         "built": True,
         "cpu": native.cpu_name(),
-        "cpus": native.usable_cpus(),
+        "cpus": usable_cpus(),
         "isa": native.isa(),
         "instruction_sets": [name for name, present in native.cpu_features().items() if present],
     }
