@@ -218,6 +218,8 @@ void bind_engine(nb::module_& m) {
           },
           "name"_a, "data"_a)
       .def("ready", &Engine::ready, "All is loaded. ValueError when something is missing.")
+      .def("settle", &Engine::settle, nb::call_guard<nb::gil_scoped_release>(),
+           "Returns when the weights lie in large pages, for measurements.")
       .def("add_adapter", &Engine::add_adapter, "A new adapter's number.")
       .def("remove_adapter", &Engine::remove_adapter, "adapter"_a)
       .def(

@@ -53,7 +53,7 @@ Engine::Engine(const DecoderShape& shape, const std::vector<Layer>& layers, cons
                int threads, std::vector<int> cpus)
     : shape_(shape),
       layers_(layers),
-      memory_(total_bytes(matrices)),
+      memory_(total_bytes(matrices), Pages::any),
       team_(threads, std::move(cpus)),
       buffers_(std::make_unique<Buffers>()) {
   if (shape.head_dim > 1024 || shape.head_dim % 2) throw std::invalid_argument("head_dim is even, at most 1024");
@@ -152,6 +152,7 @@ void Engine::ready() {
       layer.experts.push_back(feed_forward(prefix + "moe.experts.", "." + std::to_string(e)));
   }
   ready_ = true;
+  enlarger_.start(memory_);
 }
 
 int Engine::add_adapter() {

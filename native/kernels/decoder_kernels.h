@@ -91,7 +91,7 @@ struct KvInt8 {
   static float quantise(const float* x, int width, std::int8_t* codes) {
     float largest = 0, poison = 0;
     for (int k = 0; k < width; ++k) largest = std::max(largest, std::fabs(x[k])), poison += x[k] * 0.0f;
-    const float inverse = largest > 0 && poison == 0 ? 127.0f / largest : 0.0f;
+    const float quotient = 127.0f / largest, inverse = quotient < kInfinity && poison == 0 ? quotient : 0.0f;
     for (int k = 0; k < width; ++k) codes[k] = static_cast<std::int8_t>(std::lrintf(inverse == 0 ? 0 : x[k] * inverse));
     return largest / 127.0f + poison;
   }

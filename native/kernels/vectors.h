@@ -143,6 +143,8 @@ inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 // v, but 0 where x is below the bound; v, but x where x is no number.
 inline Floats zero_below(Floats x, float bound, Floats v) { return x < bound ? Floats{} : v; }
 inline Floats number_or(Floats x, Floats v) { return x == x ? v : x; }
+// x, but 0 where it is infinite or no number.
+inline Floats finite(Floats x) { return x * 0.0f == 0.0f ? x : Floats{}; }
 #else
 inline Floats convert(Ints v) {
   return {{__builtin_convertvector(v.h[0], Floats::Half), __builtin_convertvector(v.h[1], Floats::Half)}};
@@ -158,6 +160,9 @@ inline Floats zero_below(Floats x, float bound, Floats v) {
 }
 inline Floats number_or(Floats x, Floats v) {
   return {{x.h[0] == x.h[0] ? v.h[0] : x.h[0], x.h[1] == x.h[1] ? v.h[1] : x.h[1]}};
+}
+inline Floats finite(Floats x) {
+  return {{x.h[0] * 0.0f == 0.0f ? x.h[0] : Floats::Half{}, x.h[1] * 0.0f == 0.0f ? x.h[1] : Floats::Half{}}};
 }
 #endif
 

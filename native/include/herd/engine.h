@@ -11,6 +11,7 @@
 
 #include "herd/adapter.h"
 #include "herd/engine_kernels.h"
+#include "herd/enlarger.h"
 #include "herd/memory.h"
 #include "herd/team.h"
 #include "herd/tiles.h"
@@ -117,6 +118,7 @@ class Engine {
   const DecoderShape& shape() const { return shape_; }
   std::int64_t weight_bytes() const { return static_cast<std::int64_t>(memory_.size()); }
   std::int64_t work_bytes() const;
+  void settle() { enlarger_.wait(); }
   int threads() const { return team_.size(); }
 
  private:
@@ -133,6 +135,7 @@ class Engine {
   const float* norm_ = nullptr;
   bool ready_ = false;
   Memory memory_;
+  Enlarger enlarger_;
   std::vector<std::unique_ptr<Adapter>> adapters_;
   Team team_;
   std::unique_ptr<Buffers> buffers_;

@@ -107,6 +107,9 @@ class Backend(Protocol):
     def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
         """Mean of the final hidden states of each sequence, [len(sequences), D]. Raises CacheFull as `score` does."""
 
+    def settle(self) -> None:
+        """Return when nothing is done beside the steps any more, for measurements."""
+
     def close(self) -> None:
         """Free the weights and the cache."""
 

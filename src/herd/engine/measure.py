@@ -188,6 +188,7 @@ def measure_prefill(backend: Backend, tokens: int) -> Speeds:
     """
     rng = np.random.default_rng(0)
     _timed_prefill(backend, _random(rng, backend, min(tokens, _WARM_UP_TOKENS)))
+    backend.settle()
     while True:
         yield tokens / _timed_prefill(backend, _random(rng, backend, tokens))
 
@@ -205,6 +206,7 @@ def measure_decode(backend: Backend, batch: int, depth: int, steps: int) -> Spee
             if depth:
                 backend.step([Span(roots[-1], _random(rng, backend, depth))])
         _timed_decode(backend, roots, [_random(rng, backend, batch) for _ in range(min(steps, 4))])
+        backend.settle()
         while True:
             yield batch * steps / _timed_decode(backend, roots, [_random(rng, backend, batch) for _ in range(steps)])
     finally:

@@ -139,6 +139,10 @@ class NativeBackend:
             vector_D[:] = states_SD.mean(0)
         return vectors_ND
 
+    def settle(self) -> None:
+        assert self._engine is not None
+        self._engine.settle()
+
     def close(self) -> None:
         self._engine = self._cache = None
         self._sequences.clear()

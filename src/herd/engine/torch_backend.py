@@ -160,6 +160,9 @@ class TorchBackend:
                 vectors_ND[i] = x_BSD[b, : lengths[i]].mean(0).numpy()
         return vectors_ND
 
+    def settle(self) -> None:
+        pass
+
     def close(self) -> None:
         del self._model
         self._cache = None
