@@ -190,16 +190,16 @@ void put_block(const Panel& panel, int row, std::int64_t b, const float* values,
     std::memcpy(to, values, 4 * kTile);
   } else {
     auto& block = *reinterpret_cast<Int8Block*>(to);
-    const Floats low = load(values), high = load(values + 16);
-    if (largest == 0) largest = maximum(larger(magnitude(low), magnitude(high)));
     // Added to the scale: nothing, or not a number where an input is none, so that the outputs are none either.
-    const float poison = sum(low * 0.0f + high * 0.0f);
+    const float poison = sum(load(values) * 0.0f + load(values + 16) * 0.0f);
+    const Floats low = finite(load(values)), high = finite(load(values + 16));
+    if (largest == 0) largest = maximum(larger(magnitude(low), magnitude(high)));
     block.scale = largest * (1.0f / 127.0f) + poison;
     // The quotient of nothing, and of next to nothing, is infinite: such inputs count as 0.
     const float quotient = 127.0f / largest, inverse = quotient < kInfinity ? quotient : 0.0f;
     // 1.5·2^23 rounds to whole numbers and leaves them in the low bits.
-    const Ints a = bits<Ints>(finite(low) * inverse + 12582912.0f) - 0x4b400000;
-    const Ints c = bits<Ints>(finite(high) * inverse + 12582912.0f) - 0x4b400000;
+    const Ints a = bits<Ints>(low * inverse + 12582912.0f) - 0x4b400000;
+    const Ints c = bits<Ints>(high * inverse + 12582912.0f) - 0x4b400000;
     to_bytes(block.codes, a), to_bytes(block.codes + 16, c);
     const std::int32_t first = sum(a), second = sum(c);
     block.minus[0] = -first - second, block.minus[1] = -first, block.minus[2] = -second;

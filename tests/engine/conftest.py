@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from herd.architecture import LlamaConfig, tensor_shapes
 
 TEXT = Path(dataclasses.__file__).read_text() + "äöü é ß — ‘quoted’ “text” … 日本語 emoji 🦙 and 👩‍💻 " * 40
 MakeModel = Callable[..., Path]
+OnEachIsa = Callable[[str, object, Sequence[str]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,3 +93,29 @@ def backend(request: pytest.FixtureRequest) -> str:
 def llm(tiny: Path, backend: str) -> LLM:
     """The tiny model, loaded once, with a float32 cache so that figures compare exactly."""
     return LLM(tiny, kv="f32", backend=backend)
+
+
+@pytest.fixture(scope="session")
+def on_each_isa(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> OnEachIsa:
+    """Run a script once for each instruction set, in a process of its own, because the choice is made when one starts.
+
+    The script finds pickled cases in its first argument and writes (instruction set, results) to its second; what this
+    machine does not have is left out. The compiled part is the one that this process runs.
+    """
+    from herd import _native
+
+    def run(script: str, cases: object, isas: Sequence[str]) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("isas")
+        (folder / "cases").write_bytes(pickle.dumps(cases))
+        (folder / "child.py").write_text(script)
+        start = [sys.executable, str(repository / "tests" / "fuzz" / "sanitized.py"), _native.__file__, "--script"]
+        results = {}
+        for isa in isas:
+            command = [*start, *(str(folder / name) for name in ("child.py", "cases", isa))]
+            subprocess.run(command, env={**os.environ, "HERD_ISA": isa}, check=True, timeout=500)
+            used, values = pickle.loads((folder / isa).read_bytes())
+            if used == isa:
+                results[isa] = values
+        return results
+
+    return run

@@ -10,11 +10,7 @@ with the compiled part that this one runs (make sanitize puts another in its pla
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +32,7 @@ LENGTHS = tuple(sum(pieces) for pieces in zip(*PIECES, strict=True))
 
 CHILD = """
 import pickle, sys
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 from herd import _native
@@ -123,7 +120,9 @@ MODELS = {name: model_of(config) for name, (config, _) in CASES.items()}
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, dict[tuple[str, str], Any]]:
+def computed(
+    tmp_path_factory: pytest.TempPathFactory, on_each_isa: Callable[..., dict[str, Any]]
+) -> dict[str, dict[tuple[str, str], Any]]:
     """What each instruction set of this machine computes, all cases together."""
     folder = tmp_path_factory.mktemp("isas")
     cases = {}
@@ -131,17 +130,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict
         model = MODELS[name]
         path = checkpoint.save(folder / name, config, model.arrays, format="hf", dtype="f32")
         cases[name] = str(path), quant, model.texts, model.change
-    (folder / "cases").write_bytes(pickle.dumps((cases, KVS, PIECES)))
-    (folder / "child.py").write_text(CHILD)
-    start = [sys.executable, str(repository / "tests" / "fuzz" / "sanitized.py"), native.__file__, "--script"]
-    results = {}
-    for isa in ISAS:
-        command = [*start, *(str(folder / name) for name in ("child.py", "cases", isa))]
-        subprocess.run(command, env={**os.environ, "HERD_ISA": isa}, check=True, timeout=500)
-        used, values = pickle.loads((folder / isa).read_bytes())
-        if used == isa:  # else the processor has less
-            results[isa] = values
-    return results
+    return on_each_isa(CHILD, (cases, KVS, PIECES), ISAS)
 
 
 @pytest.fixture(params=ISAS)

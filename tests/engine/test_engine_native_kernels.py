@@ -10,11 +10,7 @@ with the compiled part that this one runs (make sanitize puts another in its pla
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,20 +114,9 @@ CASES = {name: cases_of(name) for name in FORMATS}
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, dict[tuple[str, str], Any]]:
+def computed(on_each_isa: Callable[..., dict[str, Any]]) -> dict[str, dict[tuple[str, str], Any]]:
     """What each instruction set of this machine computes, all cases together."""
-    folder = tmp_path_factory.mktemp("kernels")
-    (folder / "cases").write_bytes(pickle.dumps({n: {k: tuple(c) for k, c in cs.items()} for n, cs in CASES.items()}))
-    (folder / "child.py").write_text(CHILD)
-    start = [sys.executable, str(repository / "tests" / "fuzz" / "sanitized.py"), native.__file__, "--script"]
-    results = {}
-    for isa in ISAS:
-        command = [*start, *(str(folder / name) for name in ("child.py", "cases", isa))]
-        subprocess.run(command, env={**os.environ, "HERD_ISA": isa}, check=True, timeout=500)
-        used, values = pickle.loads((folder / isa).read_bytes())
-        if used == isa:  # else the processor has less
-            results[isa] = values
-    return results
+    return on_each_isa(CHILD, {n: {k: tuple(c) for k, c in cs.items()} for n, cs in CASES.items()}, ISAS)
 
 
 @pytest.fixture(params=ISAS)
