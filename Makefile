@@ -61,7 +61,7 @@ sanitize: setup-test
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build $(SANITIZED)
 	$(ASAN) -p no:cacheprovider tests/engine tests/checkpoint/test_checkpoint_blocks.py \
-	  $(ASIDE:%=--ignore=tests/engine/test_engine_%.py) -k "not [torch and not torch]"
+	  $(ASIDE:%=--ignore=tests/engine/test_engine_%.py) -k "not [torch and not torch_backend"
 	$(ASAN) --script tests/fuzz/engine_files.py --count $(FILES)
 
 docs: setup

@@ -220,6 +220,8 @@ void bind_engine(nb::module_& m) {
       .def("ready", &Engine::ready, "All is loaded. ValueError when something is missing.")
       .def("settle", &Engine::settle, nb::call_guard<nb::gil_scoped_release>(),
            "Returns when the weights lie in large pages, for measurements.")
+      .def("before_fork", &Engine::before_fork, nb::call_guard<nb::gil_scoped_release>(),
+           "Leaves the rest of the weights in the pages where they are: a child's copies of them stay shared.")
       .def("add_adapter", &Engine::add_adapter, "A new adapter's number.")
       .def("remove_adapter", &Engine::remove_adapter, "adapter"_a)
       .def(

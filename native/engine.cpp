@@ -53,7 +53,7 @@ Engine::Engine(const DecoderShape& shape, const std::vector<Layer>& layers, cons
                int threads, std::vector<int> cpus)
     : shape_(shape),
       layers_(layers),
-      memory_(total_bytes(matrices), Pages::any),
+      memory_(total_bytes(matrices), Enlarger::possible() ? Pages::any : Pages::large),
       team_(threads, std::move(cpus)),
       buffers_(std::make_unique<Buffers>()) {
   if (shape.head_dim > 1024 || shape.head_dim % 2) throw std::invalid_argument("head_dim is even, at most 1024");

@@ -3,8 +3,6 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include <cerrno>
-
 namespace herd {
 namespace {
 
@@ -14,9 +12,17 @@ constexpr int kLast = 19;      // in the order of who runs
 
 }  // namespace
 
+bool Enlarger::possible() {
+#if defined(__linux__)
+  return madvise(nullptr, 0, kCollapse) == 0;  // of nothing, as every kind of advice that is known
+#else
+  return false;
+#endif
+}
+
 void Enlarger::start(const Memory& memory) {
 #if defined(__linux__)
-  if (memory.size() < kLarge || thread_.joinable()) return;
+  if (memory.size() < kLarge || thread_.joinable() || !possible()) return;
   owner_ = getpid();
   thread_ = std::thread([this, data = memory.data(), size = memory.size()] {
     setpriority(PRIO_PROCESS, 0, kLast);  // of this thread: Linux has them one by one
@@ -24,7 +30,7 @@ void Enlarger::start(const Memory& memory) {
     const auto begin = reinterpret_cast<std::uintptr_t>(data);
     const std::uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge;
     for (std::uintptr_t page = first; page + kLarge <= begin + size && !stop_; page += kLarge)
-      if (madvise(reinterpret_cast<void*>(page), kLarge, kCollapse) != 0 && errno == EINVAL) return;
+      madvise(reinterpret_cast<void*>(page), kLarge, kCollapse);  // where there is no large page, the small ones stay
   });
 #endif
 }
@@ -38,9 +44,11 @@ void Enlarger::wait() {
   }
 }
 
-Enlarger::~Enlarger() {
+void Enlarger::stop() {
   stop_ = true;
   wait();
 }
+
+Enlarger::~Enlarger() { stop(); }
 
 }  // namespace herd

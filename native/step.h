@@ -18,7 +18,7 @@ class Buffer {
  public:
   T* reserve(std::int64_t count) {
     if (count > count_) {
-      data_.reset();
+      data_.reset(), count_ = 0;  // in this order: there may be no memory for more
       data_.reset(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), std::align_val_t{64})));
       count_ = count;
     }

@@ -30,7 +30,7 @@ SEEDED = {**GREEDY, "temperature": 1.1, "seed": 5, "top_logprobs": 2}
 Answer = tuple[list[int], list[float] | None, Any]
 
 # Weights and caches of every kind, and every pair of kinds in the slow test.
-KINDS = [("f32", "f32"), ("q8_0", "bf16"), ("q4_0", "int8"), ("q4_k_m", "bf16")]
+KINDS = [("f32", "f32"), ("q8_0", "bf16"), ("q4_0", "int8"), ("q4_k_m", "bf16"), ("int4_g32", "bf16")]
 ALL_KINDS = list(itertools.product(["f32", "bf16", "q8_0", "q4_0", "q4_k_m", "q2_k"], ["f32", "bf16", "int8"]))
 
 

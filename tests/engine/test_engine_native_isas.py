@@ -81,6 +81,7 @@ CASES: dict[str, tuple[LlamaConfig, str]] = {
     "Llama 4": (LLAMA4, "f32"),
     "q4_k_m": (WIDE, "q4_k_m"),
     "int4_g128": (WIDE, "int4_g128"),
+    "int4_g32": (WIDE, "int4_g32"),
 }
 # Whether weights are float32, and the cache -> bound of the difference to the scalar set (measured).
 BOUNDS = {
@@ -179,6 +180,7 @@ def test_a_step_is_that_of_float64(
         np.testing.assert_allclose(found, value, atol=1e-4, rtol=0, err_msg=f"{kind}; measured: 1.2e-5")
 
 
+@pytest.mark.parametrize("isa", ISAS[1:], indirect=True)
 @pytest.mark.parametrize("kv", KVS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_that_of_the_scalar_kernels(isa: str, name: str, kv: str, computed: dict[str, Any]) -> None:

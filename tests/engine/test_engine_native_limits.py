@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from herd import LLM, ContextLengthExceeded, HerdError, UsageError, checkpoint, tokenizer
+from herd import LLM, ContextLengthExceeded, HerdError, ResourceError, UsageError, checkpoint, tokenizer
 from herd.architecture import LlamaConfig, MoeConfig, tensor_shapes
 from herd.checkpoint import open_checkpoint
 from herd.engine.backend import BackendOptions, Span
@@ -324,6 +324,66 @@ def test_two_models_in_one_process(tiny: Path, make_model: Callable[..., Path], 
         assert ids == [expected[0], theirs[0]]
         a.close()
         assert answer(b) == theirs
+
+
+def large_bytes() -> int:
+    """Anonymous memory of this process in large pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages:"))
+
+
+@pytest.fixture(scope="module")
+def heavy(make_model: Callable[..., Path]) -> Path:
+    """Weights of some 80 MB, of which large pages are made after loading."""
+    return make_model(dim=1024, n_heads=8, head_dim=128, ffn_dim=4096, context_length=256)
+
+
+def test_weights_come_to_lie_in_large_pages(heavy: Path) -> None:
+    before = large_bytes()
+    with native(heavy) as llm:
+        backend = backend_of(llm)
+        assert backend._engine is not None
+        first = answer(llm)
+        backend.settle()
+        if large_bytes() == before:
+            pytest.skip("this system makes no large pages")
+        assert large_bytes() - before > 0.8 * backend._engine.weight_bytes
+        assert answer(llm) == first
+
+
+def test_a_fork_right_after_loading(heavy: Path) -> None:
+    """No large page is made from then on, parent and child end, and both answer alike."""
+    with native(heavy) as llm:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                answer(llm)
+                llm.close()
+                code = 0
+            finally:
+                os._exit(code)
+        after = large_bytes()
+        time.sleep(0.3)
+        assert large_bytes() <= after
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_failure_while_opening_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model that does not fit, said as such; the model that was loaded before it is closed."""
+    closed: list[object] = []
+    close = NativeBackend.close
+    monkeypatch.setattr(NativeBackend, "close", lambda self: (closed.append(self), close(self)))
+    plans = native_backend.plan_native
+
+    def second_does_not_fit(*args: Any) -> MemoryPlan:
+        plan = plans(*args)
+        return dataclasses.replace(plan, free=0) if args[2].promised else plan
+
+    monkeypatch.setattr(native_backend, "plan_native", second_does_not_fit)
+    with pytest.raises(ResourceError, match=r'for the draft model.*a smaller draft model, or draft="ngram"'):
+        native(tiny, draft=tiny)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -119,6 +119,7 @@ class Engine {
   std::int64_t weight_bytes() const { return static_cast<std::int64_t>(memory_.size()); }
   std::int64_t work_bytes() const;
   void settle() { enlarger_.wait(); }
+  void before_fork() { enlarger_.stop(); }
   int threads() const { return team_.size(); }
 
  private:

@@ -9,10 +9,12 @@
 namespace herd {
 
 // A model is ready sooner when its weights are read into pages as they come, and runs faster in large ones: so these
-// are made afterwards, beside the first tokens, by a thread that gives way to all others. Where the system cannot do
-// that (before Linux 6.1), pages stay as they are.
+// are made afterwards, beside the first tokens, by a thread that gives way to all others. Before a fork it must stop:
+// pages that two processes share would be copied.
 class Enlarger {
  public:
+  static bool possible();  // from Linux 6.1 on
+
   Enlarger() = default;
   ~Enlarger();
   Enlarger(const Enlarger&) = delete;
@@ -20,8 +22,8 @@ class Enlarger {
 
   // Begins; `memory` stays until this object is gone. Once only.
   void start(const Memory& memory);
-  // Returns when all is done, for measurements.
-  void wait();
+  void wait();  // until all is done, for measurements
+  void stop();
 
  private:
   std::thread thread_;

@@ -147,7 +147,7 @@ def _measure(
     from herd.progress import status
 
     memory = {"loading": peak_memory()}
-    threads = options.threads or 1
+    threads = backend.threads
     speeds: dict[Measurement, dict[str, Spread]] = {}
     machine: Limits | None = None
     skipped = []
@@ -193,7 +193,7 @@ def _speeds(
         runs["peer"] = measure_llama_bench(
             program,
             options.path,
-            options.threads or 1,
+            backend.threads,
             prompt=what.prompt,
             steps=what.steps,
             depth=what.depth,

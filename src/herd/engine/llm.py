@@ -23,7 +23,7 @@ from herd.engine.sampler import BrokenLogits, fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
 from herd.engine.speculation import Drafter, ModelDrafter, NgramDrafter
 from herd.engine.text import StreamDecoder
-from herd.errors import ContextLengthExceeded, HerdError, UsageError
+from herd.errors import ContextLengthExceeded, HerdError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from herd.architecture import LlamaConfig
@@ -92,8 +92,12 @@ class LLM:
         )
         self._backend: Backend | None = open_backend(backend, options)
         self.path: Path = resolved
-        self.tokenizer: Tokenizer = tokenizer.load(resolved)
-        self._drafter = None if draft is None else self._open_drafter(draft, options, backend)
+        try:
+            self.tokenizer: Tokenizer = tokenizer.load(resolved)
+            self._drafter = None if draft is None else self._open_drafter(draft, options, backend)
+        except BaseException:
+            self._backend.close()  # what the caller tries next needs its memory
+            raise
         self._scheduler = Scheduler(self._backend, self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter)
         self._adapters: set[str] = set()
         self._lock = threading.RLock()
@@ -280,7 +284,11 @@ class LLM:
         with checkpoint.open_checkpoint(path) as opened:
             context = min(self._open().context, opened.config.context_length)
         how = replace(options, path=path, quant=None, ctx=context, promised=self._open().promised)
-        return ModelDrafter(open_backend(backend, how), self.tokenizer.vocab_size)
+        try:
+            return ModelDrafter(open_backend(backend, how), self.tokenizer.vocab_size)
+        except ResourceError as error:
+            fix = 'use a smaller draft model, or draft="ngram"'
+            raise ResourceError(f"for the draft model: {error.what}", value=error.value, fix=fix) from None
 
     def _with_room(self, work: Callable[[Backend], T]) -> T:
         """Run something that needs room in the cache; where streams hold it all, they give way and go on later."""

@@ -30,6 +30,8 @@ class MemoryPlan:
     context: int
     work: int
     free: int | None
+    converting: int = 0
+    """What weights take on their way into memory, before there is any work."""
 
     def __str__(self) -> str:
         return (
@@ -44,7 +46,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        return self.weights + self.cache + self.work
+        return self.weights + max(self.cache + self.work, self.converting)
 
     @property
     def fits(self) -> bool:

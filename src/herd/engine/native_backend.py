@@ -6,8 +6,10 @@ in paged_cache.py. Letters: T rows of a step, V vocabulary, D model width, K hea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +49,19 @@ def open_backend(options: BackendOptions) -> NativeBackend:
     page_bytes = max(1, plan.cache_per_token * size)
     pages += max(0, min(spare // page_bytes, (MAX_SEQUENCES - 1) * pages))
     cache = _native.Cache(options.kv, config.n_layers, config.n_kv_heads, config.head_dim, size, pages)
-    return NativeBackend(config, engine, cache, context, promised=plan.cache + plan.work)
+    return NativeBackend(config, engine, cache, context, promised=pages * page_bytes + plan.work)
+
+
+_OPEN: WeakSet[NativeBackend] = WeakSet()
+
+
+def _before_fork() -> None:
+    for backend in _OPEN:
+        backend.before_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork)
 
 
 class NativeBackend:
@@ -69,6 +83,7 @@ class NativeBackend:
         self._sequences: dict[int, CachedSequence] = {}
         self._adapters: dict[str, int] = {}
         self._next = 0
+        _OPEN.add(self)
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         assert self._engine is not None
@@ -142,6 +157,11 @@ class NativeBackend:
     def settle(self) -> None:
         assert self._engine is not None
         self._engine.settle()
+
+    def before_fork(self) -> None:
+        """Make no more large pages: each would become a copy that is not shared with the child process."""
+        if self._engine is not None:
+            self._engine.before_fork()
 
     def close(self) -> None:
         self._engine = self._cache = None

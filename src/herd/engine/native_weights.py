@@ -63,10 +63,12 @@ def plan_native(checkpoint: Checkpoint, formats: dict[str, str], need: Need, con
         shape = checkpoint.shape(name)
         *experts, height, width = shape
         weights += math.prod(experts) * _native.packed_bytes(held, height, width)
-        if checkpoint.type_name(name) != held:  # the stored tensor, one of its matrices as it will be, and a slab
-            stored = stored_bytes(checkpoint.type_name(name), shape)
+        kind = checkpoint.type_name(name)
+        if kind != held:  # the stored tensor, one of its matrices as it will be, and a slab
             slab = 4 * min(_SLAB_BYTES, 4 * height * width)
-            converting = max(converting, stored + stored_bytes(held, (height, width)) + slab)
+            converting = max(converting, stored_bytes(kind, shape) + stored_bytes(held, (height, width)) + slab)
+        elif checkpoint.extent(name) is None:
+            converting = max(converting, stored_bytes(kind, shape))
     head_width = -(-config.head_dim // 16) * 16
     number = {"f32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / head_width}[need.kv]
     # Of a row: inputs of products as up to 8 bytes a number, and states, queries, keys and values in 32 bits.
@@ -80,7 +82,8 @@ def plan_native(checkpoint: Checkpoint, formats: dict[str, str], need: Need, con
         weights=weights,
         cache_per_token=math.ceil(2 * config.n_layers * config.n_kv_heads * head_width * number),
         context=context,
-        work=max(running, converting),
+        work=running,
+        converting=converting,
         free=None if free is None else max(0, free - need.promised),
     )
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from herd.architecture import LlamaConfig
 from herd.checkpoint import Adapter, open_checkpoint
-from herd.engine.backend import BackendOptions, Span, context_of
+from herd.engine.backend import BackendOptions, Span, context_of, thread_count
 from herd.engine.memory import MemoryPlan, plan_memory, require_memory, smaller_contexts
 from herd.engine.scheduler import PREFILL_TOKENS
 from herd.errors import UsageError
@@ -45,8 +45,7 @@ def open_backend(options: BackendOptions) -> TorchBackend:
         halved = [('quant="bf16", which halves the weights', _plan(config, "bf16", options, context))]
         others = [*smaller_contexts(plan), *(halved if weights == "f32" else [])]
         require_memory(plan, name=options.path.name, alternatives=others)
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(thread_count(options.threads or torch.get_num_threads()))
         model = from_arrays(config, checkpoint, dtype=_DTYPES[weights])
     return TorchBackend(model.eval(), context, plan, _DTYPES[options.kv])
 
@@ -67,13 +66,13 @@ class TorchBackend:
         self.context = context
         self.max_sequences = MAX_SEQUENCES
         self.threads = torch.get_num_threads()
-        self.promised = plan.cache + plan.work
         self._model = model
         self._cache: KVCache | None = None
         self._cache_dtype = cache_dtype
         # Half of what is spare: while the cache is shaped anew, the old one is still there.
         spare = MAX_SEQUENCES * plan.cache if plan.spare is None else max(0, plan.spare // 2)
         self._max_tokens = context + spare // plan.cache_per_token
+        self.promised = plan.work + self._max_tokens * plan.cache_per_token
         self._rows: list[int] = []  # the sequence in each row of the cache
         self._capacities: dict[int, int] = {}
         self._next = 0
