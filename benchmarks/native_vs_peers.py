@@ -115,7 +115,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     values: dict[tuple[Case, str], list[float]] = {}
     failed: dict[tuple[Case, str], str] = {}
     ours = PAIRS[options.peer]
-    machine = measure.Limits(0.0, 0.0, 0.0)
+    machine = measure.Limits(0.0, 0.0, 0.0, 0.0)
     for turn in range(options.rounds):
         limits = run(herd_command(CASES["decode"], files[next(iter(ours))], options.threads, "limits"))[0]
         machine = machine.best(measure.Limits(**json.loads(limits)))

@@ -181,9 +181,10 @@ void bind_engine(nb::module_& m) {
       "product_peak",
       [](int threads) {
         const ProductPeak peak = product_peak(threads);
-        return std::make_tuple(peak.int8, peak.f32);
+        return std::make_tuple(peak.int8, peak.f32, peak.bf16);
       },
-      "threads"_a, nb::call_guard<nb::gil_scoped_release>(), "Operations per second of the inner steps: int8, f32.");
+      "threads"_a, nb::call_guard<nb::gil_scoped_release>(),
+      "Operations per second of the inner steps: int8, f32, bf16.");
   nb::class_<Cache>(m, "Cache", "Pages of keys and values.")
       .def(
           "__init__",

@@ -33,6 +33,7 @@ const EngineKernels& engine_kernels() {
 #if defined(__x86_64__)
   const Isa isa = widest_isa();
   if (isa >= Isa::amx) return kEngineAmx;
+  if (isa >= Isa::avx512_bf16) return kEngineAvx512Bf16;
   if (isa >= Isa::avx512_vnni) return kEngineAvx512Vnni;
   if (isa >= Isa::avx512) return kEngineAvx512;
   if (isa >= Isa::avx2) return kEngineAvx2;

@@ -84,14 +84,16 @@ void Engine::Pass::run_branches(Team::Member& m, int layer, const Branch* branch
   });
 }
 
-// A whole row of hidden numbers as int8 with one scale, now that all of them are there.
+// A whole row of hidden numbers in the form that they are multiplied in, as int8 with one scale, now that all of them
+// are there.
 void Engine::Pass::round_hidden(const Panels& hidden, int row) const {
-  const Panel &from = hidden[Inputs::f32], &to = hidden[Inputs::int8];
-  if (!hidden.used[static_cast<int>(Inputs::int8)]) return;
+  const Panel& from = hidden[Inputs::f32];
   const auto values = [&](std::int64_t b) { return reinterpret_cast<const float*>(from.block(row, b)); };
   float largest = 0;
   for (std::int64_t b = 0; b < from.blocks; ++b) largest = std::max(largest, k_.largest(values(b), kTile));
-  for (std::int64_t b = 0; b < from.blocks; ++b) k_.put_block(to, row, b, values(b), largest);
+  for (const Panel& to : hidden.of)
+    if (to.data && to.kind != Inputs::f32)
+      for (std::int64_t b = 0; b < from.blocks; ++b) k_.put_block(to, row, b, values(b), largest);
 }
 
 }  // namespace herd

@@ -39,7 +39,7 @@ class Engine::Pass {
   void put(const Panels& panels, int row, const float* values, std::int64_t n) const {
     const std::int64_t whole = n / kTile;
     const float largest = shape_.token_scales ? k_.largest(values, n) : 0.0f;
-    for (int kind = 0; kind < 2; ++kind) {
+    for (int kind = 0; kind < kInputKinds; ++kind) {
       if (!panels.used[kind]) continue;
       for (std::int64_t b = 0; b < whole; ++b) k_.put_block(panels.of[kind], row, b, values + kTile * b, largest);
       if (n % kTile) {

@@ -47,7 +47,8 @@ ProductPeak product_peak(int threads) {
     }
     return best;
   };
-  return {measure(engine_kernels().int8_products), measure(engine_kernels().f32_products)};
+  return {measure(engine_kernels().int8_products), measure(engine_kernels().f32_products),
+          measure(engine_kernels().bf16_products)};
 }
 
 }  // namespace herd

@@ -37,8 +37,8 @@ class Buffer {
 
 // The same rows of inputs in each form that some product takes.
 struct Panels {
-  Panel of[2] = {};
-  bool used[2] = {};
+  Panel of[kInputKinds] = {};
+  bool used[kInputKinds] = {};
 
   const Panel& operator[](Inputs kind) const { return of[static_cast<int>(kind)]; }
   // The memory of `count` of the rows, as panels of their own.
@@ -69,10 +69,14 @@ class PanelBuffer {
     if (plain) use(Inputs::f32);
     return panels;
   }
-  std::int64_t bytes() const { return bytes_[0].bytes() + bytes_[1].bytes(); }
+  std::int64_t bytes() const {
+    std::int64_t total = 0;
+    for (const auto& buffer : bytes_) total += buffer.bytes();
+    return total;
+  }
 
  private:
-  Buffer<std::uint8_t> bytes_[2];
+  Buffer<std::uint8_t> bytes_[kInputKinds];
 };
 
 // A feed-forward network at work on some rows: all of them, or those that were routed to one expert.
@@ -83,7 +87,11 @@ struct Branch {
   bool add;
   bool adapted;  // its rows are those of the batch, which may have adapters
 
-  int rows() const { return in.of[in.used[0] ? 0 : 1].rows; }
+  int rows() const {
+    for (const Panel& panel : in.of)
+      if (panel.data) return panel.rows;
+    return 0;
+  }
 };
 
 struct Engine::Buffers {

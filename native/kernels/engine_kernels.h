@@ -4,7 +4,7 @@
 #include "probe_kernels.h"
 
 namespace herd {
-const EngineKernels HERD_KERNELS = {inputs_of, multiply,        put_block, largest_of,    read_row,
-                                    normalise, add_dots,        swiglu,    rotate,        put,
-                                    attend,    log_probability, read,      int8_products, f32_products};
+const EngineKernels HERD_KERNELS = {inputs_of, multiply,      put_block,    largest_of,   read_row, normalise,
+                                    add_dots,  swiglu,        rotate,       put,          attend,   log_probability,
+                                    read,      int8_products, f32_products, bf16_products};
 }

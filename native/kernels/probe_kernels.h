@@ -55,5 +55,28 @@ std::int64_t f32_products(std::int64_t rounds) {
   return rounds * kChains * 32 + (total[0] == 1.0f);
 }
 
+// Of bfloat16: with products of its own, or those of 32 bits.
+std::int64_t bf16_products(std::int64_t rounds) {
+#if defined(__AVX512BF16__)
+  constexpr int kBoth = 2 * kChains;
+  alignas(64) std::uint32_t x[16];
+  for (std::uint32_t i = 0; i < 16; ++i) x[i] = 0x3f803f80 + i;
+  Words factor = load<Words>(x);
+  Floats sums[kBoth] = {};
+  for (std::int64_t r = 0; r < rounds; ++r) {
+    factor += 1;
+#pragma GCC unroll 16
+    for (int j = 0; j < kBoth; ++j)
+      sums[j] = (Floats)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)_mm512_set1_epi32(static_cast<int>(x[j])),
+                                         (__m512bh)factor);
+  }
+  Floats total = sums[0];
+  for (int j = 1; j < kBoth; ++j) total += sums[j];
+  return rounds * kBoth * 64 + (total[0] == 1.0f);
+#else
+  return f32_products(rounds);
+#endif
+}
+
 }  // namespace
 }  // namespace herd

@@ -208,8 +208,8 @@ def test_of_a_mixtures_experts_only_the_chosen_ones_are_read(tmp_path: Path) -> 
 
 
 def test_limits_take_the_better_of_two_measurements() -> None:
-    best = measure.Limits(4.0, 8.0, 2.0).best(measure.Limits(5.0, 6.0, 1.0))
-    assert best == measure.Limits(5.0, 8.0, 2.0)
+    best = measure.Limits(4.0, 8.0, 2.0, 3.0).best(measure.Limits(5.0, 6.0, 1.0, 4.0))
+    assert best == measure.Limits(5.0, 8.0, 2.0, 4.0)
     assert best.share_of_bandwidth(10.0, 4.0) == 0.5
     assert best.share_of_peak({"int8": 8.0, "f32": 2.0}, 4.0) == 0.5
 

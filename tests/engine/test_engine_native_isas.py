@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch")
 
 from herd.model import from_arrays  # noqa: E402
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 KVS = ("f32", "bf16", "int8")
 # Tokens of two sequences in each step: single ones and pieces, within chunks and a page and over their ends.
 PIECES = ((1, 13), (7, 1), (16, 1), (1, 1), (33, 40), (23, 6))

@@ -27,7 +27,7 @@ from herd.checkpoint.mixes import MIXES, Activations, activations_of, rounding_o
 from herd.checkpoint.numbers import BLOCKS
 from herd.engine.backend import BackendOptions, Span
 
-pytest.importorskip("herd._native")
+native = pytest.importorskip("herd._native")
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
@@ -185,7 +185,7 @@ def test_weights_in_few_bits_equal_torch_on_the_same_weights(
     round_inputs(model, formats, share, monkeypatch)
     with torch.no_grad():
         x_SD = model.hidden(torch.tensor([tokens]))[0]
-        head = to_int8_and_back(x_SD, share) if formats["output.weight"] in BLOCKS else x_SD
+        head = as_multiplied(x_SD, formats["output.weight"], share)
         expected = torch.nn.functional.linear(head, model.output_weight).numpy()
     error = np.abs(found - expected).max(1) / expected.std()
     assert np.quantile(error, 0.9) <= 1e-5, "measured: 3e-6"
@@ -199,16 +199,28 @@ def to_int8_and_back(x: torch.Tensor, share: Activations) -> torch.Tensor:
     return (torch.round(blocks / scale.clamp_min(1e-30)) * scale).reshape(x.shape)
 
 
+def as_multiplied(x: torch.Tensor, kind: str, share: Activations) -> torch.Tensor:
+    """Inputs as the engine rounds them for weights of a format."""
+    if kind in BLOCKS:
+        return to_int8_and_back(x, share)
+    return x.bfloat16().float() if kind == "bf16" and native.isa() in ("avx512_bf16", "amx") else x
+
+
 def round_inputs(
     model: torch.nn.Module, formats: dict[str, str], share: Activations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Let torch round as the engine does before every product with blocks."""
+    """Let torch round as the engine does before every product."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and formats.get(f"{name}.weight") in BLOCKS:
-            module.register_forward_pre_hook(lambda _, inputs: (to_int8_and_back(inputs[0], share),))
-    if any(formats[name] in BLOCKS for name in formats if name.endswith("moe.experts.w1")):
+        if isinstance(module, torch.nn.Linear) and f"{name}.weight" in formats:
+            kind = formats[f"{name}.weight"]
+            module.register_forward_pre_hook(lambda _, inputs, kind=kind: (as_multiplied(inputs[0], kind, share),))
+    experts = {formats[name] for name in formats if ".moe.experts." in name}
+    if experts:
+        kind = experts.pop()  # all of them are in blocks, or none
         grouped = moe.grouped_linear
-        monkeypatch.setattr(moe, "grouped_linear", lambda x, w, counts: grouped(to_int8_and_back(x, share), w, counts))
+        monkeypatch.setattr(
+            moe, "grouped_linear", lambda x, w, counts: grouped(as_multiplied(x, kind, share), w, counts)
+        )
 
 
 def through(type_name: str, array: np.ndarray, quant: str) -> np.ndarray:

@@ -77,8 +77,9 @@ struct EngineKernels {
   std::uint64_t (*read)(const std::uint8_t* p, std::int64_t bytes);
   std::int64_t (*int8_products)(std::int64_t rounds);
   std::int64_t (*f32_products)(std::int64_t rounds);
+  std::int64_t (*bf16_products)(std::int64_t rounds);
 };
-extern const EngineKernels kEngineScalar, kEngineAvx2, kEngineAvx512, kEngineAvx512Vnni, kEngineAmx;
+extern const EngineKernels kEngineScalar, kEngineAvx2, kEngineAvx512, kEngineAvx512Vnni, kEngineAvx512Bf16, kEngineAmx;
 
 constexpr int kKeyChunk = 256;  // keys whose softmax is taken together
 constexpr int kQueries = 32;    // of a tile of queries, at most, unless one row has more heads

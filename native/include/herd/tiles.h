@@ -67,7 +67,8 @@ std::int64_t stored_row_bytes(Format format, std::int64_t columns);
 void pack_strip(const Matrix& shape, std::int64_t strip, const std::uint8_t* source, std::uint8_t* out);
 
 // How a format's products take their inputs: as int8 in blocks of 32 with a scale each, or as floating point.
-enum class Inputs : std::uint8_t { int8, f32 };
+enum class Inputs : std::uint8_t { int8, f32, bf16 };
+constexpr int kInputKinds = 3;
 
 // 32 inputs of one row as int8: value ≈ scale·codes. The sums save work in formats with zero points and offsets: of the
 // codes with opposite sign (all 32, the first and the second 16), and scaled.
@@ -79,7 +80,9 @@ struct alignas(64) Int8Block {
   float unused;
 };
 
-constexpr std::int64_t block_bytes(Inputs kind) { return kind == Inputs::int8 ? sizeof(Int8Block) : 4 * kTile; }
+constexpr std::int64_t block_bytes(Inputs kind) {
+  return kind == Inputs::int8 ? sizeof(Int8Block) : kind == Inputs::f32 ? 4 * kTile : 2 * kTile;
+}
 
 // Rows of inputs, in groups that a kernel takes at once: eight rows, and what remains in four, two and one. In a group
 // the blocks of its rows alternate: [block][row].

@@ -24,7 +24,7 @@ from herd.architecture import LlamaConfig
 from herd.engine.backend import Backend, Span
 from herd.errors import HerdError, ResourceError
 
-Arithmetic = Literal["int8", "f32"]
+Arithmetic = Literal["int8", "f32", "bf16"]
 Speeds = Generator[float, None, None]
 """Tokens per second, a repetition for each `next`."""
 PEER_CACHE = {"bf16": "f16", "f32": "f32", "int8": "q8_0"}
@@ -58,6 +58,7 @@ class Limits:
     bandwidth: float
     int8: float
     f32: float
+    bf16: float
 
     def best(self, other: Limits) -> Limits:
         """The higher of two measurements: what slowed the other down was not this machine's limit."""
@@ -69,7 +70,8 @@ class Limits:
 
     def share_of_peak(self, operations: dict[Arithmetic, float], seconds: float) -> float:
         """Of the time, what the products would take if nothing but their arithmetic took any."""
-        return (operations["int8"] / self.int8 + operations["f32"] / self.f32) / seconds
+        needed = operations["int8"] / self.int8 + operations["f32"] / self.f32 + operations["bf16"] / self.bf16
+        return needed / seconds
 
 
 def limits(threads: int) -> Limits:
@@ -118,7 +120,7 @@ class Work:
 
     def operations(self, rows: int, outputs: int) -> dict[Arithmetic, float]:
         """Multiplications and additions of a step of `rows` tokens, `outputs` of which get logits."""
-        counts: dict[Arithmetic, float] = {"int8": 0.0, "f32": 0.0}
+        counts: dict[Arithmetic, float] = {"int8": 0.0, "f32": 0.0, "bf16": 0.0}
         for p in self.products:
             counts[p.arithmetic] += 2 * p.weights * p.share * (outputs if p.head else rows)
         return counts
@@ -147,7 +149,7 @@ def work_of(path: Path, quant: str | None, kv: str) -> Work:
             copies = math.prod(experts)
             share = config.moe.top_k / config.moe.n_experts if experts and config.moe else 1.0
             size = copies * _native.packed_bytes(held, height, width)
-            kind: Arithmetic = "f32" if held in PLAIN else "int8"
+            kind: Arithmetic = "bf16" if held == "bf16" else "f32" if held in PLAIN else "int8"
             products.append(Product(size, copies * height * width, kind, share, name == head))
     return Work(config, tuple(products), plan.weights, plan.cache_per_token / config.n_layers)
 
