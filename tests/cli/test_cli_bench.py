@@ -181,7 +181,7 @@ def test_work_counts_what_multiplies(tmp_path: Path, tied: bool) -> None:
     work = measure.work_of(write(tmp_path / "m.gguf", config), None, "bf16")
     norms = sum(math.prod(shape) for shape in tensor_shapes(config).values() if len(shape) == 1)
     operations = work.operations(rows=1, outputs=1)
-    assert operations == {"int8": 2 * (multiplying_parameter_count(config) - norms), "f32": 0}
+    assert operations == {"int8": 2 * (multiplying_parameter_count(config) - norms), "f32": 0, "bf16": 0}
     head = 2 * config.vocab_size * config.dim
     assert work.operations(rows=5, outputs=1)["int8"] == 5 * operations["int8"] - 4 * head
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 2
@@ -211,7 +211,7 @@ def test_limits_take_the_better_of_two_measurements() -> None:
     best = measure.Limits(4.0, 8.0, 2.0, 3.0).best(measure.Limits(5.0, 6.0, 1.0, 4.0))
     assert best == measure.Limits(5.0, 8.0, 2.0, 4.0)
     assert best.share_of_bandwidth(10.0, 4.0) == 0.5
-    assert best.share_of_peak({"int8": 8.0, "f32": 2.0}, 4.0) == 0.5
+    assert best.share_of_peak({"int8": 8.0, "f32": 2.0, "bf16": 8.0}, 4.0) == 1.0
 
 
 def test_measuring_gives_the_room_back_and_says_when_there_is_none(model: Path) -> None:

@@ -1,9 +1,9 @@
 """The engine's matrix products against float64, in every weight format and for every instruction set of this machine.
 
 Weights come back from their packed form exactly as `herd.checkpoint.blocks` decodes them. Products of plain formats are
-those of float64 up to float32 rounding; for bfloat16 weights with inputs rounded to that, where the processor multiplies
-such pairs. Products of block formats are too, once the inputs are rounded as the engine states it: int8 in blocks of
-32, scale max|x| / 127, halves to even. A row's bits depend on no other row.
+those of float64 up to float32 rounding; for bfloat16 weights with inputs rounded to that, where the processor has such
+products. Products of block formats are too, once the inputs are rounded as the engine states it: int8 in blocks of 32,
+scale max|x| / 127, halves to even. A row's bits depend on no other row.
 
 The instruction set is chosen when a process starts (HERD_ISA): each has a process of its own that computes all cases,
 with the compiled part that this one runs (make sanitize puts another in its place).
