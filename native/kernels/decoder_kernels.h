@@ -55,8 +55,11 @@ float log_probability(const float* logits, std::int64_t n, std::int64_t target) 
   return static_cast<float>(static_cast<double>(logits[target] - largest) - std::log(total));
 }
 
-// The cache's number types. Scores and sums take N queries at a time.
+// The cache's number types. Scores and sums take N queries at a time. Queries and weights are rounded in place, where a
+// type multiplies in fewer bits than 32: what was a row of floats begins with that many numbers of its own.
 struct KvF32 {
+  static constexpr int kWeights = 16;  // floats that the weights of a tile's keys take
+  static void round(float*, int) {}
   static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
     auto* p = reinterpret_cast<float*>(tile);
     for (int k = 0; k < width; ++k) p[16 * k + lane] = x[k];
@@ -87,6 +90,8 @@ struct KvF32 {
 };
 
 struct KvInt8 {
+  static constexpr int kWeights = 16;
+  static void round(float*, int) {}
   static float* scales(std::uint8_t* tile, int width) { return reinterpret_cast<float*>(tile + 16 * width); }
   static float quantise(const float* x, int width, std::int8_t* codes) {
     float largest = 0, poison = 0;
@@ -129,6 +134,28 @@ struct KvInt8 {
 
 // bfloat16: keys in pairs along the width, [width/2][16 keys][2]; values in pairs of keys, [8][width][2].
 struct KvBf16 {
+#if defined(__AVX512BF16__)
+  static constexpr int kWeights = 8;
+  static void round(float* x, int n) {  // n: a multiple of 16
+    auto* to = reinterpret_cast<std::uint16_t*>(x);
+    for (int i = 0; i < n; i += 16) {
+      const auto few = (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), few);
+    }
+  }
+  static std::uint32_t pair(const float* row, int i) {
+    std::uint32_t both;
+    std::memcpy(&both, row + i, 4);
+    return both;
+  }
+  static Floats add(Floats sum, std::uint32_t both, Words numbers) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(both)),
+                                    (__m512bh)numbers);
+  }
+#else
+  static constexpr int kWeights = 16;
+  static void round(float*, int) {}
+#endif
   static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
     auto* p = reinterpret_cast<std::uint16_t*>(tile);
     for (int k = 0; k < width; ++k) p[(k / 2 * 16 + lane) * 2 + k % 2] = to_bf16(x[k]);
@@ -140,6 +167,17 @@ struct KvBf16 {
   template <int N>
   static void scores(const std::uint8_t* tile, int width, const float* q, std::int64_t stride, Floats* s) {
     for (int n = 0; n < N; ++n) s[n] = Floats{};
+#if defined(__AVX512BF16__)
+    Floats odd_sum[N] = {};
+    for (int k = 0; k < width / 2; k += 2) {
+      const Words even = load<Words>(tile + 64 * k), odd = load<Words>(tile + 64 * k + 64);
+      for (int n = 0; n < N; ++n) {
+        s[n] = add(s[n], pair(q + n * stride, k), even);
+        odd_sum[n] = add(odd_sum[n], pair(q + n * stride, k + 1), odd);
+      }
+    }
+    for (int n = 0; n < N; ++n) s[n] += odd_sum[n];
+#else
     for (int k = 0; k < width / 2; ++k) {
       const Words keys = load<Words>(tile + 64 * k);
       const Floats even = even_bf16(keys), odd = odd_bf16(keys);
@@ -148,10 +186,18 @@ struct KvBf16 {
         s[n] += odd * q[n * stride + 2 * k + 1];
       }
     }
+#endif
   }
   template <int N, int Vectors>
   static void add_values(const std::uint8_t* tile, int width, int at, const float* p, std::int64_t stride,
                          Floats (*o)[Vectors]) {
+#if defined(__AVX512BF16__)
+    for (int j = 0; j < 8; ++j)
+      for (int v = 0; v < Vectors; ++v) {
+        const Words values = load<Words>(tile + 4 * (j * width + at + 16 * v));
+        for (int n = 0; n < N; ++n) o[n][v] = add(o[n][v], pair(p + n * stride, j), values);
+      }
+#else
     for (int j = 0; j < 8; ++j)
       for (int v = 0; v < Vectors; ++v) {
         const Words values = load<Words>(tile + 4 * (j * width + at + 16 * v));
@@ -161,6 +207,7 @@ struct KvBf16 {
           o[n][v] += odd * p[n * stride + 2 * j + 1];
         }
       }
+#endif
   }
 };
 
@@ -172,7 +219,7 @@ void add_chunk(const std::uint8_t* const* tiles, int n_tiles, int width, const f
     for (int n = 0; n < N; ++n)
       for (int v = 0; v < Vectors; ++v) sums[n][v] = Floats{};
     for (int t = 0; t < n_tiles; ++t)
-      Kv::template add_values<N, Vectors>(tiles[t], width, at, p + 16 * t, kKeyChunk, sums);
+      Kv::template add_values<N, Vectors>(tiles[t], width, at, p + Kv::kWeights * t, kKeyChunk, sums);
     for (int n = 0; n < N; ++n)
       for (int v = 0; v < Vectors; ++v) {
         float* to = o + n * width + at + 16 * v;
@@ -198,6 +245,7 @@ void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
   for (int n = 0; n < count; ++n) {
     const float* q = x.q + n / x.heads * x.row_stride + n % x.heads * head_dim;
     for (int k = 0; k < width; ++k) scaled[n * width + k] = k < head_dim ? q[k] * x.scale : 0.0f;
+    Kv::round(scaled + n * width, width);
     largest[n] = -kInfinity, total[n] = 0;
   }
   std::fill(sums, sums + count * width, 0.0f);
@@ -251,6 +299,7 @@ void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
         largest[n] = top;
       }
       total[n] += sum(weights);
+      Kv::round(row, 16 * n_tiles);
     }
     int n = 0;
     for (; n + 4 <= count; n += 4) add_chunk<Kv, 4>(values, n_tiles, width, p + n * kKeyChunk, sums + n * width);

@@ -25,6 +25,7 @@ torch = pytest.importorskip("torch")
 from herd.model import from_arrays  # noqa: E402
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+BF16_ISAS = ("avx512_bf16", "amx")  # those that multiply a cache of bfloat16 with queries and weights rounded to it
 KVS = ("f32", "bf16", "int8")
 # Tokens of two sequences in each step: single ones and pieces, within chunks and a page and over their ends.
 PIECES = ((1, 13), (7, 1), (16, 1), (1, 1), (33, 40), (23, 6))
@@ -187,4 +188,7 @@ def test_a_step_is_that_of_the_scalar_kernels(isa: str, name: str, kv: str, comp
     """Root mean square of the difference, in units of the values' own spread."""
     for kind, value in computed["scalar"][name, kv].items():
         error = np.sqrt(((computed[isa][name, kv][kind] - value) ** 2).mean()) / value.std()
-        assert error <= BOUNDS[CASES[name][1] == "f32", kv], f"{kind}: {error:.1e}"
+        bound = BOUNDS[CASES[name][1] == "f32", kv]
+        if kv == "bf16" and isa in BF16_ISAS:
+            bound = 0.03  # measured: 0.017, of Llama 4
+        assert error <= bound, f"{kind}: {error:.1e}"

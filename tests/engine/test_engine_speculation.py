@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herd import LLM, UsageError, checkpoint, tokenizer
-from herd.engine import native_backend
+from herd.engine import native_backend, scheduler
 from herd.engine.speculation import MAX_DRAFT, Ask, NgramDrafter
 
 PROMPTS = ["def f(x):\n    return x\n" * 4, "import os", "for i in range(3): " * 5, "x"]
@@ -144,9 +144,8 @@ def test_a_crowd_asks_for_no_more_rows_than_fit(models: tuple[Path, Path], monke
         rows.append(sum(span.outputs for span in spans))
         return step(self, spans)
 
+    monkeypatch.setattr(scheduler, "LOGIT_ROWS", 10)
     with LLM(path, kv="f32", draft=path) as llm:
-        assert llm._backend is not None
-        llm._backend.max_sequences = 10
         monkeypatch.setattr(native_backend.NativeBackend, "step", counted)
         llm.generate(["def ", "a", "b", "c"], max_tokens=30, temperature=0)
     assert max(rows) <= 10

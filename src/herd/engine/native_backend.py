@@ -22,9 +22,10 @@ from herd.engine.backend import BackendOptions, CacheFull, Span, context_of, thr
 from herd.engine.memory import require_memory
 from herd.engine.native_weights import Need, load_weights, make_engine, plan_native, smaller_plans, weight_formats
 from herd.engine.paged_cache import CachedSequence, PagedCache
+from herd.engine.scheduler import LOGIT_ROWS
 from herd.errors import ContextLengthExceeded, HerdError
 
-MAX_SEQUENCES = OUTPUTS = 256
+MAX_SEQUENCES = 256
 ROWS = 512
 """Rows of one native call at most; longer steps are cut. It bounds the working memory and how long Ctrl-C waits."""
 
@@ -35,7 +36,7 @@ def open_backend(options: BackendOptions) -> NativeBackend:
         config = checkpoint.config
         context = context_of(config, options)
         formats = weight_formats(checkpoint, options.quant)
-        need = Need(kv=options.kv, rows=ROWS, outputs=OUTPUTS, promised=options.promised)
+        need = Need(kv=options.kv, rows=ROWS, outputs=LOGIT_ROWS, promised=options.promised)
         plan = plan_native(checkpoint, formats, need, context)
         others = smaller_plans(checkpoint, plan, need, options.quant)
         require_memory(plan, name=options.path.name, alternatives=others)

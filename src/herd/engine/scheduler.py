@@ -26,6 +26,8 @@ from herd.engine.text import StreamDecoder, TextStream
 
 PREFILL_TOKENS = 1024
 """Prompt tokens that enter in one step, over all sequences."""
+LOGIT_ROWS = 256
+"""Rows of logits in one step: beyond one for each sequence, guesses are made only up to here."""
 
 
 @dataclass(eq=False)
@@ -325,7 +327,7 @@ class Scheduler:
         asks, owners = [], []
         for sequence in self._running:
             room = sequence.capacity - len(sequence.tokens) - 1  # the last token is chosen, never guessed
-            n = min(sequence.draft_size, room, self._backend.max_sequences // len(self._running) - 1)
+            n = min(sequence.draft_size, room, LOGIT_ROWS // len(self._running) - 1)
             if sequence.choices and len(sequence.tokens) - sequence.n_computed == 1 and n > 0:
                 assert sequence.handle is not None
                 asks.append(Ask(sequence.handle, sequence.tokens, n))
