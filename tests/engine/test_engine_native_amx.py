@@ -15,7 +15,7 @@ native = pytest.importorskip("herd._native")
 # As in CMakeLists.txt: both sets must be compiled alike, for the compiler decides which roundings are fused.
 FLAGS = (
     "-std=c++20 -O3 -ffp-contract=fast -fno-math-errno -Wno-uninitialized -Wno-maybe-uninitialized -Inative/include "
-    "-mavx512f -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512 -mf16c -mavx512vnni"
+    "-mavx512f -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512 -mf16c -mavx512vnni -mavx512bf16"
 )
 SOURCES = ("native/kernels/engine_amx.cpp", "native/kernels/engine_avx512_vnni.cpp", "tests/engine/amx_emulated.cpp")
 
