@@ -6,6 +6,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
+
 #include "bindings.h"
 #include "herd/engine.h"
 #include "herd/probe.h"
@@ -162,6 +164,33 @@ void unpacked(const std::string& format, const Bytes& data, const Array<float, 2
   for (std::int64_t r = 0; r < w.rows; ++r) engine_kernels().read_row(w, r, out.data() + r * w.columns);
 }
 
+// Keys and values [S, D] into one head of a cache, then attention of the last T tokens, as queries [T, H, D] of a group
+// of heads; for tests.
+void attend(Cache& cache, const Ints& pages, const Table& keys, const Table& values,
+            const Array<const float, 3>& queries, std::int64_t chunk, const Array<float, 3>& out) {
+  const CacheShape& shape = cache.shape();
+  const auto tokens = static_cast<std::int64_t>(keys.shape(0)), rows = static_cast<std::int64_t>(queries.shape(0));
+  const auto heads = static_cast<int>(queries.shape(1)), width = shape.head_dim;
+  const auto has_width = [&](std::size_t n) { return n == static_cast<std::size_t>(width); };
+  require(shape.layers == 1 && shape.heads == 1, "a cache of one layer and head");
+  require(has_width(keys.shape(1)) && has_width(values.shape(1)) && has_width(queries.shape(2)), "wrong width");
+  require(values.shape(0) == keys.shape(0) && rows <= tokens && heads > 0 && chunk >= 0, "wrong shapes");
+  for (std::size_t axis = 0; axis < 3; ++axis) require(out.shape(axis) == queries.shape(axis), "wrong shape of out");
+  require(static_cast<std::int64_t>(pages.shape(0)) * shape.page_tokens >= tokens, "too few pages");
+  for (std::size_t i = 0; i < pages.shape(0); ++i)
+    require(pages.data()[i] >= 0 && pages.data()[i] < cache.pages(), "no such page");
+  const EngineKernels& k = engine_kernels();
+  const CachedHead head = cache.head(0, 0, pages.data());
+  for (std::int64_t t = 0; t < tokens; ++t) k.put(head, t, keys.data() + t * width, values.data() + t * width);
+  const std::int64_t tile = std::max(1, kQueries / heads), stride = static_cast<std::int64_t>(heads) * width;
+  std::vector<float> scratch(static_cast<std::size_t>(attention_scratch(std::max(kQueries, heads), shape.width())));
+  for (std::int64_t t = 0; t < rows; t += tile)
+    k.attend(head,
+             {static_cast<int>(std::min(tile, rows - t)), heads, queries.data() + t * stride, stride,
+              out.data() + t * stride, stride, 1.0f / std::sqrt(static_cast<float>(width)), tokens - rows + t, chunk},
+             scratch.data());
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -196,6 +225,8 @@ void bind_engine(nb::module_& m) {
           },
           "type"_a, "layers"_a, "heads"_a, "head_dim"_a, "page_tokens"_a, "pages"_a)
       .def("copy_page", &Cache::copy_page, "source"_a, "target"_a)
+      .def("attend", &attend, "pages"_a, "keys"_a, "values"_a, "queries"_a, "chunk"_a, "out"_a,
+           "Stores keys and values [S, D] of the one head; out [T, H, D] = attention of the last T tokens' queries.")
       .def_prop_ro("pages", &Cache::pages)
       .def_prop_ro("page_tokens", [](const Cache& c) { return c.shape().page_tokens; })
       .def_prop_ro("page_bytes", [](const Cache& c) { return c.shape().page_bytes(); });

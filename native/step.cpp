@@ -121,9 +121,8 @@ void Engine::Pass::place(const Layer& layer, int index, std::int64_t t) const {
     for (int i = 0; i < width_; ++i) queries[i] *= factor;
   }
   const Span& span = step_.spans[static_cast<std::size_t>(span_of_[static_cast<std::size_t>(t)])];
-  const bool last = position == span.position + span.rows - 1;
   for (int g = 0; g < shape_.kv_heads; ++g)
-    k_.put(cache_.head(index, g, span.pages), position, keys + g * shape_.head_dim, values + g * shape_.head_dim, last);
+    k_.put(cache_.head(index, g, span.pages), position, keys + g * shape_.head_dim, values + g * shape_.head_dim);
 }
 
 // Final norm and head of the wanted rows.

@@ -52,7 +52,7 @@ struct Panels {
   }
 };
 
-// Memory for panels of both forms.
+// Memory for panels of all forms.
 class PanelBuffer {
  public:
   // For `rows` rows of `columns` inputs, multiplied with these matrices; `plain`: also in 32 bits.

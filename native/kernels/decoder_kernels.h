@@ -55,10 +55,12 @@ float log_probability(const float* logits, std::int64_t n, std::int64_t target) 
   return static_cast<float>(static_cast<double>(logits[target] - largest) - std::log(total));
 }
 
-// The cache's number types. Scores and sums take N queries at a time. Queries and weights are rounded in place, where a
-// type multiplies in fewer bits than 32: what was a row of floats begins with that many numbers of its own.
+// The cache's number types. Scores and sums take N queries at a time. Where a type multiplies in fewer bits than 32,
+// queries and weights are rounded in place: what was a row of floats begins with that many numbers of its own. The sum
+// that weights are divided by is that of the rounded ones.
 struct KvF32 {
   static constexpr int kWeights = 16;  // floats that the weights of a tile's keys take
+  static Floats rounded(Floats x) { return x; }
   static void round(float*, int) {}
   static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
     auto* p = reinterpret_cast<float*>(tile);
@@ -91,6 +93,7 @@ struct KvF32 {
 
 struct KvInt8 {
   static constexpr int kWeights = 16;
+  static Floats rounded(Floats x) { return x; }
   static void round(float*, int) {}
   static float* scales(std::uint8_t* tile, int width) { return reinterpret_cast<float*>(tile + 16 * width); }
   static float quantise(const float* x, int width, std::int8_t* codes) {
@@ -136,6 +139,7 @@ struct KvInt8 {
 struct KvBf16 {
 #if defined(__AVX512BF16__)
   static constexpr int kWeights = 8;
+  static Floats rounded(Floats x) { return (Floats)_mm512_cvtpbh_ps(_mm512_cvtneps_pbh((__m512)x)); }
   static void round(float* x, int n) {  // n: a multiple of 16
     auto* to = reinterpret_cast<std::uint16_t*>(x);
     for (int i = 0; i < n; i += 16) {
@@ -148,12 +152,9 @@ struct KvBf16 {
     std::memcpy(&both, row + i, 4);
     return both;
   }
-  static Floats add(Floats sum, std::uint32_t both, Words numbers) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(both)),
-                                    (__m512bh)numbers);
-  }
 #else
   static constexpr int kWeights = 16;
+  static Floats rounded(Floats x) { return x; }
   static void round(float*, int) {}
 #endif
   static void put_key(std::uint8_t* tile, int lane, int width, const float* x) {
@@ -172,8 +173,8 @@ struct KvBf16 {
     for (int k = 0; k < width / 2; k += 2) {
       const Words even = load<Words>(tile + 64 * k), odd = load<Words>(tile + 64 * k + 64);
       for (int n = 0; n < N; ++n) {
-        s[n] = add(s[n], pair(q + n * stride, k), even);
-        odd_sum[n] = add(odd_sum[n], pair(q + n * stride, k + 1), odd);
+        s[n] = add_pairs(s[n], pair(q + n * stride, k), even);
+        odd_sum[n] = add_pairs(odd_sum[n], pair(q + n * stride, k + 1), odd);
       }
     }
     for (int n = 0; n < N; ++n) s[n] += odd_sum[n];
@@ -195,7 +196,7 @@ struct KvBf16 {
     for (int j = 0; j < 8; ++j)
       for (int v = 0; v < Vectors; ++v) {
         const Words values = load<Words>(tile + 4 * (j * width + at + 16 * v));
-        for (int n = 0; n < N; ++n) o[n][v] = add(o[n][v], pair(p + n * stride, j), values);
+        for (int n = 0; n < N; ++n) o[n][v] = add_pairs(o[n][v], pair(p + n * stride, j), values);
       }
 #else
     for (int j = 0; j < 8; ++j)
@@ -233,7 +234,8 @@ void add_chunk(const std::uint8_t* const* tiles, int n_tiles, int width, const f
 
 // Attention of a tile of queries, chunk after chunk of keys. Within a chunk the softmax is plain; between chunks sums
 // are rescaled to the larger maximum (Milakov and Gimelshein, arXiv 1805.02867). Chunks begin at multiples of
-// kKeyChunk, and a masked key adds an exact zero, so a query's bits depend on its own keys alone.
+// kKeyChunk, and a masked key adds an exact zero (no cached value is infinite or no number, see put), so a query's bits
+// depend on its own keys alone.
 template <class Kv>
 void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
   const int width = cache.shape->width(), head_dim = cache.shape->head_dim, count = x.rows * x.heads;
@@ -256,9 +258,7 @@ void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
     const std::uint8_t *keys[kKeyChunk / 16], *values[kKeyChunk / 16];
     const int n_tiles = static_cast<int>(std::min<std::int64_t>(kKeyChunk, last + 1 - chunk) + 15) / 16;
     for (int t = 0; t < n_tiles; ++t) {
-      // Tiles before the first visible key may not be in memory any more: they are read as the first one is.
-      const std::int64_t token = std::max(chunk + 16 * t, first);
-      keys[t] = cache.key_tile(token), values[t] = cache.value_tile(token);
+      keys[t] = cache.key_tile(chunk + 16 * t), values[t] = cache.value_tile(chunk + 16 * t);
     }
     for (int t = 0; t < n_tiles; ++t) {
       const auto take = [&]<int N>(int n) {
@@ -274,21 +274,23 @@ void attend_with(const CachedHead& cache, const Queries& x, float* scratch) {
     for (int n = 0; n < count; ++n) {
       float* row = p + n * kKeyChunk;
       const std::int64_t position = x.position + n / x.heads;
-      const int begin = static_cast<int>(std::max<std::int64_t>(0, first_of(position) - chunk));
-      const int end = static_cast<int>(std::clamp<std::int64_t>(position + 1 - chunk, 0, 16 * n_tiles));
-      for (int i = 0; i < std::min(begin, 16 * n_tiles); ++i) row[i] = -kInfinity;
-      for (int i = end; i < 16 * n_tiles; ++i) row[i] = -kInfinity;
-      Floats highest = Floats{} - kInfinity;
-      for (int i = 0; i < 16 * n_tiles; i += 16) highest = larger(highest, load(row + i));
-      const float top = std::max(largest[n], maximum(highest));
-      if (top == -kInfinity) {  // nothing visible so far
+      const auto clamped = [&](std::int64_t i) {
+        return static_cast<int>(std::clamp<std::int64_t>(i, 0, 16 * n_tiles));
+      };
+      const int begin = clamped(first_of(position) - chunk), end = clamped(position + 1 - chunk);
+      if (begin >= end) {  // it sees none of these keys
         std::fill(row, row + 16 * n_tiles, 0.0f);
         continue;
       }
+      std::fill(row, row + begin, -kInfinity);
+      std::fill(row + end, row + 16 * n_tiles, -kInfinity);
+      Floats highest = Floats{} - kInfinity;
+      for (int i = 0; i < 16 * n_tiles; i += 16) highest = larger(highest, load(row + i));
+      const float top = std::max(largest[n], maximum(highest));
       Floats weights{};
       for (int i = 0; i < 16 * n_tiles; i += 16) {
         const Floats s = load(row + i);
-        const Floats e = exponential(s - top);
+        const Floats e = Kv::rounded(exponential(s - top));
         store(row + i, e);
         weights += e;
       }
@@ -323,22 +325,21 @@ void with_kv(KvType type, const Function& f) {
   }
 }
 
-// A row's key and value into its lane of their tiles. `last`: nothing follows yet. Then the lanes behind are cleared:
-// they count as zeros, and what an earlier sequence left there may be no numbers.
-void put(const CachedHead& cache, std::int64_t token, const float* key, const float* value, bool last) {
-  const int width = cache.shape->width(), lane = static_cast<int>(token % 16);
-  const auto padded = [&](const float* x, float* out) {
-    for (int k = 0; k < width; ++k) out[k] = k < cache.shape->head_dim ? x[k] : 0.0f;
-    return out;
-  };
+// A row's key and value into its lane of their tiles. A value that is no number, or too large for bfloat16, is stored
+// as zeros with a key that is no number: who may see it gets no number, and nobody else is touched, neither rows of the
+// same tile of queries nor the page's next user.
+void put(const CachedHead& cache, std::int64_t token, const float* key, const float* value) {
+  constexpr float kLargest = 3.3895313e38f;  // of bfloat16
+  const int width = cache.shape->width(), head_dim = cache.shape->head_dim, lane = static_cast<int>(token % 16);
+  const bool usable = std::all_of(value, value + head_dim, [](float x) { return std::fabs(x) <= kLargest; });
   float row[1024];
+  std::fill(row + head_dim, row + width, 0.0f);
   with_kv(cache.shape->type, [&](auto kv) {
     using Kv = decltype(kv);
-    Kv::put_key(cache.key_tile(token), lane, width, padded(key, row));
-    Kv::put_value(cache.value_tile(token), lane, width, padded(value, row));
-    if (!last || lane == 15) return;
-    std::fill(row, row + width, 0.0f);
-    for (int l = lane + 1; l < 16; ++l) Kv::put_value(cache.value_tile(token), l, width, row);
+    for (int k = 0; k < head_dim; ++k) row[k] = usable ? key[k] : std::numeric_limits<float>::quiet_NaN();
+    Kv::put_key(cache.key_tile(token), lane, width, row);
+    for (int k = 0; k < head_dim; ++k) row[k] = usable ? value[k] : 0.0f;
+    Kv::put_value(cache.value_tile(token), lane, width, row);
   });
 }
 

@@ -1,8 +1,8 @@
 // y = x·Wᵀ, one strip of 16 outputs at a time.
 //
 // Quantised weights: inputs are int8 in blocks of 32, a block's products are added exactly in 32 bits, then scaled and
-// added in the order of the blocks. Plain weights: products in floating point, even and odd columns apart. So the bits
-// of a row's outputs depend on the row and the weights, and never on how many rows are computed together.
+// added in the order of the blocks. Plain weights: products in floating point, even and odd columns (or pairs) apart.
+// So the bits of a row's outputs depend on the row and the weights, and never on how many rows are computed together.
 #pragma once
 
 #include "herd/engine_kernels.h"
@@ -121,10 +121,6 @@ inline void plain_strip(const std::uint8_t* w, const float* x, int group, std::i
 template <int Rows>
 inline void paired_strip(const std::uint8_t* w, const std::uint32_t* x, int group, std::int64_t blocks, Floats* y) {
   constexpr int kPairs = kTile / 2, kBytes = tile_size(Format::bf16).tile;
-  const auto add = [](Floats sum, std::uint32_t pair, Words weights) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)),
-                                    (__m512bh)weights);
-  };
   Floats even_sum[Rows] = {}, odd_sum[Rows] = {};
   for (std::int64_t b = 0; b < blocks; ++b, x += group * kPairs, w += kBytes) {
     fetch_ahead(w, kBytes);
@@ -132,8 +128,8 @@ inline void paired_strip(const std::uint8_t* w, const std::uint32_t* x, int grou
       const Words even = load<Words>(w + 64 * pair), odd = load<Words>(w + 64 * pair + 64);
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
-        even_sum[m] = add(even_sum[m], x[kPairs * m + pair], even);
-        odd_sum[m] = add(odd_sum[m], x[kPairs * m + pair + 1], odd);
+        even_sum[m] = add_pairs(even_sum[m], x[kPairs * m + pair], even);
+        odd_sum[m] = add_pairs(odd_sum[m], x[kPairs * m + pair + 1], odd);
       }
     }
   }

@@ -66,9 +66,7 @@ std::int64_t bf16_products(std::int64_t rounds) {
   for (std::int64_t r = 0; r < rounds; ++r) {
     factor += 1;
 #pragma GCC unroll 16
-    for (int j = 0; j < kBoth; ++j)
-      sums[j] = (Floats)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)_mm512_set1_epi32(static_cast<int>(x[j])),
-                                         (__m512bh)factor);
+    for (int j = 0; j < kBoth; ++j) sums[j] = add_pairs(sums[j], x[j], factor);
   }
   Floats total = sums[0];
   for (int j = 1; j < kBoth; ++j) total += sums[j];

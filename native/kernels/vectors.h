@@ -136,6 +136,14 @@ inline std::uint16_t to_bf16(float x) {
   return static_cast<std::uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
 }
 
+#if defined(__AVX512BF16__)
+// sum[i] + the products of a pair of bfloat16 with the i-th pair of 16. Subnormal numbers count as zero.
+inline Floats add_pairs(Floats sum, std::uint32_t pair, Words pairs) {
+  const __m512i everywhere = _mm512_set1_epi32(static_cast<int>(pair));
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)everywhere, (__m512bh)pairs);
+}
+#endif
+
 #if defined(__AVX512F__)
 inline Floats convert(Ints v) { return __builtin_convertvector(v, Floats); }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from herd.architecture import LlamaConfig, tensor_shapes
 
 TEXT = Path(dataclasses.__file__).read_text() + "äöü é ß — ‘quoted’ “text” … 日本語 emoji 🦙 and 👩‍💻 " * 40
 MakeModel = Callable[..., Path]
-OnEachIsa = Callable[[str, object, Sequence[str]], dict[str, Any]]
+OnEachIsa = Callable[[str, object], dict[str, Any]]
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,13 +105,13 @@ def on_each_isa(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> O
     """
     from herd import _native
 
-    def run(script: str, cases: object, isas: Sequence[str]) -> dict[str, Any]:
+    def run(script: str, cases: object) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("isas")
         (folder / "cases").write_bytes(pickle.dumps(cases))
         (folder / "child.py").write_text(script)
         start = [sys.executable, str(repository / "tests" / "fuzz" / "sanitized.py"), _native.__file__, "--script"]
         results = {}
-        for isa in isas:
+        for isa in ISAS:
             command = [*start, *(str(folder / name) for name in ("child.py", "cases", isa))]
             subprocess.run(command, env={**os.environ, "HERD_ISA": isa}, check=True, timeout=500)
             used, values = pickle.loads((folder / isa).read_bytes())
@@ -119,3 +120,18 @@ def on_each_isa(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> O
         return results
 
     return run
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set for which the module's fixture `computed` has results."""
+    name: str = request.param
+    if name not in request.getfixturevalue("computed"):
+        pytest.skip(f"this processor has no {name}")
+    return name
+
+
+@pytest.fixture(scope="session")
+def bf16_isas() -> tuple[str, ...]:
+    """Those that multiply bfloat16 as such: weights with rounded inputs, a cache with rounded queries and weights."""
+    return "avx512_bf16", "amx"

@@ -30,7 +30,9 @@ SEEDED = {**GREEDY, "temperature": 1.1, "seed": 5, "top_logprobs": 2}
 Answer = tuple[list[int], list[float] | None, Any]
 
 # Weights and caches of every kind, and every pair of kinds in the slow test.
-KINDS = [("f32", "f32"), ("q8_0", "bf16"), ("q4_0", "int8"), ("q4_k_m", "bf16"), ("int4_g32", "bf16")]
+KINDS = [
+    ("f32", "f32"), ("bf16", "bf16"), ("q8_0", "bf16"), ("q4_0", "int8"), ("q4_k_m", "bf16"), ("int4_g32", "bf16")
+]  # fmt: skip
 ALL_KINDS = list(itertools.product(["f32", "bf16", "q8_0", "q4_0", "q4_k_m", "q2_k"], ["f32", "bf16", "int8"]))
 
 
@@ -214,18 +216,38 @@ def test_scores_and_vectors(wide: Path, kind: Any) -> None:
         stream.close()
 
 
-def test_every_architecture_in_a_crowd(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", [{"kv": "f32"}, {"quant": "bf16", "kv": "bf16"}], ids=["f32", "bf16"])
+def test_every_architecture_in_a_crowd(mixture: Path, how: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixtures of experts, chunks, layers without rotation: all that depends on the batch's make-up could show here."""
-    greedy, seeded = alone(mixture, kv="f32")
+    greedy, seeded = alone(mixture, **how)
     for threads in (1, 2):
-        with LLM(mixture, backend="native", threads=threads, kv="f32") as llm:
+        with LLM(mixture, backend="native", threads=threads, **how) as llm:
             assert answers(llm, PROMPTS * 3, **SEEDED) == seeded * 3
             assert answers(llm, PROMPTS[::-1], **GREEDY) == greedy[::-1]
     for pieces, rows in ((7, 512), (64, 5)):
         monkeypatch.setattr(scheduler, "PREFILL_TOKENS", pieces)
         monkeypatch.setattr(native_backend, "ROWS", rows)
-        with LLM(mixture, backend="native", threads=1, kv="f32") as llm:
+        with LLM(mixture, backend="native", threads=1, **how) as llm:
             assert answers(llm, PROMPTS, **SEEDED) == seeded
+
+
+@pytest.mark.parametrize(("quant", "kv"), [("f32", "f32"), ("bf16", "bf16"), ("q4_0", "int8")], ids="-".join)
+def test_texts_of_several_parts(
+    make_model: Callable[..., Path], quant: str, kv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The softmax over more than 256 keys is taken in parts."""
+    path, prompts = (
+        make_model(talkative=True, dim=64, head_dim=32, context_length=640),
+        prompts_of((250, 256, 257, 300, 530)),
+    )
+    greedy, seeded = alone(path, prompts, quant=quant, kv=kv)
+    for pieces, rows, draft in ((1024, 512, None), (7, 512, None), (64, 5, "ngram")):
+        monkeypatch.setattr(scheduler, "PREFILL_TOKENS", pieces)
+        monkeypatch.setattr(native_backend, "ROWS", rows)
+        with LLM(path, backend="native", quant=quant, kv=kv, threads=2, draft=draft) as llm:
+            for _ in range(2):  # the second time with pages that are remembered
+                assert answers(llm, prompts, **GREEDY) == greedy
+            assert answers(llm, prompts, **SEEDED) == seeded
 
 
 @pytest.mark.parametrize("draft", ["ngram", "model"])

@@ -24,8 +24,6 @@ torch = pytest.importorskip("torch")
 
 from herd.model import from_arrays  # noqa: E402
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
-BF16_ISAS = ("avx512_bf16", "amx")  # those that multiply a cache of bfloat16 with queries and weights rounded to it
 KVS = ("f32", "bf16", "int8")
 # Tokens of two sequences in each step: single ones and pieces, within chunks and a page and over their ends.
 PIECES = ((1, 13), (7, 1), (16, 1), (1, 1), (33, 40), (23, 6))
@@ -80,6 +78,8 @@ LLAMA4 = LlamaConfig(
 CASES: dict[str, tuple[LlamaConfig, str]] = {
     "dense": (ODD, "f32"),
     "Llama 4": (LLAMA4, "f32"),
+    "bf16": (WIDE, "bf16"),
+    "Llama 4 in bf16": (LLAMA4, "bf16"),
     "q4_k_m": (WIDE, "q4_k_m"),
     "int4_g128": (WIDE, "int4_g128"),
     "int4_g32": (WIDE, "int4_g32"),
@@ -132,15 +132,7 @@ def computed(
         model = MODELS[name]
         path = checkpoint.save(folder / name, config, model.arrays, format="hf", dtype="f32")
         cases[name] = str(path), quant, model.texts, model.change
-    return on_each_isa(CHILD, (cases, KVS, PIECES), ISAS)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, computed: dict[str, Any]) -> str:
-    name: str = request.param
-    if name not in computed:
-        pytest.skip(f"this processor has no {name}")
-    return name
+    return on_each_isa(CHILD, (cases, KVS, PIECES))
 
 
 @pytest.fixture(scope="module")
@@ -181,14 +173,18 @@ def test_a_step_is_that_of_float64(
         np.testing.assert_allclose(found, value, atol=1e-4, rtol=0, err_msg=f"{kind}; measured: 1.2e-5")
 
 
-@pytest.mark.parametrize("isa", ISAS[1:], indirect=True)
 @pytest.mark.parametrize("kv", KVS)
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_that_of_the_scalar_kernels(isa: str, name: str, kv: str, computed: dict[str, Any]) -> None:
+def test_a_step_is_that_of_the_scalar_kernels(
+    isa: str, name: str, kv: str, computed: dict[str, Any], bf16_isas: tuple[str, ...]
+) -> None:
     """Root mean square of the difference, in units of the values' own spread."""
+    if isa == "scalar":
+        pytest.skip("the others are held against it")
     for kind, value in computed["scalar"][name, kv].items():
         error = np.sqrt(((computed[isa][name, kv][kind] - value) ** 2).mean()) / value.std()
-        bound = BOUNDS[CASES[name][1] == "f32", kv]
-        if kv == "bf16" and isa in BF16_ISAS:
-            bound = 0.03  # measured: 0.017, of Llama 4
+        quant = CASES[name][1]
+        bound = BOUNDS[quant == "f32", kv]
+        if isa in bf16_isas and "bf16" in (kv, quant):  # measured, of Llama 4, where another expert may be chosen
+            bound = 0.25 if quant == "bf16" else 0.03  # 0.1, 0.017
         assert error <= bound, f"{kind}: {error:.1e}"

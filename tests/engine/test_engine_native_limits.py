@@ -176,6 +176,24 @@ def test_one_broken_token_harms_only_those_who_use_it(
             assert answer(llm, [5, 6, 8]) == before
 
 
+@pytest.mark.parametrize("kv", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_stood_before_a_broken_token_is_as_good_as_ever(tiny: Path, tmp_path: Path, kv: str, value: float) -> None:
+    """Rows of a page that is remembered were computed together with one that is no number."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["embed.weight"][77] = value
+
+    path, page = broken(tiny, tmp_path, change), [5 + i % 60 for i in range(64)]
+    with native(path, kv=kv) as llm:
+        before = answer(llm, [*page, 5])
+    with native(path, kv=kv) as llm:
+        with pytest.raises(HerdError, match="not numbers"):
+            llm.generate([*page, 77], **GREEDY)
+        again = llm.generate([*page, 5], **GREEDY)
+        assert again.timings.reused_tokens == 64 and (again.token_ids, again.logprobs) == before
+
+
 def test_cancelled_work_frees_its_pages(tiny: Path, expected: Any) -> None:
     with native(tiny) as llm:
         everything = free_pages(llm)

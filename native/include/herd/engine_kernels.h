@@ -67,8 +67,8 @@ struct EngineKernels {
   void (*swiglu)(const float* gate, const float* up, std::int64_t n, float* out);
   // Turns pairs (x[2j], x[2j+1]) of each head by the angles' cosines and sines.
   void (*rotate)(float* x, int heads, int head_dim, const float* cosine, const float* sine);
-  // The key and value of a token into the cache; `last`: it is the last one of its sequence so far.
-  void (*put)(const CachedHead& cache, std::int64_t token, const float* key, const float* value, bool last);
+  // The key and value of a token into the cache.
+  void (*put)(const CachedHead& cache, std::int64_t token, const float* key, const float* value);
   // softmax(q·k·scale)·v over the visible keys. `scratch` has attention_scratch(queries, width) floats.
   void (*attend)(const CachedHead& cache, const Queries& queries, float* scratch);
   // ln of the softmax of logits [n] at `target`.
