@@ -246,8 +246,10 @@ void pack_plain(const Matrix& w, const Byte* source, std::int64_t strip, Byte* o
     if (rows < kStrip || columns < kTile) std::memset(out, 0, kStrip * kTile * Size);
     for (int r = 0; r < rows; ++r) {
       const Byte* row = source + (r * w.columns + t * kTile) * Size;
-      for (int k = 0; k < columns; ++k)
-        std::memcpy(out + ((k / Run * kStrip + r) * Run + k % Run) * Size, row + k * Size, Size);
+      Byte* to = out + r * Run * Size;
+      int k = 0;
+      for (; k + Run <= columns; k += Run) std::memcpy(to + k * kStrip * Size, row + k * Size, Run * Size);
+      for (int i = 0; k + i < columns; ++i) std::memcpy(to + (k * kStrip + i) * Size, row + (k + i) * Size, Size);
     }
   }
 }
