@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from herd.engine.request import Sampling
 from herd.engine.sampler import (
     SamplerRow,
-    _candidates,
-    _truncate,
+    _invert,
+    _most_likely,
     fold_seed,
-    log_softmax,
     sample,
     uniform,
 )
@@ -26,6 +25,11 @@ def row(seed: int = 0, prompt: tuple[int, ...] = (), **options: object) -> Sampl
 
 def logits(n_rows: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, scale, (n_rows, vocabulary)).astype(np.float32)
+
+
+def log_softmax(logits_BV: np.ndarray) -> np.ndarray:
+    shifted = logits_BV.astype(np.float64) - logits_BV.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 def kept_by_transformers(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -90,26 +94,41 @@ def test_truncation_is_the_reference_rule() -> None:
     import torch
 
     for seed in range(20):
-        logits_BV = logits(1, 300, seed)
-        probs = torch.softmax(torch.from_numpy(logits_BV / np.float32(0.6)), dim=-1)
+        logits_V = logits(1, 300, seed)[0]
+        probs = torch.softmax(torch.from_numpy(logits_V / np.float32(0.6)), dim=-1)
         probs_sort, probs_idx = torch.sort(probs, dim=-1, descending=True)
         mask = torch.cumsum(probs_sort, dim=-1) - probs_sort > 0.9
-        reference = set(probs_idx[~mask].tolist())
-        weights = np.exp((logits_BV - logits_BV.max()) / np.float32(0.6))
-        ids, candidates = _candidates(weights, np.zeros(1, np.float32))
-        kept = _truncate(candidates, weights.sum(1), np.array([300]), np.array([0.9]), np.array([0.0]), 300)
-        assert set(ids[kept].tolist()) == reference
+        reference = probs_idx[~mask].tolist()
+        # From the most likely to the least, each as often as it is likely: the last one of all is the last one kept.
+        rows = [row(seed=s, temperature=0.6, top_p=0.9) for s in range(4000)]
+        drawn = {choice.token_id for choice in sample(np.repeat(logits_V[None], len(rows), axis=0), rows)}
+        assert drawn <= set(reference)
+        assert {i for i in reference if probs[i] > 0.005} <= drawn
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
-def test_candidates_are_in_order_with_ties_by_id(threshold: float) -> None:
-    weights_RV = np.random.default_rng(1).integers(0, 6, (50, 64)).astype(np.float32) / 5
-    ids_RC, weights_RC = _candidates(weights_RV, np.full(50, threshold, np.float32))
-    for weights_V, ids_C, weights_C in zip(weights_RV, ids_RC, weights_RC, strict=True):
-        expected = [i for i in np.argsort(-weights_V, kind="stable") if weights_V[i] >= threshold]
-        np.testing.assert_array_equal(ids_C[: len(expected)], expected)
-        np.testing.assert_array_equal(weights_C[: len(expected)], weights_V[expected])
-        assert not weights_C[len(expected) :].any()
+@pytest.mark.parametrize("n", [1, 3, 17, 64, 2000])
+@pytest.mark.parametrize("values", [2, 40, 10**6])
+def test_the_most_likely_tokens_are_in_order_with_ties_by_id(n: int, values: int) -> None:
+    gap_V = np.random.default_rng(values).integers(0, values, 2000).astype(np.float32) / 5
+    gap_V[::7] = np.inf
+    found = _most_likely(gap_V, n)
+    assert n <= len(found)
+    np.testing.assert_array_equal(found, np.argsort(gap_V, kind="stable")[: len(found)])
+    assert len(found) == len(gap_V) or gap_V[found[-1]] < np.sort(gap_V)[len(found)], "no token of the same gap is left"
+    if values == 10**6 and n <= 64:
+        assert len(found) <= 2 * n
+
+
+@pytest.mark.parametrize("n", [1, 2, 255, 256, 257, 3000])
+def test_a_draw_inverts_the_cumulative_distribution(n: int) -> None:
+    weights_C = np.random.default_rng(n).random(n).astype(np.float32)
+    weights_C[np.random.default_rng(1).random(n) < 0.6] = 0.0
+    weights_C[n // 2] = 1.0
+    cumulative = np.cumsum(weights_C.astype(np.float64)) / weights_C.sum(dtype=np.float64)
+    for u in (0.0, 0.1, 0.5, 0.9, 0.999, 1 - 2**-53):
+        index = _invert(weights_C, u)
+        assert weights_C[index] > 0
+        assert cumulative[index] >= u - 1e-12 and (index == 0 or cumulative[index - 1] <= u + 1e-12)
 
 
 def test_penalties_equal_transformers_and_the_openai_formula() -> None:
@@ -121,8 +140,7 @@ def test_penalties_equal_transformers_and_the_openai_formula() -> None:
     state = row(prompt=prompt, repetition_penalty=1.3, temperature=0.0)
     for token_id in generated:
         state.commit(token_id)
-    mine = logits_BV[0].copy()
-    state.modify(mine)
+    mine = state.modified(logits_BV[0])
     ids = torch.tensor([[*prompt, *generated]])
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, torch.from_numpy(logits_BV.copy()))[0].numpy()
     np.testing.assert_allclose(mine, theirs, rtol=1e-6)
@@ -130,8 +148,7 @@ def test_penalties_equal_transformers_and_the_openai_formula() -> None:
     state = row(prompt=prompt, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={9: 2.0, 7: -1.0})
     for token_id in generated:
         state.commit(token_id)
-    mine = logits_BV[0].copy()
-    state.modify(mine)
+    mine = state.modified(logits_BV[0])
     expected = logits_BV[0].copy()
     expected[7] -= 0.5 + 2 * 0.25 + 1.0
     expected[8] -= 0.5 + 0.25

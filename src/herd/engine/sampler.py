@@ -4,7 +4,9 @@ Steps for a row, in this order: penalties, logit bias, temperature, typical, top
 A row's outcome depends on the row's logits, its options, its seed and how many tokens it already has, and on nothing
 else: neither the other rows of the batch nor their order change it. So a request repeats alone or in a crowd.
 
-Shapes: B rows of a step, R the rows among them that draw, C candidates of a row, V vocabulary.
+Rows are taken one by one: what a row of 128,256 logits needs stays in the processor's cache.
+
+Shapes: B rows of a step, C candidates of a row, V vocabulary. A token's gap is best logit - its logit, 0 and up.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from herd.engine.request import Sampling
 from herd.errors import HerdError
 
 Floats = npt.NDArray[Any]
-Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_BLOCK = 256  # weights that are summed up together before one of them is chosen
 
 
 class BrokenLogits(HerdError):
@@ -70,9 +72,12 @@ class SamplerRow:
             self._generated[token_id] += 1
             self._seen.add(token_id)
 
-    def modify(self, logits_V: Floats) -> None:
-        """Apply penalties and logit bias to this row's own copy of the logits, touching only the tokens concerned."""
+    def modified(self, logits_V: Floats) -> Floats:
+        """The logits with penalties and logit bias applied: a copy, or themselves where nothing changes."""
         sampling = self.sampling
+        if not self.penalised and not sampling.logit_bias:
+            return logits_V
+        logits_V = logits_V.copy()
         if sampling.repetition_penalty != 1.0 and self._seen:
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
             seen = logits_V[ids]
@@ -85,6 +90,7 @@ class SamplerRow:
         if sampling.logit_bias:
             ids = np.fromiter(sampling.logit_bias.keys(), np.int64, len(sampling.logit_bias))
             logits_V[ids] += np.fromiter(sampling.logit_bias.values(), np.float32, len(ids))
+        return logits_V
 
 
 def sample(logits_BV: npt.NDArray[np.float32], rows: Sequence[SamplerRow]) -> list[Choice]:
@@ -92,43 +98,35 @@ def sample(logits_BV: npt.NDArray[np.float32], rows: Sequence[SamplerRow]) -> li
 
     Raises BrokenLogits, before anything is chosen, when rows hold logits that are no numbers.
     """
-    changed = [b for b, row in enumerate(rows) if row.penalised or row.sampling.logit_bias]
-    modified_BV = logits_BV
-    if changed:
-        modified_BV = logits_BV.copy()
-        for b in changed:
-            rows[b].modify(modified_BV[b])
-
-    ids_B = modified_BV.argmax(axis=1)  # of a row with a not-a-number, argmax finds that
-    best_B = modified_BV[np.arange(len(rows)), ids_B]
-    broken = np.flatnonzero(~np.isfinite(best_B))
-    if len(broken):
-        raise BrokenLogits(broken.tolist())
+    modified = [row.modified(logits_V) for logits_V, row in zip(logits_BV, rows, strict=True)]
+    ids = [int(logits_V.argmax()) for logits_V in modified]  # of a row with a not-a-number, argmax finds that
+    broken = [b for b, (logits_V, i) in enumerate(zip(modified, ids, strict=True)) if not np.isfinite(logits_V[i])]
+    if broken:
+        raise BrokenLogits(broken)
     drawing = [b for b, row in enumerate(rows) if row.sampling.temperature > 0.0]
     if drawing:
-        ids_B[drawing] = _draw(modified_BV[drawing], best_B[drawing], [rows[b] for b in drawing])
-
-    asked = [b for b, row in enumerate(rows) if row.sampling.wants_logprobs]
-    logprobs_BV = dict(zip(asked, log_softmax(logits_BV[asked]), strict=True)) if asked else {}
+        seeds = np.array([rows[b].seed for b in drawing], np.uint64)
+        counters = np.array([rows[b].n_generated for b in drawing], np.uint64)
+        for b, u in zip(drawing, uniform(seeds, counters).tolist(), strict=True):
+            ids[b] = _draw(modified[b], modified[b][ids[b]], rows[b].sampling, u)
     choices = []
-    for b, row in enumerate(rows):
-        token_id = int(ids_B[b])
+    for logits_V, row, token_id in zip(logits_BV, rows, ids, strict=True):
         row.commit(token_id)
-        if b in logprobs_BV:
-            logprobs_V = logprobs_BV[b]
-            top = _top(logprobs_V, row.sampling.top_logprobs) if row.sampling.top_logprobs else None
-            choices.append(Choice(token_id, float(logprobs_V[token_id]), top))
-        else:
-            choices.append(Choice(token_id))
+        wanted = row.sampling.wants_logprobs
+        choices.append(_with_logprobs(logits_V, token_id, row.sampling.top_logprobs) if wanted else Choice(token_id))
     return choices
 
 
-def log_softmax(logits_BV: Floats) -> npt.NDArray[np.float64]:
-    """Natural log-probabilities of each row, in float64."""
-    shifted_BV = logits_BV.astype(np.float64)
-    shifted_BV -= shifted_BV.max(axis=1, keepdims=True)
-    shifted_BV -= np.log(np.exp(shifted_BV).sum(axis=1, keepdims=True))
-    return shifted_BV
+def _with_logprobs(logits_V: Floats, token_id: int, n_top: int) -> Choice:
+    """The choice with natural log-probabilities in float64, its own and those of the `n_top` most likely tokens."""
+    best = logits_V.max()
+    exact_V = logits_V.astype(np.float64)
+    exact_V -= best
+    log_total = float(best) + float(np.log(np.exp(exact_V, out=exact_V).sum()))
+    with np.errstate(over="ignore"):
+        top_ids = _most_likely(best - logits_V, min(n_top, len(logits_V)))[:n_top].tolist() if n_top else []
+    top = [(i, float(logits_V[i]) - log_total) for i in top_ids]
+    return Choice(token_id, float(logits_V[token_id]) - log_total, top or None)
 
 
 def fresh_seed() -> int:
@@ -160,120 +158,88 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def _draw(logits_RV: Floats, best_R: Floats, rows: Sequence[SamplerRow]) -> Ints:
-    """One token per row by inverting the cumulative distribution of what the truncations leave."""
-    vocabulary = logits_RV.shape[1]
-    uniform_R = uniform(
-        np.array([row.seed for row in rows], np.uint64), np.array([row.n_generated for row in rows], np.uint64)
-    )
-    temperature_R = np.array([row.sampling.temperature for row in rows], np.float32)
-    top_k_R = np.array([min(row.sampling.top_k or vocabulary, vocabulary) for row in rows], np.int64)
-    top_p_R = np.array([row.sampling.top_p for row in rows])
-    min_p_R = np.array([row.sampling.min_p for row in rows])
-    with np.errstate(under="ignore", over="ignore"):  # tiny temperatures: far tokens become exp(-inf) = 0
-        weights_RV = np.exp((logits_RV - best_R[:, None]) / temperature_R[:, None])
+def _draw(logits_V: Floats, best: np.float32, sampling: Sampling, u: float) -> int:
+    """A token by inverting the cumulative distribution of what the truncations leave, at `u` in [0, 1).
 
-    for weights_V, row in zip(weights_RV, rows, strict=True):
-        if row.sampling.typical_p < 1.0:
-            _keep_typical(weights_V, row.sampling.typical_p)
+    Top-k comes first and renormalises; the nucleus cuts where cumsum - p > top_p (Llama 3 reference code).
+    """
+    vocabulary = len(logits_V)
+    temperature = np.float32(max(sampling.temperature, 1e-30))
+    with np.errstate(over="ignore", under="ignore"):  # far tokens of tiny temperatures: e^-inf is 0
+        gap_V = best - logits_V
+        if sampling.typical_p < 1.0:
+            _drop_untypical(gap_V, temperature, sampling.typical_p)
+        k = min(sampling.top_k or vocabulary, vocabulary)
+        if k < vocabulary:
+            ids_C = _most_likely(gap_V, k)[:k]
+            weights_C = np.exp(gap_V[ids_C] / -temperature)
+            cumulative_C = np.cumsum(weights_C, dtype=np.float64)
+            total = cumulative_C[-1]
+        else:
+            weights_V = gap_V / -temperature
+            np.exp(weights_V, out=weights_V)
+            if sampling.top_p >= 1.0:  # no order is needed: draw as the vocabulary stands
+                if sampling.min_p > 0.0:
+                    weights_V[weights_V < sampling.min_p * weights_V.max()] = 0.0
+                return _invert(weights_V, u)
+            total = weights_V.sum(dtype=np.float64)
+            n = 4
+            while True:  # the nucleus is mostly a few tokens; those not looked at follow behind it
+                n = min(16 * n, vocabulary)
+                ids_C = _most_likely(gap_V, n)
+                weights_C = weights_V[ids_C]
+                cumulative_C = np.cumsum(weights_C, dtype=np.float64)
+                if cumulative_C[-1] > sampling.top_p * total or n == vocabulary:
+                    break
+    kept_C = (cumulative_C - weights_C <= sampling.top_p * total) & (weights_C >= sampling.min_p * weights_C[0])
+    return int(ids_C[_invert(weights_C[kept_C], u)])
 
-    ids_R = np.empty(len(rows), np.int64)
-    unordered_R = (top_k_R == vocabulary) & (top_p_R >= 1.0)
-    plain = np.flatnonzero(unordered_R)  # without top-k and nucleus no order is needed: draw as the vocabulary stands
-    if len(plain):
-        weights_PV = weights_RV[plain]
-        weights_PV[weights_PV < min_p_R[plain, None]] = 0.0  # the most likely token's weight is exactly 1
-        ids_R[plain] = _invert(weights_PV, uniform_R[plain])
-    ranked = np.flatnonzero(~unordered_R)
-    if len(ranked):
-        weights_RV, top_k_R, top_p_R, min_p_R = weights_RV[ranked], top_k_R[ranked], top_p_R[ranked], min_p_R[ranked]
-        total_R = weights_RV.sum(axis=1, dtype=np.float64)
-        ids_RC, weights_RC = _candidates(weights_RV, _threshold(weights_RV, total_R, top_k_R, top_p_R, min_p_R))
-        kept_RC = _truncate(weights_RC, total_R, top_k_R, top_p_R, min_p_R, vocabulary)
-        picked_R = _invert(np.where(kept_RC, weights_RC, 0.0), uniform_R[ranked])
-        ids_R[ranked] = ids_RC[np.arange(len(ranked)), picked_R]
-    return ids_R
 
-
-def _keep_typical(weights_V: Floats, typical_p: float) -> None:
+def _drop_untypical(gap_V: Floats, temperature: np.float32, typical_p: float) -> None:
     """Leave the tokens whose surprise -ln p is nearest to its mean, as few as reach the mass `typical_p`; in place.
 
     Locally typical sampling (Meister et al., arXiv 2202.00666), at least one token.
     """
+    weights_V = np.exp(gap_V / -temperature)
     ids = np.flatnonzero(weights_V)
     p = weights_V[ids].astype(np.float64)
     p /= p.sum()
     surprise = -np.log(p)
     order = np.lexsort((ids, np.abs(surprise - (p * surprise).sum())))  # ties by smaller id
     before = np.cumsum(p[order]) - p[order]
-    weights_V[ids[order[before >= typical_p]][int(typical_p == 0.0) :]] = 0.0
+    kept = ids[order[: max(1, int(np.count_nonzero(before < typical_p)))]]
+    gap_of_kept = gap_V[kept]
+    gap_V.fill(np.inf)
+    gap_V[kept] = gap_of_kept
 
 
-def _threshold(
-    weights_RV: Floats, total_R: Floats, top_k_R: Ints, top_p_R: Floats, min_p_R: Floats
-) -> npt.NDArray[np.float32]:
-    """A weight per row below which nothing can be kept, so that only the rest needs sorting.
+def _most_likely(gap_V: Floats, n: int) -> Ints:
+    """Ids of the `n` tokens with the smallest gap to the most likely one, and perhaps more, in order; ties by id.
 
-    With top-k: the k-th largest weight. With a nucleus alone: all tokens lighter than (1 - top_p) * total / V weigh
-    less than (1 - top_p) * total together, so the mass before each of them is above top_p.
+    The n-th smallest of the minima of groups is a gap that n tokens are within, and few more, at the cost of one pass.
+    The bits of a float32 that is not negative order like the number, so (bits, id) is a key without ties.
     """
-    vocabulary = weights_RV.shape[1]
-    threshold_R: Floats = 0.999 * np.maximum(
-        (1.0 - top_p_R) * total_R / vocabulary, min_p_R
-    )  # 0.999: safe against rounding
-    for k in set(top_k_R.tolist()) - {vocabulary}:
-        chosen = np.flatnonzero(top_k_R == k)
-        threshold_R[chosen] = np.partition(weights_RV[chosen], vocabulary - k, axis=1)[:, vocabulary - k]
-    return threshold_R.astype(np.float32)
+    groups = 4 * n
+    height = len(gap_V) // groups
+    smallest = gap_V[: height * groups].reshape(height, groups).min(axis=0) if height > 1 else gap_V
+    ids = np.flatnonzero(gap_V <= np.partition(smallest, n - 1)[n - 1])
+    keys = gap_V[ids].view(np.uint32).astype(np.uint64) << np.uint64(32) | ids.astype(np.uint64)
+    keys.sort()
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def _candidates(weights_RV: npt.NDArray[np.float32], threshold_R: npt.NDArray[np.float32]) -> tuple[Ints, Floats]:
-    """Ids and weights of the tokens at or above each row's threshold, largest first, ties by smaller id.
-
-    Rows are padded with weight 0 to the width of the longest. The bits of a float32 that is not negative order like the
-    number; so (inverted bits, id) as one uint64 is a key without ties, and the order never depends on how it is sorted.
-    """
-    n_rows, vocabulary = weights_RV.shape
-    flat = np.flatnonzero(weights_RV >= threshold_R[:, None])
-    row, ids = np.divmod(flat, vocabulary)
-    counts_R = np.bincount(row, minlength=n_rows)
-    column = np.arange(len(flat)) - (np.cumsum(counts_R) - counts_R)[row]
-    bits = weights_RV.ravel()[flat].view(np.uint32)
-    keys_RC = np.full((n_rows, counts_R.max()), ~np.uint64(0))  # padding: the bits of weight 0, after all tokens
-    keys_RC[row, column] = ((~bits).astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
-    keys_RC.sort(axis=1)
-    weights_RC = (~(keys_RC >> np.uint64(32)).astype(np.uint32)).view(np.float32)
-    return (keys_RC & np.uint64(0xFFFFFFFF)).astype(np.int64), weights_RC.astype(np.float64)
+def _invert(weights_C: Floats, u: float) -> int:
+    """Index of the first weight at which the running sum exceeds u times the whole: by blocks, then one by one."""
+    starts = np.arange(0, len(weights_C), _BLOCK)
+    sums = np.add.reduceat(weights_C, starts, dtype=np.float64)
+    cumulative = np.cumsum(sums)
+    block, left = _first_above(cumulative, u * cumulative[-1]), u * cumulative[-1]
+    if block:
+        left -= cumulative[block - 1]
+    inside = np.cumsum(weights_C[_BLOCK * block : _BLOCK * (block + 1)], dtype=np.float64)
+    return _BLOCK * block + _first_above(inside, left)
 
 
-def _truncate(
-    weights_RC: Floats, total_R: Floats, top_k_R: Ints, top_p_R: Floats, min_p_R: Floats, vocabulary: int
-) -> Bools:
-    """Which candidates (largest first) stay. `total_R` is the weight of the whole vocabulary.
-
-    Top-k comes first and renormalises; the nucleus cuts where cumsum - p > top_p (Llama 3 reference code). Sums are
-    running sums, so that the padding a crowd brings changes no bit.
-    """
-    cumulative_RC = np.cumsum(weights_RC, axis=1)
-    width = weights_RC.shape[1]
-    within_k_RC = np.arange(width) < top_k_R[:, None]
-    mass_of_k_R = cumulative_RC[np.arange(len(top_k_R)), np.minimum(top_k_R, width) - 1]
-    mass_R = np.where(top_k_R < vocabulary, mass_of_k_R, total_R)
-    kept_RC: Bools = within_k_RC & (cumulative_RC - weights_RC <= (top_p_R * mass_R)[:, None])
-    return kept_RC & (weights_RC >= min_p_R[:, None] * weights_RC[:, :1]) & (weights_RC > 0)
-
-
-def _invert(weights_RC: Floats, uniform_R: Floats) -> Ints:
-    """Index of the first candidate whose cumulative weight exceeds uniform * total."""
-    cumulative_RC = np.cumsum(weights_RC, axis=1, dtype=np.float64)
-    index_R = (cumulative_RC <= (uniform_R * cumulative_RC[:, -1])[:, None]).sum(axis=1)
-    last_R = weights_RC.shape[1] - 1 - (weights_RC[:, ::-1] > 0).argmax(axis=1)  # against rounding at the very end
-    clipped_R: Ints = np.minimum(index_R, last_R)
-    return clipped_R
-
-
-def _top(logprobs_V: npt.NDArray[np.float64], n: int) -> list[tuple[int, float]]:
-    n = min(n, len(logprobs_V))
-    ids = np.argpartition(logprobs_V, -n)[-n:]
-    ids = ids[np.lexsort((ids, -logprobs_V[ids]))]
-    return [(int(i), float(logprobs_V[i])) for i in ids]
+def _first_above(cumulative: Floats, target: float) -> int:
+    """Index of the first running sum above the target; rounding may lift it to the last one: then where that begins."""
+    return int(min(np.searchsorted(cumulative, target, "right"), np.searchsorted(cumulative, cumulative[-1], "left")))
