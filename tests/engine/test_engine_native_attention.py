@@ -26,6 +26,7 @@ CASES = [
     (64, 5, 513, 20, 300, 32),  # windows that begin within a tile of keys
     (80, 3, 256, 33, 0, 16),
     (72, 40, 255, 2, 24, 16),
+    (64, 4, 270, 20, 24, 16),  # rows whose window begins behind all keys that are taken first
     (40, 2, 17, 17, 0, 16),
     (18, 3, 65, 65, 24, 48),
     (2, 1, 31, 31, 0, 16),
@@ -64,7 +65,7 @@ for i, (keys, values, queries, chunk, page_tokens) in enumerate(cases):
             until = tokens - rows + t + 1
             alone.append(attend(cache, pages, keys[:until], values[:until], queries[t : t + 1], chunk))
         broken = {}
-        for name, number in {"nan": np.nan, "inf": np.inf}.items():
+        for name, number in {"nan": np.nan, "inf": np.inf, "too large for bfloat16": 3.4e38}.items():
             unusable = values.copy()
             unusable[tokens - rows // 2 - 1, width // 2] = number
             broken[name] = attend(cache, pages, keys, unusable, queries, chunk)

@@ -27,6 +27,7 @@ Floats = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_LARGEST = float(np.finfo(np.float32).max)
 _BLOCK = 256  # weights that are summed up together before one of them is chosen
 
 
@@ -80,9 +81,9 @@ class SamplerRow:
         logits_V = logits_V.copy()
         if sampling.repetition_penalty != 1.0 and self._seen:
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
-            seen = logits_V[ids]
-            penalty = np.float32(sampling.repetition_penalty)
-            logits_V[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+            seen = logits_V[ids].astype(np.float64)
+            penalised = np.where(seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty)
+            logits_V[ids] = np.where(np.isfinite(seen), np.clip(penalised, -_LARGEST, _LARGEST), seen)
         if self._generated and (sampling.presence_penalty or sampling.frequency_penalty):
             ids = np.fromiter(self._generated.keys(), np.int64, len(self._generated))
             counts = np.fromiter(self._generated.values(), np.float32, len(self._generated))
@@ -123,10 +124,12 @@ def _with_logprobs(logits_V: Floats, token_id: int, n_top: int) -> Choice:
     exact_V = logits_V.astype(np.float64)
     exact_V -= best
     log_total = float(best) + float(np.log(np.exp(exact_V, out=exact_V).sum()))
-    with np.errstate(over="ignore"):
-        top_ids = _most_likely(best - logits_V, min(n_top, len(logits_V)))[:n_top].tolist() if n_top else []
-    top = [(i, float(logits_V[i]) - log_total) for i in top_ids]
-    return Choice(token_id, float(logits_V[token_id]) - log_total, top or None)
+    top = None
+    if n_top:
+        ids = _most_likely(_gap(logits_V, best), min(n_top, len(logits_V)))
+        ids = ids[np.lexsort((ids, -logits_V[ids]))][:n_top]  # different logits may have the same gap
+        top = [(i, float(logits_V[i]) - log_total) for i in ids.tolist()]
+    return Choice(token_id, float(logits_V[token_id]) - log_total, top)
 
 
 def fresh_seed() -> int:
@@ -166,7 +169,7 @@ def _draw(logits_V: Floats, best: np.float32, sampling: Sampling, u: float) -> i
     vocabulary = len(logits_V)
     temperature = np.float32(max(sampling.temperature, 1e-30))
     with np.errstate(over="ignore", under="ignore"):  # far tokens of tiny temperatures: e^-inf is 0
-        gap_V = best - logits_V
+        gap_V = _gap(logits_V, best)
         if sampling.typical_p < 1.0:
             _drop_untypical(gap_V, temperature, sampling.typical_p)
         k = min(sampling.top_k or vocabulary, vocabulary)
@@ -189,10 +192,13 @@ def _draw(logits_V: Floats, best: np.float32, sampling: Sampling, u: float) -> i
                 ids_C = _most_likely(gap_V, n)
                 weights_C = weights_V[ids_C]
                 cumulative_C = np.cumsum(weights_C, dtype=np.float64)
-                if cumulative_C[-1] > sampling.top_p * total or n == vocabulary:
+                lightest = weights_C[-1]  # what was not looked at is no heavier
+                whole = n == vocabulary or len(ids_C) < n or lightest == 0.0
+                if whole or cumulative_C[-1] > sampling.top_p * total or lightest < sampling.min_p * weights_C[0]:
                     break
     kept_C = (cumulative_C - weights_C <= sampling.top_p * total) & (weights_C >= sampling.min_p * weights_C[0])
-    return int(ids_C[_invert(weights_C[kept_C], u)])
+    cumulative_C = cumulative_C[: np.count_nonzero(kept_C)]
+    return int(ids_C[_first_above(cumulative_C, u * cumulative_C[-1])])
 
 
 def _drop_untypical(gap_V: Floats, temperature: np.float32, typical_p: float) -> None:
@@ -213,8 +219,16 @@ def _drop_untypical(gap_V: Floats, temperature: np.float32, typical_p: float) ->
     gap_V[kept] = gap_of_kept
 
 
+def _gap(logits_V: Floats, best: np.float32) -> Floats:
+    """What each logit lacks of the best one: 0 and up, and never -0."""
+    with np.errstate(over="ignore"):
+        gap_V: Floats = best - logits_V
+    gap_V += np.float32(0.0)
+    return gap_V
+
+
 def _most_likely(gap_V: Floats, n: int) -> Ints:
-    """Ids of the `n` tokens with the smallest gap to the most likely one, and perhaps more, in order; ties by id.
+    """Ids of the `n` tokens with the smallest gap, and perhaps more, in order, ties by id; none with an infinite one.
 
     The n-th smallest of the minima of groups is a gap that n tokens are within, and few more, at the cost of one pass.
     The bits of a float32 that is not negative order like the number, so (bits, id) is a key without ties.
@@ -222,7 +236,8 @@ def _most_likely(gap_V: Floats, n: int) -> Ints:
     groups = 4 * n
     height = len(gap_V) // groups
     smallest = gap_V[: height * groups].reshape(height, groups).min(axis=0) if height > 1 else gap_V
-    ids = np.flatnonzero(gap_V <= np.partition(smallest, n - 1)[n - 1])
+    bound = np.partition(smallest, n - 1)[n - 1]
+    ids = np.flatnonzero(gap_V <= min(bound, _LARGEST))
     keys = gap_V[ids].view(np.uint32).astype(np.uint64) << np.uint64(32) | ids.astype(np.uint64)
     keys.sort()
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
