@@ -97,6 +97,30 @@ def test_several_in_one_batch(tiny: Path, tmp_path: Path) -> None:
             assert (completion.token_ids, completion.logprobs) == (alone[key].token_ids, alone[key].logprobs)
 
 
+def test_unloaded_and_loaded_again(tiny: Path, tmp_path: Path) -> None:
+    """Another adapter under the same name finds nothing of the first one's cache; what runs keeps what it needs."""
+    first, second = (write_adapter(tmp_path / str(i), tiny, ALL, 4 + i) for i in range(2))
+    with LLM(tiny, backend="native") as llm:
+        llm.load_adapter(second, "a")
+        expected = ask(llm, PROMPTS[2], "a").logprobs
+    with LLM(tiny, backend="native") as llm:
+        llm.load_adapter(first, "a")
+        assert ask(llm, PROMPTS[2], "a").logprobs != expected
+        stream = llm.stream(PROMPTS[0], max_tokens=9, ignore_eos=True, adapter="a")
+        late = llm.stream(PROMPTS[0], max_tokens=9, adapter="a")
+        next(stream)
+        with pytest.raises(UsageError, match="running"):
+            llm.unload_adapter("a")
+        stream.close()
+        llm.unload_adapter("a")
+        for use in (lambda: next(late), lambda: ask(llm, PROMPTS[0], "a"), lambda: llm.unload_adapter("a")):
+            with pytest.raises(UsageError, match="no such adapter"):
+                use()
+        llm.load_adapter(second, "a")
+        again = ask(llm, PROMPTS[2], "a")
+        assert again.logprobs == expected and again.timings.reused_tokens == 0
+
+
 def test_a_mixture_takes_changes_to_its_shared_network(make_model: Callable[..., Path], tmp_path: Path) -> None:
     changes = {"moe": MoeConfig(n_experts=3, ffn_dim=96), "generation": "llama4", "tied_embeddings": False}
     model = make_model(**changes)

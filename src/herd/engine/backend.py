@@ -72,6 +72,9 @@ class Backend(Protocol):
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Make a low-rank adapter known by a name. Raises HerdError when this backend cannot apply it."""
 
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter that no reserved sequence has."""
+
     def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
         """A new sequence of up to `capacity` tokens; None when there is no room before another is released.
 

@@ -143,6 +143,17 @@ class LLM:
             self._open().load_adapter(name, read_adapter(path, self.config))
             self._adapters.add(name)
 
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter. Raises UsageError when there is none of this name, or while requests with it run."""
+        with self._lock:
+            self._check_adapter(name)
+            if self._scheduler.uses_adapter(name):
+                raise UsageError(
+                    "requests with this adapter are running", value=name, fix="let them end, or close them"
+                )
+            self._open().unload_adapter(name)
+            self._adapters.remove(name)
+
     @overload
     def generate(self, prompt: Prompt, *, n: Literal[1] = 1, **options: Unpack[SamplingOptions]) -> Completion: ...
 
@@ -308,6 +319,7 @@ class LLM:
         sequences: dict[tuple[int, int], LiveSequence] = {}
         try:
             with self._lock:
+                self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
                 # Longest first: the cache gets its final shape at once, and prompts of like length enter together.
                 for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
                     seed = fresh_seed() if sampling.seed is None else sampling.seed
@@ -335,6 +347,7 @@ class LLM:
             chunks: deque[Chunk] = deque()
             with self._lock:
                 self._open()
+                self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
                 sequence = self._scheduler.add(
                     prompt,
                     sampling,
@@ -409,10 +422,7 @@ class LLM:
         needed = len(prompt) + (sampling.max_tokens or 1)
         if needed > self.context:
             raise ContextLengthExceeded(needed, self.context)
-        if sampling.adapter is not None and sampling.adapter not in self._adapters:
-            raise UsageError(
-                "no such adapter", value=sampling.adapter, allowed=", ".join(sorted(self._adapters)) or "none is loaded"
-            )
+        self._check_adapter(sampling.adapter)
         if sampling.logit_bias and max(sampling.logit_bias) >= self.config.vocab_size:
             raise UsageError(
                 "logit_bias names a token the model does not have",
@@ -420,6 +430,11 @@ class LLM:
                 allowed=f"0 to {self.config.vocab_size - 1}",
             )
         return sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(prompt))
+
+    def _check_adapter(self, name: str | None) -> None:
+        if name is not None and name not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none is loaded"
+            raise UsageError("no such adapter", value=name, allowed=known)
 
     def _windows(self, length: int, overlap: int | None) -> Iterator[tuple[int, int]]:
         """(start of window, first token that is scored in it): together they score tokens 1.. once each."""

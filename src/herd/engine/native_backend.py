@@ -98,6 +98,11 @@ class NativeBackend:
             raise HerdError(f"this adapter cannot be applied: {error}", value=name) from None
         self._adapters[name] = number
 
+    def unload_adapter(self, name: str) -> None:
+        assert self._engine is not None
+        # Its number is not given again, so what the cache remembers of it is found by nobody.
+        self._engine.remove_adapter(self._adapters.pop(name))
+
     def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
         if len(self._sequences) == self.max_sequences:
             return None

@@ -190,6 +190,9 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._waiting and not self._running
 
+    def uses_adapter(self, name: str) -> bool:
+        return any(sequence.sampling.adapter == name for sequence in [*self._running, *self._waiting])
+
     def step(self) -> None:
         """Advance every sequence that has a place by one token or one piece of its prompt.
 
