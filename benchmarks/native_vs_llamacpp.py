@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -188,10 +189,8 @@ def compare(path: Path, format_name: str, options: argparse.Namespace) -> dict[s
     fitting = [case for case in cases if case.context <= facts.config.context_length]
     values: dict[tuple[Case, str], list[float]] = {}
     failed: dict[tuple[Case, str], str] = {}
-    machine: list[measure.Limits] = []
+    machine: dict[Case, list[measure.Limits]] = {case: [] for case in fitting}
     for turn in range(options.rounds):
-        limits = json.loads(run(herd_command(CASES["decode"], path, options.threads, "limits"))[0])
-        machine.append(measure.Limits(**limits))
         for case in fitting:
             commands = {"herd": herd_command(case, path, options.threads)} | llama_commands(case, path, options)
             for who in sorted(commands, reverse=turn % 2 == 1, key=lambda who: who != "herd"):
@@ -199,6 +198,9 @@ def compare(path: Path, format_name: str, options: argparse.Namespace) -> dict[s
                     continue
                 status(f"{format_name}, round {turn + 1} of {options.rounds}: {TEXTS[case.name]}, {who} …")
                 read = json.loads if who == "herd" else read_llama
+                if who == "herd":  # right before: what the memory gives changes from one minute to the next
+                    limits = json.loads(run(herd_command(case, path, options.threads, "limits"))[0])
+                    machine[case].append(measure.Limits(**limits))
                 try:
                     values.setdefault((case, who), []).append(value_of(case, commands[who], read))
                 except HerdError as error:
@@ -206,58 +208,55 @@ def compare(path: Path, format_name: str, options: argparse.Namespace) -> dict[s
                         raise
                     failed[case, who] = str(error)
     status("")
-    best = machine[0]
-    for other in machine[1:]:
-        best = best.best(other)
-    spreads = {key: measure.spread(found) for key, found in values.items() if key not in failed}
+    values = {key: found for key, found in values.items() if key not in failed}
     return {
         "format": format_name,
         "file": path.name,
         "bytes": path.stat().st_size,
         "threads": options.threads,
-        "limits": asdict(best),
-        "rows": [row(case, spreads, facts, best) for case in fitting],
+        "rows": [row(case, values, facts, machine[case]) for case in fitting],
         "skipped": [f"{TEXTS[case.name]}: beyond the model's context" for case in cases if case not in fitting]
         + [f"{TEXTS[case.name]}, llama.cpp, {who}: {why}" for (case, who), why in failed.items()],
     }
 
 
 def row(
-    case: Case, spreads: dict[tuple[Case, str], measure.Spread], facts: measure.Work, machine: measure.Limits
+    case: Case, values: dict[tuple[Case, str], list[float]], facts: measure.Work, machine: list[measure.Limits]
 ) -> dict[str, Any]:
-    """Herd, the best of the other's settings, their ratio, and Herd's shares of the machine's limits."""
-    ours = spreads[case, "herd"]
+    """Herd, the best of the other's settings, their ratio, and Herd's shares of the machine's limits at that time."""
+    spreads = {who: measure.spread(found) for (which, who), found in values.items() if which is case}
+    ours = spreads.pop("herd")
     higher = case.unit == "tok/s"
-    peers = {who: found for (which, who), found in spreads.items() if which is case and who != "herd"}
     result: dict[str, Any] = {"what": case.name, "unit": case.unit, "herd": asdict(ours)}
-    if peers:
-        who = (max if higher else min)(peers, key=lambda name: peers[name].median)
-        ratio = ours.median / peers[who].median
-        result |= {"llama.cpp": asdict(peers[who]), "setting": who, "ratio": ratio if higher else 1 / ratio}
-        result["settings"] = {name: found.median for name, found in peers.items()}
+    if spreads:
+        who = (max if higher else min)(spreads, key=lambda name: spreads[name].median)
+        ratio = ours.median / spreads[who].median
+        result |= {"llama.cpp": asdict(spreads[who]), "setting": who, "ratio": ratio if higher else 1 / ratio}
+        result["settings"] = {name: found.median for name, found in spreads.items()}
+    result["limits"] = {name: statistics.median(getattr(m, name) for m in machine) for name in asdict(machine[0])}
     if higher:
         sizes = {"prompt": case.prompt, "batch": case.batch, "depth": case.depth, "steps": case.steps}
-        read, computed = measure.shares(facts, machine, ours.median, **sizes)
-        result |= {"share_of_bandwidth": read, "share_of_peak": computed}
+        shares = [
+            measure.shares(facts, limits, speed, **sizes)
+            for limits, speed in zip(machine, values[case, "herd"], strict=True)
+        ]
+        for name, found in zip(("share_of_bandwidth", "share_of_peak"), zip(*shares, strict=True), strict=True):
+            result[name] = None if None in found else statistics.median(found)
     return result
 
 
 def show(result: dict[str, Any]) -> None:
     """A table for people."""
-    limits = result["limits"]
     print(f"\n### {result['file']}: {result['bytes'] / 1e6:,.1f} MB, threads: {result['threads']}\n")
-    print(
-        f"The machine reads {limits['bandwidth'] / 1e9:.1f} GB/s and computes {limits['int8'] / 1e9:,.0f} (int8) or "
-        f"{limits['f32'] / 1e9:,.0f} (f32) billion operations a second.\n"
-    )
-    print("| what | herd | low to high | llama.cpp | low to high | setting | ratio | of bandwidth | of peak |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| what | herd | low to high | llama.cpp | low to high | setting | ratio | of bandwidth | of peak | memory |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for line in result["rows"]:
         peer = cells(line["llama.cpp"], line["unit"]) if "llama.cpp" in line else ["", ""]
         ratio = f"{line['ratio']:.2f}×" if "ratio" in line else ""
         parts = [line.get("share_of_bandwidth"), line.get("share_of_peak")]
         found = [TEXTS[line["what"]], *cells(line["herd"], line["unit"]), *peer, line.get("setting", ""), ratio]
-        print("| " + " | ".join(found + ["" if part is None else f"{part:.0%}" for part in parts]) + " |")
+        shares = ["" if part is None else f"{part:.0%}" for part in parts]
+        print("| " + " | ".join([*found, *shares, f"{line['limits']['bandwidth'] / 1e9:.1f} GB/s"]) + " |")
     for text in result["skipped"]:
         print(f"\nskipped {text}")
     sys.stdout.flush()
