@@ -38,7 +38,8 @@ bool tiles_granted() {
   constexpr int kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   std::map<std::string, bool> has;
   for (const auto& [name, present] : cpu_features()) has[name] = present;
-  return has["amx_tile"] && has["amx_int8"] && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+  return has["amx_tile"] && has["amx_int8"] && has["amx_bf16"] &&
+         syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
 #else
   return false;
 #endif

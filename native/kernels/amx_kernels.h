@@ -1,7 +1,9 @@
-// Products of one strip of quantised weights with eight rows and more, in AMX tiles.
+// Products of one strip in AMX tiles: of quantised weights with eight rows and more, of bfloat16 ones with all rows.
 //
-// A tile product gives a block's exact sums of eight rows at once; what follows in floating point is what
-// quantised_strip does, in the same order, so that a row's bits are the same there and here.
+// A tile product of bytes gives a block's exact sums of eight rows at once; what follows in floating point is what
+// quantised_strip does, in the same order, so that a row's bits are the same there and here. One of bfloat16 adds up a
+// block's even and its odd columns, and then both to what was there: an order of its own, so that one row takes the
+// same way as many.
 #pragma once
 
 #include "tile_formats.h"
@@ -42,6 +44,11 @@ inline void store_tile(void* p) {
 template <int To, int Inputs, int Weights>
 inline void add_tile_products() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(To), "i"(Inputs), "i"(Weights));
+}
+
+template <int To, int Inputs, int Weights>
+inline void add_bf16_products() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(To), "i"(Inputs), "i"(Weights));
 }
 
 constexpr int kUnpacked = 8;  // blocks whose codes are unpacked at a time: those of a super-block
@@ -143,6 +150,54 @@ int tiled_strip(const std::uint8_t* strip, const Panel& x, const Put& put) {
   }
   release_tiles();  // a thread whose tiles are in use takes longer to switch to
   return rows;
+}
+
+// bfloat16: a tile of weights is one as it lies in memory, 16 pairs of columns of 16 rows. Registers: 0 to 3 have the
+// sums of a group of rows each, 4 and 5 inputs, 6 weights.
+constexpr TileShapes bf16_tile_shapes(int rows) {
+  TileShapes shapes;
+  for (int t = 0; t < 7; ++t)
+    shapes.rows[t] = static_cast<std::uint8_t>(t < 6 ? rows : kTile / 2), shapes.row_bytes[t] = 64;
+  return shapes;
+}
+
+// y = the products of up to four groups of `rows` rows.
+template <int Groups>
+void multiply_bf16(const std::uint8_t* w, const std::uint8_t* x, int rows, std::int64_t blocks, Floats* y) {
+  constexpr int kBytes = tile_size(Format::bf16).tile;
+  const std::int64_t block = rows * block_bytes(Inputs::bf16), next = blocks * block;
+  clear_tile<0>();
+  if constexpr (Groups == 4) clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+  for (std::int64_t b = 0; b < blocks; ++b, w += kBytes, x += block) {
+    fetch_ahead(w, kBytes);
+    load_tile<6>(w);
+    load_tile<4>(x);
+    add_bf16_products<0, 4, 6>();
+    if constexpr (Groups == 4) {
+      load_tile<5>(x + next);
+      add_bf16_products<1, 5, 6>();
+      load_tile<4>(x + 2 * next);
+      add_bf16_products<2, 4, 6>();
+      load_tile<5>(x + 3 * next);
+      add_bf16_products<3, 5, 6>();
+    }
+  }
+  store_tile<0>(y);
+  if constexpr (Groups == 4) store_tile<1>(y + rows), store_tile<2>(y + 2 * rows), store_tile<3>(y + 3 * rows);
+}
+
+template <class Put>
+void tiled_bf16_strip(const std::uint8_t* strip, const Panel& x, const Put& put) {
+  Floats out[32];
+  for (int first = 0, shaped = 0; first < x.rows;) {
+    const Panel::Group group = x.group_of(first);
+    if (group.size != shaped) set_shapes(bf16_tile_shapes(shaped = group.size));
+    const int count = x.rows - first >= 32 ? 32 : group.size;
+    (count == 32 ? multiply_bf16<4> : multiply_bf16<1>)(strip, x.group(group), group.size, x.blocks, out);
+    put(first, count, out);
+    first += count;
+  }
+  release_tiles();
 }
 
 }  // namespace

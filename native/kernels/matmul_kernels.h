@@ -181,6 +181,7 @@ void strip_of_panel(const Matrix& w, std::int64_t index, const Panel& x, float* 
   };
   int first = 0;
 #if defined(HERD_AMX)
+  if constexpr (inputs_of(F::kFormat) == Inputs::bf16) return tiled_bf16_strip(strip, x, put_rows);
   if constexpr (inputs_of(F::kFormat) == Inputs::int8) first = tiled_strip<F>(strip, x, put_rows);
 #endif
   while (first < x.rows) {

@@ -1,4 +1,5 @@
-// The AMX kernels against the AVX-512 VNNI ones, bit for bit, on a processor without AMX.
+// The AMX kernels on a processor without AMX: those of bytes against the AVX-512 VNNI ones, bit for bit, those of
+// bfloat16 against float64, and rows together against each row alone.
 //
 // Such a processor refuses every tile instruction with a signal. The handler here does what the instruction would have
 // done and goes on behind it: what is tested is the machine code that processors with AMX run, which do so themselves.
@@ -8,6 +9,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -47,13 +49,44 @@ void configure(const void* p) {
   }
 }
 
+struct ProductShape {
+  int rows, columns, depth;  // depth: groups of four bytes
+};
+ProductShape product_shape(int to, int inputs, int weights) {
+  const ProductShape shape{shapes.rows[to], shapes.row_bytes[to] / 4, shapes.row_bytes[inputs] / 4};
+  expect(to != inputs && to != weights && inputs != weights, "one tile twice");
+  expect(shapes.rows[inputs] == shape.rows && shapes.rows[weights] == shape.depth &&
+             shapes.row_bytes[weights] == 4 * shape.columns && shapes.row_bytes[inputs] == 4 * shape.depth,
+         "shapes of a product");
+  return shape;
+}
+
+// tile[to] += inputs (bfloat16) · weights (bfloat16, two of a column side by side): the sums of the even and of the odd
+// ones, then both.
+void multiply_bf16(int to, int inputs, int weights) {
+  const auto [rows, columns, depth] = product_shape(to, inputs, weights);
+  const auto number = [](const std::uint8_t* p) {
+    const std::uint32_t word = static_cast<std::uint32_t>(p[0] | p[1] << 8) << 16;
+    float x;
+    std::memcpy(&x, &word, 4);
+    return x;
+  };
+  for (int m = 0; m < rows; ++m)
+    for (int n = 0; n < columns; ++n) {
+      float sum, parts[2] = {};
+      std::memcpy(&sum, &data[to][m][4 * n], 4);
+      for (int k = 0; k < depth; ++k)
+        for (int i = 0; i < 2; ++i)
+          parts[i] =
+              std::fma(number(&data[inputs][m][4 * k + 2 * i]), number(&data[weights][k][4 * n + 2 * i]), parts[i]);
+      sum += parts[0] + parts[1];
+      std::memcpy(&data[to][m][4 * n], &sum, 4);
+    }
+}
+
 // tile[to] += inputs (signed bytes) · weights (signed bytes, four of a column side by side).
 void multiply(int to, int inputs, int weights) {
-  const int rows = shapes.rows[to], columns = shapes.row_bytes[to] / 4, depth = shapes.row_bytes[inputs] / 4;
-  expect(to != inputs && to != weights && inputs != weights, "one tile twice");
-  expect(shapes.rows[inputs] == rows && shapes.rows[weights] == depth && shapes.row_bytes[weights] == 4 * columns &&
-             shapes.row_bytes[inputs] == 4 * depth,
-         "shapes of a product");
+  const auto [rows, columns, depth] = product_shape(to, inputs, weights);
   for (int m = 0; m < rows; ++m)
     for (int n = 0; n < columns; ++n) {
       std::int32_t sum;
@@ -72,7 +105,7 @@ void on_illegal_instruction(int, siginfo_t*, void* context) {
   const auto* code = reinterpret_cast<const std::uint8_t*>(registers[REG_RIP]);
   const int opcode = code[3], prefix = code[2] & 3, modrm = code[4], mode = modrm >> 6, reg = modrm >> 3 & 7;
   const bool tile = code[0] == 0xc4 && (code[1] & 0x1f) == 2 && !(code[2] & 0x84);
-  if (!tile || (opcode != 0x49 && opcode != 0x4b && opcode != 0x5e)) {  // a real mistake
+  if (!tile || (opcode != 0x49 && opcode != 0x4b && opcode != 0x5c && opcode != 0x5e)) {  // a real mistake
     signal(SIGILL, SIG_DFL);
     return;
   }
@@ -88,6 +121,8 @@ void on_illegal_instruction(int, siginfo_t*, void* context) {
       std::memset(data[reg], 0, sizeof data[reg]);
     } else if (opcode == 0x5e && prefix == pf2) {
       multiply(reg, modrm & 7, ~code[2] >> 3 & 15);
+    } else if (opcode == 0x5c && prefix == pf3) {
+      multiply_bf16(reg, modrm & 7, ~code[2] >> 3 & 15);
     } else {
       fail("not emulated");
     }
@@ -212,6 +247,45 @@ void compare(Format format, int rows, int blocks, bool add, bool extreme) {
   }
 }
 
+// Every row alone and all together must have the same bits, and be what float64 gives.
+void compare_bf16(int rows, int blocks) {
+  const Matrix shape{Format::bf16, 32, 32 * blocks, nullptr};
+  const std::int64_t row_bytes = blocks * block_bytes(Inputs::bf16);
+  const Guarded weights(shape.bytes()), inputs(rows * row_bytes), single(row_bytes);
+  const Matrix w{Format::bf16, shape.rows, shape.columns, weights.data};
+  const Panel x{Inputs::bf16, rows, blocks, inputs.data}, one{Inputs::bf16, 1, blocks, single.data};
+  // Of 1 to 2 in eight bits, with either sign: [strip][block][pair][row][2] and [block][row][32].
+  const auto draw = [](std::uint8_t* p) {
+    p[0] = static_cast<std::uint8_t>(128 | below(128)), p[1] = below(2) ? 0x3f : 0xbf;
+  };
+  const auto value = [](const std::uint8_t* p) { return (p[1] == 0x3f ? 1.0 : -1.0) * (p[0] & 127 | 128) / 128.0; };
+  for (std::int64_t i = 0; i < shape.bytes(); i += 2) draw(weights.data + i);
+  for (std::int64_t i = 0; i < rows * row_bytes; i += 2) draw(inputs.data + i);
+  std::vector<float> together(static_cast<std::size_t>(rows * kStrip)), alone(kStrip);
+  const std::int64_t strip = rows % 2;
+  kEngineAmx.multiply(w, strip, x, together.data(), kStrip, false);
+  expect(!shapes.palette, "tiles are not released");
+  for (int row = 0; row < rows; ++row) {
+    for (std::int64_t b = 0; b < blocks; ++b) std::memcpy(one.block(0, b), x.block(row, b), 64);
+    kEngineAmx.multiply(w, strip, one, alone.data(), kStrip, false);
+    for (int n = 0; n < kStrip; ++n) {
+      double exact = 0;
+      for (int b = 0; b < blocks; ++b)
+        for (int k = 0; k < kTile; ++k)
+          exact +=
+              value(x.block(row, b) + 2 * k) * value(w.strip(strip) + 1024 * b + 64 * (k / 2) + 4 * n + 2 * (k % 2));
+      const float found = together[static_cast<std::size_t>(row * kStrip + n)];
+      ++numbers;
+      if (std::memcmp(&found, &alone[static_cast<std::size_t>(n)], 4) == 0 &&
+          std::fabs(found - exact) < 1e-5 * 32 * blocks)
+        continue;
+      if (++differences < 10)
+        std::printf("bf16, %d rows, %d blocks, row %d column %d: %.9g, alone %.9g, exactly %.9g\n", rows, blocks, row,
+                    n, found, alone[static_cast<std::size_t>(n)], exact);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -228,6 +302,8 @@ int main() {
     for (const int rows : {16, 24, 64, 65, 72, 88})  // 64 share unpacked weights
       for (const int blocks : {8, 17}) compare(format, rows, blocks, rows > 64, blocks == 8);
   }
+  for (int rows = 1; rows <= 80; rows += rows < 41 ? 1 : 13)
+    for (const int blocks : {1, 2, 9}) compare_bf16(rows, blocks);
   std::printf("%ld outputs, %ld tile instructions emulated, %ld differences\n", numbers, emulated, differences);
   return differences ? 1 : 0;
 }

@@ -344,6 +344,11 @@ def test_two_models_in_one_process(tiny: Path, make_model: Callable[..., Path], 
         assert answer(b) == theirs
 
 
+own_memory = pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitiser's own memory is counted with the process's"
+)
+
+
 def large_bytes() -> int:
     """Anonymous memory of this process in large pages."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -356,6 +361,7 @@ def heavy(make_model: Callable[..., Path]) -> Path:
     return make_model(dim=1024, n_heads=8, head_dim=128, ffn_dim=4096, context_length=256)
 
 
+@own_memory
 def test_weights_come_to_lie_in_large_pages(heavy: Path) -> None:
     before = large_bytes()
     with native(heavy) as llm:
@@ -466,6 +472,7 @@ def small_requests(llm: LLM, count: int) -> None:
         llm.generate([5 + i % 500, 6 + i // 500], temperature=0, max_tokens=2)
 
 
+@own_memory
 @pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_many_requests_leave_nothing_behind(tiny: Path, count: int, expected: Any) -> None:
     with native(tiny, ctx=64) as llm:
