@@ -33,7 +33,7 @@ class HerdError(Exception):
         if value is not _ABSENT:
             parts.append(f"got {_shorten(value)}")
         if allowed:
-            parts.append(f"allowed: {allowed}")
+            parts.append(allowed if allowed.endswith("?") else f"allowed: {allowed}")  # "did you mean …?" by itself
         if fix:
             parts.append(f"to fix: {fix}")
         super().__init__("; ".join(parts))
@@ -84,14 +84,17 @@ class ResourceError(HerdError):
 
 
 class ContextLengthExceeded(HerdError):
-    """More tokens than the model's context holds. Herd never cuts silently."""
+    """More tokens than the context holds. Herd never cuts silently. `largest`: the context the model could have."""
 
-    def __init__(self, needed: int, allowed: int) -> None:
+    exit_code = 2
+
+    def __init__(self, needed: int, allowed: int, largest: int | None = None) -> None:
         self.needed = needed
         self.allowed_tokens = allowed
+        grow = "" if largest is not None and allowed >= largest else ", or load the model with a larger ctx"
         super().__init__(
             f"the request needs {needed} tokens of context, the model has {allowed}",
-            fix="shorten the prompt, lower max_tokens, or load the model with a larger ctx",
+            fix=f"shorten the prompt or lower max_tokens{grow}",
         )
 
 

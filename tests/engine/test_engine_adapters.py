@@ -113,6 +113,8 @@ def test_unloaded_and_loaded_again(tiny: Path, tmp_path: Path) -> None:
             llm.unload_adapter("a")
         stream.close()
         llm.unload_adapter("a")
+        with pytest.raises(UsageError, match="no such adapter"):
+            llm.unload_adapter(None)  # type: ignore[arg-type]
         for use in (lambda: next(late), lambda: ask(llm, PROMPTS[0], "a"), lambda: llm.unload_adapter("a")):
             with pytest.raises(UsageError, match="no such adapter"):
                 use()

@@ -294,7 +294,7 @@ def test_an_answer_that_cannot_fit_names_the_option(small: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
         timeout=120,
     )
-    assert result.returncode == 0 and result.stdout == b""
+    assert result.returncode == 2 and result.stdout == b""
     assert "this message with an answer of up to 95 (--max-tokens) would make it" in result.stderr.decode()
 
 
@@ -342,6 +342,14 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return int(left.value.code or 0), output.out, output.err
 
     return run
+
+
+def test_a_message_without_an_answer_shows_in_a_pipe(small: Path, run: Run) -> None:
+    """Answers and questions can still be paired, and the exit code says that something was not answered."""
+    code, out, err = run("chat", str(small), "--max-tokens", "5", "--json", stdin="hello\n" + "x " * 300 + "\nhello\n")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["role"] for line in lines] == ["assistant", "error", "assistant"]
+    assert "was not sent" in lines[1]["content"] and "was not sent" in err and code == 2
 
 
 def test_generate_command(small: Path, run: Run) -> None:

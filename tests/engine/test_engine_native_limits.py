@@ -510,3 +510,16 @@ def test_the_memory_that_was_planned_is_enough(
 @pytest.fixture(scope="module")
 def wide(make_model: Callable[..., Path]) -> Path:
     return make_model(dim=512, n_heads=8, head_dim=64, ffn_dim=1024, context_length=1024)
+
+
+@pytest.mark.parametrize("cpus", [[4095], [0, 0], 0, "0,1", [-1], [1.5]])
+def test_processors_that_are_not_there_are_refused(tiny: Path, cpus: Any) -> None:
+    with pytest.raises(UsageError, match="processor"):
+        native(tiny, cpus=cpus)
+
+
+def test_a_larger_context_is_advised_only_where_there_is_one(tiny: Path) -> None:
+    for ctx, advised in ((64, True), (None, False)):
+        with native(tiny, ctx=ctx) as llm, pytest.raises(ContextLengthExceeded) as caught:
+            llm.generate([5] * 1000)
+        assert ("larger ctx" in str(caught.value)) == advised

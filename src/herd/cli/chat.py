@@ -44,7 +44,8 @@ def command(
 ) -> int:
     """Talk to a model; answers stream as they are made. Type /help for the commands inside.
 
-    Messages may also come through a pipe, one on each line.
+    Messages may also come through a pipe, one on each line. Then a message that got no answer makes the exit code
+    that of its error, and with --json a line of its own with "role": "error".
 
     Examples:
 
@@ -91,6 +92,7 @@ class _Terminal:
         self._max_tokens = max_tokens
         self._as_json = as_json
         self._person = sys.stdin.isatty()
+        self._code = 0  # through a pipe: of the last message that got no answer
         self._guesses = self._right = 0  # of speculation, in the answers that came to their end
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
@@ -120,7 +122,7 @@ class _Terminal:
             except EOFError:
                 if self._person:
                     self._note("")
-                return 0
+                return self._code
             except KeyboardInterrupt:
                 if interrupted or not self._person:
                     self._note("")
@@ -130,7 +132,7 @@ class _Terminal:
                 continue
             interrupted = False
             if line.strip() in _LEAVE:
-                return 0
+                return self._code
             try:
                 if line.startswith("/"):
                     self._obey(line.strip())
@@ -160,13 +162,14 @@ class _Terminal:
             answer = self._session.say(text)
         except ContextLengthExceeded as error:
             wanted = f" with an answer of up to {self._max_tokens} (--max-tokens)" if self._max_tokens else ""
-            self._note(
+            self._refuse(
                 f"The context is full: this message{wanted} would make it {error.needed} tokens, the model has "
-                f"{error.allowed_tokens}. Nothing was dropped and the message was not sent; /reset begins anew."
+                f"{error.allowed_tokens}. Nothing was dropped and the message was not sent; /reset begins anew.",
+                error.exit_code,
             )
             return
         except HerdError as error:
-            self._note(str(error))
+            self._refuse(str(error), error.exit_code)
             return
         parts: list[str] = []
         # Through a pipe nobody sees which answer Ctrl-C would stop: there it ends the program as usual.
@@ -184,6 +187,15 @@ class _Terminal:
                     if stopped():
                         break
         self._finish("".join(parts))
+
+    def _refuse(self, why: str, code: int) -> None:
+        """A message that got no answer: said to the person, and to the program that reads answers through a pipe."""
+        self._note(why)
+        if self._as_json:
+            sys.stdout.write(json.dumps({"role": "error", "content": why}, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+        if not self._person:
+            self._code = code
 
     def _finish(self, text: str) -> None:
         reason = self._session.finish_reason

@@ -46,6 +46,7 @@ def command(
     from herd.checkpoint.numbers import PLAIN
     from herd.errors import UsageError, near
 
+    mix = mix.lower()  # llama.cpp writes them in capitals
     if mix not in (*MIXES, *PLAIN):
         raise UsageError("no such format or mix", value=mix, allowed=near(mix, [*MIXES, *PLAIN]))
     if dst.exists() and not force:

@@ -6,6 +6,7 @@ The smallest use is `LLM("runs/pocket").generate("def", max_tokens=32).text`.
 from __future__ import annotations
 
 import operator
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -32,6 +33,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Prompt = str | list[int]
 Prompts = list[str] | list[list[int]]
+
+
+def _check_cpus(cpus: Sequence[int]) -> None:
+    if not isinstance(cpus, Sequence) or isinstance(cpus, str):
+        raise UsageError("cpus is no list of processors", value=cpus, allowed="a list of their numbers")
+    for cpu in cpus:
+        check_whole("a processor's number", cpu, 0, 1023)
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    beyond = [cpu for cpu in cpus if usable is not None and cpu not in usable]
+    if beyond:
+        raise UsageError(
+            "no such processor for this process", value=beyond[0], allowed=", ".join(map(str, usable or ()))
+        )
+    if len(set(cpus)) < len(cpus):
+        raise UsageError("a processor is named twice", value=list(cpus), allowed="one for each thread")
 
 
 class LLM:
@@ -79,8 +95,7 @@ class LLM:
         if page_tokens % 16:
             raise UsageError("a page has whole tiles of 16 tokens", value=page_tokens, allowed="a multiple of 16")
         resolved = checkpoint.resolve(str(path))
-        for cpu in cpus:
-            check_whole("a processor's number", cpu, 0, 1023)
+        _check_cpus(cpus)
         options = BackendOptions(
             path=resolved,
             quant=quant,
@@ -274,7 +289,7 @@ class LLM:
         sequences, single = self._prompts(texts)
         for ids in sequences:
             if len(ids) > self.context:
-                raise ContextLengthExceeded(len(ids), self.context)
+                raise self._too_long(len(ids))
         with self._lock:
             vectors_ND = self._with_room(lambda backend: backend.embed(sequences))
         if normalise:
@@ -319,7 +334,8 @@ class LLM:
         sequences: dict[tuple[int, int], LiveSequence] = {}
         try:
             with self._lock:
-                self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
+                if sampling.adapter is not None:
+                    self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
                 # Longest first: the cache gets its final shape at once, and prompts of like length enter together.
                 for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
                     seed = fresh_seed() if sampling.seed is None else sampling.seed
@@ -347,7 +363,8 @@ class LLM:
             chunks: deque[Chunk] = deque()
             with self._lock:
                 self._open()
-                self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
+                if sampling.adapter is not None:
+                    self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
                 sequence = self._scheduler.add(
                     prompt,
                     sampling,
@@ -421,8 +438,9 @@ class LLM:
         """Resolve max_tokens against the context; also the ids that a bias names, before anything runs."""
         needed = len(prompt) + (sampling.max_tokens or 1)
         if needed > self.context:
-            raise ContextLengthExceeded(needed, self.context)
-        self._check_adapter(sampling.adapter)
+            raise self._too_long(needed)
+        if sampling.adapter is not None:
+            self._check_adapter(sampling.adapter)
         if sampling.logit_bias and max(sampling.logit_bias) >= self.config.vocab_size:
             raise UsageError(
                 "logit_bias names a token the model does not have",
@@ -431,15 +449,18 @@ class LLM:
             )
         return sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(prompt))
 
-    def _check_adapter(self, name: str | None) -> None:
-        if name is not None and name not in self._adapters:
+    def _too_long(self, needed: int) -> ContextLengthExceeded:
+        return ContextLengthExceeded(needed, self.context, self.config.context_length)
+
+    def _check_adapter(self, name: str) -> None:
+        if name not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none is loaded"
             raise UsageError("no such adapter", value=name, allowed=known)
 
     def _windows(self, length: int, overlap: int | None) -> Iterator[tuple[int, int]]:
         """(start of window, first token that is scored in it): together they score tokens 1.. once each."""
         if length > self.context and overlap is None:
-            raise ContextLengthExceeded(length, self.context)
+            raise self._too_long(length)
         if overlap is not None and not 1 <= overlap < self.context:
             raise UsageError("overlap is out of range", value=overlap, allowed=f"1 to {self.context - 1}")
         start, fresh = 0, 1

@@ -229,15 +229,24 @@ class Score:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not (low <= value <= high):  # type: ignore[operator]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UsageError(f"{name} is no number", value=_quoted(value), allowed=f"{low:g} to {high:g}")
+    if not low <= value <= high:
         raise UsageError(f"{name} is out of range", value=value, allowed=f"{low:g} to {high:g}")
 
 
 def check_whole(name: str, value: object, low: int, high: int) -> None:
     """Raise UsageError unless `value` is an int from `low` to `high`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} is out of range", value=value, allowed=f"a whole number from {low} to {high}")
+    allowed = f"a whole number from {low} to {high}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} is no whole number", value=_quoted(value), allowed=allowed)
+    if not low <= value <= high:
+        raise UsageError(f"{name} is out of range", value=value, allowed=allowed)
+
+
+def _quoted(value: object) -> object:
+    """A text with its quotes, so that "5" is not mistaken for 5."""
+    return repr(value) if isinstance(value, str) else value
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ class BrokenLogits(HerdError):
     def __init__(self, rows: list[int]) -> None:
         super().__init__(
             "the model computed logits that are not numbers",
-            fix="check the checkpoint with `herd convert --verify`; a training run may have diverged",
+            fix="look into the checkpoint with `herd inspect --check`; a training run may have diverged",
         )
         self.rows = rows
 

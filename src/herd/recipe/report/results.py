@@ -202,7 +202,7 @@ def quantised_section(run: RunData) -> Section | None:
             [
                 tag("p", f"The final model as GGUF files{scored}, and how many tokens a second it answers with."),
                 table(
-                    ["format", "file", "size", "bits per weight", "bits per byte", "cost", "tokens/s"],
+                    ["format", "file", "size", "bits per weight, file and all", "bits per byte", "cost", "tokens/s"],
                     rows,
                     numeric=(2, 3, 4, 5, 6),
                 ),
