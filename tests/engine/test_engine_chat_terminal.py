@@ -428,7 +428,7 @@ def test_more_threads_than_processors_are_said(small: Path, run: Run) -> None:
 
 def test_errors_are_one_line_and_have_their_exit_code(small: Path, run: Run) -> None:
     for code, word, arguments in (
-        (3, "96", ["generate", str(small), "def f", "--max-tokens", "900"]),
+        (2, "96", ["generate", str(small), "def f", "--max-tokens", "900"]),
         (2, "top_p", ["generate", str(small), "x", "--top-p", "2"]),
         (2, "top_p", ["chat", str(small), "--top-p", "2"]),
         (3, "no such model", ["generate", str(small) + "-not", "x"]),
