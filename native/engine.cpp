@@ -54,7 +54,8 @@ Engine::Engine(const DecoderShape& shape, const std::vector<Layer>& layers, cons
                int threads, std::vector<int> cpus)
     : shape_(shape),
       layers_(layers),
-      memory_(total_bytes(matrices), Enlarger::possible() ? Pages::any : Pages::large),
+      memory_(total_bytes(matrices)),
+      large_pages_(memory_),
       team_(threads, std::move(cpus)),
       buffers_(std::make_unique<Buffers>()) {
   if (shape.head_dim > 1024 || shape.head_dim % 2) throw std::invalid_argument("head_dim is even, at most 1024");
@@ -80,8 +81,10 @@ const Matrix& Engine::matrix_to_load(const std::string& name, std::size_t bytes)
 void Engine::load(const std::string& name, const std::uint8_t* data, std::size_t bytes) {
   const Matrix& w = matrix_to_load(name, bytes);
   const std::int64_t source_bytes = kStrip * stored_row_bytes(w.format, w.columns);
-  parallel_for(static_cast<int>(w.strips()), team_.size(),
-               [&](int s) { pack_strip(w, s, data + s * source_bytes, const_cast<std::uint8_t*>(w.strip(s))); });
+  parallel_for(static_cast<int>(w.strips()), team_.size(), [&](int s) {
+    large_pages_.take(w.strip(s), w.strip_bytes());
+    pack_strip(w, s, data + s * source_bytes, const_cast<std::uint8_t*>(w.strip(s)));
+  });
 }
 
 // Each thread reads a few strips' rows into memory that stays in its cache, and packs them from there.
@@ -100,6 +103,7 @@ void Engine::load_file(const std::string& name, int descriptor, std::int64_t off
       if (got <= 0) throw std::runtime_error("the file cannot be read to the end of " + name);
       done += got;
     }
+    large_pages_.take(w.strip(first), (last - first) * w.strip_bytes());
     for (std::int64_t s = first; s < last; ++s)
       pack_strip(w, s, buffer.get() + (s - first) * kStrip * row_bytes, const_cast<std::uint8_t*>(w.strip(s)));
   });
@@ -153,7 +157,7 @@ void Engine::ready() {
       layer.experts.push_back(feed_forward(prefix + "moe.experts.", "." + std::to_string(e)));
   }
   ready_ = true;
-  enlarger_.start(memory_);
+  large_pages_.finish();
 }
 
 int Engine::add_adapter() {

@@ -6,7 +6,7 @@
 // same way as many.
 #pragma once
 
-#include "tile_formats.h"
+#include "slab_kernels.h"
 
 namespace herd {
 namespace {
@@ -51,32 +51,6 @@ inline void add_bf16_products() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(To), "i"(Inputs), "i"(Weights));
 }
 
-constexpr int kUnpacked = 8;  // blocks whose codes are unpacked at a time: those of a super-block
-constexpr int kSlab = 64;     // rows that share them: their inputs and sums stay in the nearest cache
-
-struct Unpacked {
-  Codes codes[kUnpacked][8];  // signed
-  Floats scale[kUnpacked][2], offset[kUnpacked][2];
-};
-
-// Zero points are taken off here, once for all rows: Σ(code - zero)·x is minus·zero + Σ code·x, which the other kernels
-// add up, and both are exact.
-template <class F>
-inline const std::uint8_t* unpack(const std::uint8_t* w, int count, Unpacked& out) {
-  static_assert(F::kZero <= 128 && (1 << F::kBits) - 1 - F::kZero <= 127);
-  constexpr int kHeader = tile_size(F::kFormat).header, kBytes = tile_size(F::kFormat).tile;
-  Floats units[2] = {};
-  for (int i = 0; i < kHeader / 32; ++i) units[i] = from_halves(w + 32 * i);
-  w += kHeader;
-  for (int b = 0; b < count; ++b, w += kBytes) {
-    fetch_ahead(w, kBytes);
-    Codes c[8];
-    F::read(w, units, c, out.scale[b], out.offset[b]);
-    for (int g = 0; g < 8; ++g) out.codes[b][g] = c[g] - static_cast<std::uint8_t>(F::kZero);
-  }
-  return w;
-}
-
 // Whole sums of one or two groups of eight rows.
 template <int Turn, int Groups>
 inline void tile_products(const Codes* weights, const std::int8_t* x, std::int64_t next, Ints* sums) {
@@ -95,7 +69,7 @@ inline void tile_products(const Codes* weights, const std::int8_t* x, std::int64
 
 // y += the products of a few blocks. The second group of rows lies `next` blocks behind the first.
 template <class F, int Groups>
-void add_blocks(const Unpacked& w, int count, const Int8Block* x, std::int64_t next, Floats* y) {
+void add_blocks(const Unpacked<F>& w, int count, const Int8Block* x, std::int64_t next, Floats* y) {
   constexpr int kParts = F::kGroups, kRows = 8 * Groups;
   const int products = kParts * count;
   Ints sums[2][kRows];
@@ -125,29 +99,20 @@ void add_blocks(const Unpacked& w, int count, const Int8Block* x, std::int64_t n
   for (int m = 0; m < kRows; ++m) y[m] = acc[m];
 }
 
-// Calls put(first, count, outputs) for the rows of a panel's groups of eight; returns how many these are.
+// As in_slabs. Zero points are taken off the codes, once for all rows: Σ(code - zero)·x is minus·zero + Σ code·x, which
+// the other kernels add up, and both are exact.
 template <class F, class Put>
 int tiled_strip(const std::uint8_t* strip, const Panel& x, const Put& put) {
+  static_assert(F::kZero <= 128 && (1 << F::kBits) - 1 - F::kZero <= 127);
   static constexpr TileShapes kShapes = tile_shapes(F::kGroups);
-  const int rows = x.rows / 8 * 8;
-  if (!rows) return 0;
+  if (x.rows < 8) return 0;
   set_shapes(kShapes);
-  for (int first = 0; first < rows; first += kSlab) {
-    const int count = std::min(kSlab, rows - first);
-    Floats out[kSlab];
-    std::fill(out, out + count, Floats{});
-    const std::uint8_t* w = strip;
-    for (std::int64_t b = 0; b < x.blocks; b += kUnpacked) {
-      const int blocks = static_cast<int>(std::min<std::int64_t>(kUnpacked, x.blocks - b));
-      Unpacked unpacked;
-      w = unpack<F>(w, blocks, unpacked);
-      const auto* in = reinterpret_cast<const Int8Block*>(x.data) + first * x.blocks + 8 * b;
-      int m = 0;
-      for (; m + 16 <= count; m += 16) add_blocks<F, 2>(unpacked, blocks, in + m * x.blocks, 8 * x.blocks, out + m);
-      if (m < count) add_blocks<F, 1>(unpacked, blocks, in + m * x.blocks, 0, out + m);
-    }
-    put(first, count, out);
-  }
+  const int rows = in_slabs<F, F::kZero>(
+      strip, x, put, [&x](const Unpacked<F>& w, int blocks, const Int8Block* in, int count, Floats* sums) {
+        int m = 0;
+        for (; m + 16 <= count; m += 16) add_blocks<F, 2>(w, blocks, in + m * x.blocks, 8 * x.blocks, sums + m);
+        if (m < count) add_blocks<F, 1>(w, blocks, in + m * x.blocks, 0, sums + m);
+      });
   release_tiles();  // a thread whose tiles are in use takes longer to switch to
   return rows;
 }

@@ -6,13 +6,31 @@
 #pragma once
 
 #include "herd/engine_kernels.h"
-#include "tile_formats.h"
+#include "slab_kernels.h"
 #if defined(HERD_AMX)
 #include "amx_kernels.h"
 #endif
 
 namespace herd {
 namespace {
+
+#if defined(__AVX512BF16__)
+constexpr Inputs kBf16Inputs = Inputs::bf16;
+#else
+constexpr Inputs kBf16Inputs = Inputs::f32;
+#endif
+
+constexpr Inputs inputs_of(Format format) {
+  return format > Format::bf16 ? Inputs::int8 : format == Format::bf16 ? kBf16Inputs : Inputs::f32;
+}
+
+// Rows whose sums fit into the registers; the rows of a group are taken so many at a time.
+#if defined(__AVX512F__)
+constexpr int kIntegerRows = 8, kPlainRows = 8;
+#else
+constexpr int kIntegerRows = 4, kPlainRows = 2;
+#endif
+constexpr int kSharing = 16;  // from so many rows on it pays to unpack codes once for all of them
 
 // acc[r] += Σ codes[r][i]·x[i], i < 4, for 16 rows r. Codes have at most kBits bits.
 template <int kBits>
@@ -54,11 +72,35 @@ inline Ints add_products(Ints acc, Codes codes, const std::int8_t* x) {
 #endif
 }
 
+// acc[m] += what one block of quantised weights gives with the inputs of Rows neighbouring rows.
+template <class F, int Rows>
+inline void add_block(const Codes* c, const Floats* scale, const Floats* offset, const Int8Block* x, Floats* acc) {
+  constexpr int kChunk = F::kGroups == 1 ? 8 : 4;  // vectors of codes that share a scale
+  constexpr int kPair = Rows % 2 ? 1 : 2;          // rows whose chains of products run side by side
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; m += kPair) {
+#pragma GCC unroll 2
+    for (int part = 0; part < F::kGroups; ++part) {
+      Ints s[kPair];
+      const int sum = F::kGroups == 1 ? 0 : part + 1;
+      for (int p = 0; p < kPair; ++p) s[p] = (Ints{} + x[m + p].minus[sum]) * F::kZero;
+#pragma GCC unroll 8
+      for (int g = 0; g < kChunk; ++g)
+        for (int p = 0; p < kPair; ++p) {
+          const int at = kChunk * part + g;
+          s[p] = add_products<F::kBits>(s[p], c[at], x[m + p].codes + 4 * at);
+        }
+      for (int p = 0; p < kPair; ++p) {
+        acc[m + p] += convert(s[p]) * (scale[part] * x[m + p].scale);
+        if (F::kOffset) acc[m + p] -= offset[part] * x[m + p].sum[sum];
+      }
+    }
+  }
+}
+
 // Outputs of Rows rows, in a group of `group` rows, with one strip of quantised weights.
 template <class F, int Rows>
 inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, int group, std::int64_t blocks, Floats* y) {
-  constexpr int kChunk = F::kGroups == 1 ? 8 : 4;  // vectors of codes that share a scale
-  constexpr int kPair = Rows % 2 ? 1 : 2;          // rows whose chains of products run side by side
   constexpr int kHeader = tile_size(F::kFormat).header, kBytes = tile_size(F::kFormat).tile;
   Floats acc[Rows] = {};
   Floats units[2] = {};
@@ -72,27 +114,28 @@ inline void quantised_strip(const std::uint8_t* w, const Int8Block* x, int group
     Floats scale[2], offset[2];
     F::read(w, units, c, scale, offset);
     w += kBytes;
-#pragma GCC unroll 8
-    for (int m = 0; m < Rows; m += kPair) {
-#pragma GCC unroll 2
-      for (int part = 0; part < F::kGroups; ++part) {
-        Ints s[kPair];
-        const int sum = F::kGroups == 1 ? 0 : part + 1;
-        for (int p = 0; p < kPair; ++p) s[p] = (Ints{} + x[m + p].minus[sum]) * F::kZero;
-#pragma GCC unroll 8
-        for (int g = 0; g < kChunk; ++g)
-          for (int p = 0; p < kPair; ++p) {
-            const int at = kChunk * part + g;
-            s[p] = add_products<F::kBits>(s[p], c[at], x[m + p].codes + 4 * at);
-          }
-        for (int p = 0; p < kPair; ++p) {
-          acc[m + p] += convert(s[p]) * (scale[part] * x[m + p].scale);
-          if (F::kOffset) acc[m + p] -= offset[part] * x[m + p].sum[sum];
-        }
-      }
-    }
+    add_block<F, Rows>(c, scale, offset, x, acc);
   }
   for (int m = 0; m < Rows; ++m) y[m] = acc[m];
+}
+
+// The same for a panel's groups of eight rows, where they are many and the bits of a code lie apart, as 3, 5 and 6 bits
+// do; other codes are unpacked as fast as they are read. Returns how many rows were done.
+template <class F, class Put>
+inline int shared_strip(const std::uint8_t* strip, const Panel& x, const Put& put) {
+  constexpr bool kApart = (F::kBits & (F::kBits - 1)) != 0;
+  if (!kApart || x.rows < kSharing) return 0;
+  return in_slabs<F, 0>(strip, x, put,
+                        [&x](const Unpacked<F>& w, int blocks, const Int8Block* in, int count, Floats* sums) {
+                          for (int m = 0; m < count; m += kIntegerRows) {
+                            const Int8Block* group = in + m / 8 * 8 * x.blocks + m % 8;
+                            Floats acc[kIntegerRows];
+                            std::copy_n(sums + m, kIntegerRows, acc);
+                            for (int b = 0; b < blocks; ++b)
+                              add_block<F, kIntegerRows>(w.codes[b], w.scale[b], w.offset[b], group + 8 * b, acc);
+                            std::copy_n(acc, kIntegerRows, sums + m);
+                          }
+                        });
 }
 
 // The same with plain weights and inputs of 32 bits.
@@ -135,20 +178,6 @@ inline void paired_strip(const std::uint8_t* w, const std::uint32_t* x, int grou
   }
   for (int m = 0; m < Rows; ++m) y[m] = even_sum[m] + odd_sum[m];
 }
-constexpr Inputs kBf16Inputs = Inputs::bf16;
-#else
-constexpr Inputs kBf16Inputs = Inputs::f32;
-#endif
-
-constexpr Inputs inputs_of(Format format) {
-  return format > Format::bf16 ? Inputs::int8 : format == Format::bf16 ? kBf16Inputs : Inputs::f32;
-}
-
-// Rows whose sums fit into the registers; the rows of a group are taken so many at a time.
-#if defined(__AVX512F__)
-constexpr int kIntegerRows = 8, kPlainRows = 8;
-#else
-constexpr int kIntegerRows = 4, kPlainRows = 2;
 #endif
 
 template <class F, int Group>
@@ -183,6 +212,8 @@ void strip_of_panel(const Matrix& w, std::int64_t index, const Panel& x, float* 
 #if defined(HERD_AMX)
   if constexpr (inputs_of(F::kFormat) == Inputs::bf16) return tiled_bf16_strip(strip, x, put_rows);
   if constexpr (inputs_of(F::kFormat) == Inputs::int8) first = tiled_strip<F>(strip, x, put_rows);
+#else
+  if constexpr (inputs_of(F::kFormat) == Inputs::int8) first = shared_strip<F>(strip, x, put_rows);
 #endif
   while (first < x.rows) {
     const Panel::Group group = x.group_of(first);

@@ -175,6 +175,19 @@ def test_a_rows_bits_depend_on_no_other_row(found: dict[tuple[str, str], Any], n
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_a_rows_bits_in_a_long_prompt(name: str) -> None:
+    """More rows than share what is unpacked for them, and no multiple of those that do."""
+    data, shape, _ = CASES[name]["normal"]
+    x = np.random.default_rng(3).standard_normal((523, shape[1]), np.float32)
+    together = np.empty((len(x), HIGH), np.float32)
+    native.product(name, data, *shape, x, together)
+    for i in (0, 7, 8, 255, 256, 511, 512, 519, 520, 522):
+        alone = np.empty((1, HIGH), np.float32)
+        native.product(name, data, *shape, x[i : i + 1], alone)
+        np.testing.assert_array_equal(bits(together[i]), bits(alone[0]), err_msg=f"row {i}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_what_is_no_number_is_never_hidden(found: dict[tuple[str, str], Any], name: str) -> None:
     """All outputs of a row with a NaN or an infinity say so, and only those."""
     y = found[name, "broken"]["together"][-1]

@@ -11,7 +11,7 @@
 
 #include "herd/adapter.h"
 #include "herd/engine_kernels.h"
-#include "herd/enlarger.h"
+#include "herd/large_pages.h"
 #include "herd/memory.h"
 #include "herd/team.h"
 #include "herd/tiles.h"
@@ -118,8 +118,8 @@ class Engine {
   const DecoderShape& shape() const { return shape_; }
   std::int64_t weight_bytes() const { return static_cast<std::int64_t>(memory_.size()); }
   std::int64_t work_bytes() const;
-  void settle() { enlarger_.wait(); }
-  void before_fork() { enlarger_.stop(); }
+  void settle() { large_pages_.wait(); }
+  void before_fork() { large_pages_.stop(); }
   int threads() const { return team_.size(); }
 
  private:
@@ -136,7 +136,7 @@ class Engine {
   const float* norm_ = nullptr;
   bool ready_ = false;
   Memory memory_;
-  Enlarger enlarger_;
+  LargePages large_pages_;
   std::vector<std::unique_ptr<Adapter>> adapters_;
   Team team_;
   std::unique_ptr<Buffers> buffers_;

@@ -1,4 +1,4 @@
-// A block of memory from the system: zeros, taken page by page when first written.
+// A block of memory from the system: zeros, taken when first written, in pages of 2 MiB where there are such.
 #pragma once
 
 #include <sys/mman.h>
@@ -9,19 +9,15 @@
 
 namespace herd {
 
-// In pages of 2 MiB from the beginning, or as the system likes: reading goes faster in large ones, but a virtual
-// machine may have to get each of them from its host first.
-enum class Pages { large, any };
-
 class Memory {
  public:
   Memory() = default;
-  explicit Memory(std::size_t size, Pages pages = Pages::large) : size_(size) {
+  explicit Memory(std::size_t size) : size_(size) {
     if (!size) return;
     void* block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (block == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-    if (pages == Pages::large) madvise(block, size, MADV_HUGEPAGE);
+    madvise(block, size, MADV_HUGEPAGE);
 #endif
     data_ = static_cast<std::uint8_t*>(block);
   }
