@@ -53,7 +53,7 @@ bench: setup-test
 # module. Leaks are not looked for: Python itself leaves memory to the system at its end; a test counts what is resident.
 SANITIZED := build/sanitize
 FILES     ?= 100000
-ASIDE     := cgroup imports native_amx paged_cache sampler scheduler text
+ASIDE     := cgroup imports native_amx paged_cache request sampler scheduler text
 ASAN       = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
              ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/fuzz/sanitized.py $(SANITIZED)/_native*.so
 sanitize: setup-test

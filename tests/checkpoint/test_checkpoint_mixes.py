@@ -14,7 +14,7 @@ import pytest
 from herd import HerdError, tokenizer
 from herd.architecture import LlamaConfig, tensor_shapes
 from herd.checkpoint import blocks, open_checkpoint, save
-from herd.checkpoint.mixes import MIXES
+from herd.checkpoint.mixes import MIXES, weighs_errors
 
 pytestmark = pytest.mark.skipif(blocks._native is None, reason="Herd was installed without a compiler")
 
@@ -222,9 +222,35 @@ def test_bad_calibration_texts_are_refused(model: Path, tmp_path: Path, herd_com
     pytest.importorskip("torch")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name, said, expected in (("empty", "is empty", 2), ("latin", "not UTF-8", 3), ("nowhere", "refused", 4)):
-        code, _, err = herd_command("quantize", model, tmp_path / "m.gguf", "--imatrix", tmp_path / f"{name}.txt")
+    for name, said, expected in (
+        ("empty.txt", "is empty", 2),
+        ("latin.txt", "not UTF-8", 3),
+        ("nowhere.txt", "to fix: name a file", 2),
+        (".", "to fix: name a file", 2),
+    ):
+        code, _, err = herd_command("quantize", model, tmp_path / "m.gguf", "--imatrix", tmp_path / name)
         assert code == expected and said in err and not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("name", [*MIXES, "f32", "f16", "bf16"])
+def test_importance_is_refused_where_it_would_change_nothing(
+    name: str, tmp_path: Path, herd_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The types that are said to use it are those whose files differ with it."""
+    config = LlamaConfig.from_dict(CONFIG.to_dict() | {"n_layers": 1, "ffn_dim": 256})
+    original = weights(config)
+    importance = {key: np.linspace(0.01, 9, array.shape[-1], dtype=np.float32) for key, array in original.items()}
+    files = [
+        save(tmp_path / f"{i}.gguf", config, original, format="gguf", dtype=name, importance=given).read_bytes()
+        for i, given in enumerate((None, importance))
+    ]
+    assert weighs_errors(name) == (files[0] != files[1])
+    if not weighs_errors(name):
+        monkeypatch.setattr("herd.cli.quantize._importance", lambda *_: pytest.fail("it was computed"))
+        code, _, err = herd_command("quantize", "m", tmp_path / "m", "--type", name.upper(), "--imatrix", tmp_path)
+        allowed = err.partition("allowed: ")[2].partition(";")[0].split(", ")
+        assert code == 2 and "leave --imatrix out" in err and name not in allowed
+        assert {"q4_0", "q2_k", "q4_k_m"} < set(allowed) < set(MIXES)
 
 
 def test_a_misspelt_instruction_set_is_the_users_mistake(tmp_path: Path) -> None:

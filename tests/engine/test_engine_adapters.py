@@ -74,6 +74,39 @@ def test_equal_to_the_merged_model(tiny: Path, tmp_path: Path, targets: tuple[st
             assert ask(llm, prompt).logprobs != ours.logprobs
 
 
+@pytest.mark.parametrize(("targets", "rank"), [(ATTENTION, 4), (ALL, 3)])
+def test_scores_and_vectors_are_the_merged_models(
+    tiny: Path, tmp_path: Path, targets: tuple[str, ...], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of texts that take several native calls, of long ones in windows, and beside a stream without adapter."""
+    monkeypatch.setattr("herd.engine.native_backend.ROWS", 16)
+    adapter = write_adapter(tmp_path / "adapter", tiny, targets, rank)
+    long = [5 + i * 17 % 500 for i in range(300)]
+    with (
+        LLM(tiny, kv="f32", backend="native") as llm,
+        LLM(merged(tiny, adapter, tmp_path / "merged"), kv="f32", backend="native") as other,
+    ):
+        llm.load_adapter(adapter, "a")
+        plain = [score.logprobs for score in llm.score(PROMPTS)], llm.embed(PROMPTS)
+        stream = llm.stream(PROMPTS[2], max_tokens=9, ignore_eos=True)
+        next(stream)
+        for ours, theirs in zip(llm.score(PROMPTS, adapter="a"), other.score(PROMPTS), strict=True):
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-4)
+            assert ours.logprobs not in plain[0]
+        windows = (model.score(long, overlap=50, adapter=name).logprobs for model, name in ((llm, "a"), (other, None)))
+        np.testing.assert_allclose(*windows, atol=2e-4)
+        vectors = llm.embed(PROMPTS, adapter="a")
+        np.testing.assert_allclose(vectors, other.embed(PROMPTS), atol=2e-4)
+        assert not np.isclose(vectors, plain[1], atol=2e-2).all(axis=1).any()
+        assert len(list(stream)) == 8
+        assert [score.logprobs for score in llm.score(PROMPTS)] == plain[0], "the adapter is for who asks for it"
+        np.testing.assert_array_equal(llm.embed(PROMPTS), plain[1])
+        llm.unload_adapter("a")
+        for call in (llm.score, llm.embed):
+            with pytest.raises(UsageError, match="no such adapter"):
+                call(PROMPTS[0], adapter="a")
+
+
 def test_several_in_one_batch(tiny: Path, tmp_path: Path) -> None:
     """The same prompts with two adapters and none, all at once: bit for bit what each gives alone."""
     with LLM(tiny, quant="q8_0", backend="native") as llm:

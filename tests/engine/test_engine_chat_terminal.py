@@ -358,7 +358,6 @@ def test_generate_command(small: Path, run: Run) -> None:
     options = ["--temperature", "0", "--max-tokens", "9"]
     assert run("generate", str(small), "def f", *options) == (0, expected.text + "\n", "")
     assert run("generate", str(small), *options, stdin="def f") == (0, expected.text + "\n", "")
-    assert run("generate", str(small), "def f  ", *options) == (0, expected.text + "\n", ""), "spaces are the model's"
     code, out, _ = run("generate", str(small), "def f", *options, "--json")
     data = json.loads(out)
     assert code == 0 and (data["text"], data["token_ids"]) == (expected.text, expected.token_ids)
@@ -366,6 +365,37 @@ def test_generate_command(small: Path, run: Run) -> None:
     stop = expected.text[3:5]
     code, out, _ = run("generate", str(small), "def f", *options, "--stop", stop)
     assert code == 0 and out == expected.text[: expected.text.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize("text", ["x ", "def f  ", "x\n", " ", ""])
+def test_a_text_is_continued_as_it_is(small: Path, run: Run, text: str) -> None:
+    """Spaces and line breaks at its end too; a pipe's last line break is not the text's."""
+    options = ["--temperature", "0", "--max-tokens", "6"]
+    with LLM(small) as llm:
+        expected = llm.generate(text, temperature=0, max_tokens=6)
+    assert run("generate", str(small), text, *options) == (0, expected.text + "\n", "")
+    data = json.loads(run("generate", str(small), *options, "--json", stdin=text + "\n")[1])
+    assert (data["prompt"], data["token_ids"]) == (text, expected.token_ids)
+
+
+def test_several_continuations_stand_under_headings(small: Path, run: Run) -> None:
+    """Headings are for people, on standard error: texts are the same with and without, and JSON has none."""
+    options = ["--max-tokens", "6", "--temperature", "1.5", "--seed", "3", "--n", "3"]
+    with LLM(small) as llm:
+        texts = [each.text for each in llm.generate("x", n=3, max_tokens=6, temperature=1.5, seed=3)]
+    headings = "".join(f"── {i} of 3 ──\n" for i in (1, 2, 3))
+    assert run("generate", str(small), "x", *options) == (0, "".join(text + "\n" for text in texts), headings)
+    code, out, err = run("generate", str(small), "x", *options, "--json")
+    assert (code, err) == (0, "") and [each["text"] for each in json.loads(out)["completions"]] == texts
+    together = subprocess.run(
+        [*COMMAND, "generate", str(small), "x", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        timeout=120,
+    )
+    shown = "".join(f"── {i} of 3 ──\n{text}\n" for i, text in enumerate(texts, 1))
+    assert together.stdout.decode() == shown, "on one terminal each text is under its heading"
 
 
 def test_the_common_options_are_those_of_the_engine() -> None:

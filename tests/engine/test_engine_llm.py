@@ -318,6 +318,19 @@ def test_chat_is_the_chat_format(llm: LLM) -> None:
     assert "".join(chunk.text for chunk in chunks) == expected.text
 
 
+def test_several_answers_to_one_dialogue(llm: LLM) -> None:
+    """Each is what its seed gives alone; the first one's prompt is the others' too."""
+    messages = [{"role": "user", "content": "Say something about pages, and about what is on them. " * 2}]
+    options = {"temperature": 1.0, "max_tokens": 10, "ignore_eos": True}
+    several = llm.chat(messages, n=np.int64(4), seed=3, **options)
+    assert len(several) == 4 and len({tuple(answer.token_ids) for answer in several}) > 1
+    for answer in several:
+        assert answer.token_ids == llm.chat(messages, n=1, seed=answer.seed, **options).token_ids
+    assert [answer.timings.reused_tokens for answer in several[1:]] == [len(llm.chat_ids(messages))] * 3
+    with pytest.raises(UsageError, match=r"a stream is one answer; got n=2; to fix: leave stream out"):
+        llm.chat(messages, stream=True, n=2)
+
+
 def test_a_full_context_is_an_error_with_both_numbers(llm: LLM) -> None:
     ids = [5] * (CONTEXT - 4)
     assert llm.generate(ids, max_tokens=4, ignore_eos=True, temperature=0).usage.total_tokens == CONTEXT
@@ -342,6 +355,7 @@ def test_a_full_context_is_an_error_with_both_numbers(llm: LLM) -> None:
         lambda llm: llm.generate([1.5]),
         lambda llm: llm.generate(5),
         lambda llm: llm.generate("x", n=0),
+        lambda llm: llm.chat([{"role": "user", "content": "x"}], n=0),
         lambda llm: llm.generate("x", temprature=0.5),
         lambda llm: llm.generate("x", logit_bias={600: 1.0}),
         lambda llm: llm.stream(["a", "b"]),
@@ -369,8 +383,8 @@ def test_wrong_models_and_arguments(tiny: Path, backend: str, monkeypatch: pytes
         LLM(tiny, backend="gpu")
     with pytest.raises(HerdError, match="no such model"):
         LLM(str(tiny) + "x", backend=backend)
-    with LLM(tiny, ctx=64, backend=backend) as short:
-        assert short.context == 64
+    with LLM(tiny, ctx=np.int64(64), threads=np.int64(1), backend=backend) as short:
+        assert short.context == 64 and type(short.context) is int
         with pytest.raises(ContextLengthExceeded):
             short.generate([5] * 60, max_tokens=5)
         stream = short.stream("def ", max_tokens=20, ignore_eos=True)

@@ -118,6 +118,11 @@ def rounding_of(type_name: str, dtype: str | None) -> Rounding | None:
     return MIXES[dtype].rounding.get(type_name) if dtype in MIXES else None
 
 
+def weighs_errors(dtype: str) -> bool:
+    """Whether importance has a say in number format or mix `dtype`: not in plain rules, of which q8_0 is one."""
+    return dtype in MIXES and MIXES[dtype].base not in ("q8_0", *MIXES[dtype].rounding)
+
+
 def activations_of(dtype: str | None) -> Activations:
     """How activations are rounded before they are multiplied with weights of number format or mix `dtype`."""
     return MIXES[dtype].activations if dtype in MIXES else "block"

@@ -24,7 +24,7 @@ def command(
     *,
     choosing: Choosing,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on where the model would end.")] = False,
-    n: Annotated[int, typer.Option(help="Continuations of the text, one after the other.")] = 1,
+    n: Annotated[int, typer.Option(help="Continuations of the text, one after the other under a heading.")] = 1,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: how likely each token was.")] = False,
     top_logprobs: Annotated[int, typer.Option(help="With --json: the most likely tokens at each place.")] = 0,
     loading: Loading,
@@ -32,8 +32,9 @@ def command(
 ) -> None:
     """Continue a text; the continuation streams to standard output, everything else goes to standard error.
 
-    Of a run directory it is the base model that continues: the tuned one is for `herd chat`. Spaces at the end of the
-    text are left to the model: tokens begin with them, so that no text it has read goes on behind one.
+    Of a run directory it is the base model that continues: the tuned one is for `herd chat`. Leave spaces at the end of
+    the text to the model: tokens begin with them, so that no text it has read goes on behind one. A text from a pipe is
+    taken without the line break at its end.
 
     Examples:
 
@@ -60,10 +61,9 @@ def command(
             raise UsageError("no text to continue", fix='herd generate MODEL "text", or pipe the text in')
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n")
 
     prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # an argument may hold bytes that are no UTF-8
-    prompt = prompt.rstrip(" ")
     arguments = loading.arguments()
     status("loading …")
     with LLM(continuing(model), **arguments) as llm:
@@ -78,7 +78,8 @@ def command(
         found = [dataclasses.asdict(completion) for completion in completions]
         emit({"model": str(llm.path), "prompt": prompt, **(found[0] if n == 1 else {"completions": found})}, True)
         return
-    for completion in completions:
+    for i, completion in enumerate(completions, 1):
+        sys.stderr.write(f"── {i} of {n} ──\n")
         speak(completion.text)
         _end(completion)
 

@@ -26,7 +26,9 @@ def command(
     ] = "q4_k_m",
     imatrix: Annotated[
         Path | None,
-        typer.Option(help="A calibration text: errors in weights that it uses much count more (needs torch)."),
+        typer.Option(
+            metavar="FILE", help="A calibration text: errors in weights that it uses much count more (needs torch)."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it is a GGUF file already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -51,11 +53,32 @@ def command(
         raise UsageError("no such format or mix", value=mix, allowed=near(mix, [*MIXES, *PLAIN]))
     if dst.exists() and not force:
         raise UsageError("the destination exists", value=dst, fix="choose another name, or add --force")
+    if imatrix is not None:
+        _check_calibration(imatrix, mix)
     importance = None if imatrix is None else _importance(src, imatrix)
     start = time.perf_counter()
     checkpoint.convert(src, dst, to="gguf", dtype=mix, importance=importance)
     result = _result(dst, mix, time.perf_counter() - start)
     emit(result, as_json, lambda: _show(result))
+
+
+def _check_calibration(text: Path, mix: str) -> None:
+    from herd.checkpoint.mixes import MIXES, weighs_errors
+    from herd.errors import UsageError
+
+    if not weighs_errors(mix):
+        raise UsageError(
+            "importance has no say in how this type rounds",
+            value=mix,
+            allowed=", ".join(filter(weighs_errors, MIXES)),
+            fix="leave --imatrix out, or choose another --type",
+        )
+    if text.is_dir() or not text.exists():
+        raise UsageError(
+            "there is no such calibration text",
+            value=text,
+            fix="name a file of text like that which the model will be used on",
+        )
 
 
 def _importance(src: str, text: Path) -> dict[str, npt.NDArray[np.float32]]:

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from herd.architecture import LlamaConfig
 from herd.cgroup import usable_cpus
-from herd.checkpoint import Adapter
+from herd.engine.request import check_whole
 from herd.errors import HerdError, MissingDependency, UsageError
 from herd.progress import status
+
+if TYPE_CHECKING:
+    from herd.checkpoint import Adapter
 
 KvType = Literal["bf16", "f32", "int8"]
 
@@ -100,14 +104,16 @@ class Backend(Protocol):
         Returns the logits after the last `outputs` tokens of each span, [sum of outputs, V]; the array is the caller's.
         """
 
-    def score(self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None) -> list[npt.NDArray[np.float32]]:
+    def score(
+        self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None, adapter: str | None = None
+    ) -> list[npt.NDArray[np.float32]]:
         """ln P of tokens 1.. of each sequence (at most `context` tokens). Raises CacheFull without room now.
 
         `vocabulary`: rows of the head beyond it are padding, no token of the sequences among them (None: there are
-        none).
+        none). `adapter`: with the change of this name applied.
         """
 
-    def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+    def embed(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> npt.NDArray[np.float32]:
         """Mean of the final hidden states of each sequence, [len(sequences), D]. Raises CacheFull as `score` does."""
 
     def settle(self) -> None:
@@ -121,6 +127,22 @@ def thread_count(asked: int | None) -> int:
     """Threads to run with: those asked for, but no more than processors, on which they would only take turns."""
     usable = usable_cpus()
     return usable if asked is None else min(asked, usable)
+
+
+def checked_cpus(cpus: Sequence[int]) -> tuple[int, ...]:
+    """Processors to bind threads to. Raises UsageError unless they are different ones that this process may use."""
+    if not isinstance(cpus, Sequence) or isinstance(cpus, str):
+        raise UsageError("cpus is no list of processors", value=cpus, allowed="a list of their numbers")
+    cpus = tuple(check_whole("a processor's number", cpu, 0, 1023) for cpu in cpus)
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    beyond = [cpu for cpu in cpus if usable is not None and cpu not in usable]
+    if beyond:
+        raise UsageError(
+            "no such processor for this process", value=beyond[0], allowed=", ".join(map(str, usable or ()))
+        )
+    if len(set(cpus)) < len(cpus):
+        raise UsageError("a processor is named twice", value=list(cpus), allowed="one for each thread")
+    return cpus
 
 
 # In the order of preference of "auto": name -> (module with `open_backend(options)`, the module that it needs).

@@ -6,7 +6,6 @@ The smallest use is `LLM("runs/pocket").generate("def", max_tokens=32).text`.
 from __future__ import annotations
 
 import operator
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, get_args,
 import numpy as np
 import numpy.typing as npt
 
-from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, open_backend
+from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, checked_cpus, open_backend
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
 from herd.engine.sampler import BrokenLogits, fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
@@ -33,21 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Prompt = str | list[int]
 Prompts = list[str] | list[list[int]]
-
-
-def _check_cpus(cpus: Sequence[int]) -> None:
-    if not isinstance(cpus, Sequence) or isinstance(cpus, str):
-        raise UsageError("cpus is no list of processors", value=cpus, allowed="a list of their numbers")
-    for cpu in cpus:
-        check_whole("a processor's number", cpu, 0, 1023)
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    beyond = [cpu for cpu in cpus if usable is not None and cpu not in usable]
-    if beyond:
-        raise UsageError(
-            "no such processor for this process", value=beyond[0], allowed=", ".join(map(str, usable or ()))
-        )
-    if len(set(cpus)) < len(cpus):
-        raise UsageError("a processor is named twice", value=list(cpus), allowed="one for each thread")
 
 
 class LLM:
@@ -87,22 +71,19 @@ class LLM:
 
         if kv not in get_args(KvType):
             raise UsageError("unknown cache type", value=kv, allowed=", ".join(get_args(KvType)))
-        if ctx is not None:
-            check_whole("ctx", ctx, 1, 1 << 30)
-        if threads is not None:
-            check_whole("threads", threads, 1, 4096)
-        check_whole("page_tokens", page_tokens, 16, 4096)
+        ctx = None if ctx is None else check_whole("ctx", ctx, 1, 1 << 30)
+        threads = None if threads is None else check_whole("threads", threads, 1, 4096)
+        page_tokens = check_whole("page_tokens", page_tokens, 16, 4096)
         if page_tokens % 16:
             raise UsageError("a page has whole tiles of 16 tokens", value=page_tokens, allowed="a multiple of 16")
         resolved = checkpoint.resolve(str(path))
-        _check_cpus(cpus)
         options = BackendOptions(
             path=resolved,
             quant=quant,
             ctx=ctx,
             threads=threads,
             kv=cast("KvType", kv),
-            cpus=tuple(cpus),
+            cpus=checked_cpus(cpus),
             page_tokens=page_tokens,
         )
         self._backend: Backend | None = open_backend(backend, options)
@@ -189,7 +170,7 @@ class LLM:
         Raises ContextLengthExceeded when a prompt (and max_tokens, where given) does not fit: nothing is ever cut.
         """
         sampling = Sampling.from_options(options)
-        check_whole("n", n, 1, 1024)
+        n = check_whole("n", n, 1, 1024)
         prompts, single = self._prompts(prompt)
         completions = self._run(prompts, sampling, n, continues_text=True)
         return completions[0] if single and n == 1 else completions
@@ -212,8 +193,20 @@ class LLM:
         tools: Sequence[Any] | None = None,
         *,
         stream: Literal[False] = False,
+        n: Literal[1] = 1,
         **options: Unpack[SamplingOptions],
     ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        *,
+        stream: Literal[False] = False,
+        n: int,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion]: ...
 
     @overload
     def chat(
@@ -226,17 +219,28 @@ class LLM:
     ) -> Generator[Chunk, None, None]: ...
 
     def chat(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, stream: bool = False, **options: Any
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        *,
+        stream: bool = False,
+        n: int = 1,
+        **options: Any,
     ) -> Any:
         """Answer a dialogue in the model's own chat format; a Completion, or an iterator of chunks with `stream`.
 
-        Contents never become control tokens, whatever they contain. `options` as for `generate`.
+        With n > 1 a list of n answers; the dialogue is computed once for all of them. Contents never become control
+        tokens, whatever they contain. `options` as for `generate`.
         """
         sampling = Sampling.from_options(options)
+        n = check_whole("n", n, 1, 1024)
+        if stream and n > 1:
+            raise UsageError("a stream is one answer", value=f"n={n}", fix="leave stream out, or n")
         ids = self._check_ids(self.chat_ids(messages, tools))
         if stream:
             return self._stream(ids, sampling, continues_text=False)
-        return self._run([ids], sampling, 1, continues_text=False)[0]
+        answers = self._run([ids], sampling, n, continues_text=False)
+        return answers[0] if n == 1 else answers
 
     def chat_ids(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """The prompt that `chat` sends: the dialogue's token ids, up to where the assistant begins."""
@@ -246,16 +250,19 @@ class LLM:
         return list(encoded.ids)
 
     @overload
-    def score(self, texts: Prompt, *, overlap: int | None = None) -> Score: ...
+    def score(self, texts: Prompt, *, overlap: int | None = None, adapter: str | None = None) -> Score: ...
 
     @overload
-    def score(self, texts: Prompts, *, overlap: int | None = None) -> list[Score]: ...
+    def score(self, texts: Prompts, *, overlap: int | None = None, adapter: str | None = None) -> list[Score]: ...
 
-    def score(self, texts: Prompt | Prompts, *, overlap: int | None = None) -> Score | list[Score]:
+    def score(
+        self, texts: Prompt | Prompts, *, overlap: int | None = None, adapter: str | None = None
+    ) -> Score | list[Score]:
         """How likely each text is, token by token. A text gets BOS in front; ids are taken as they are.
 
         A text longer than the context raises ContextLengthExceeded, unless `overlap` says how many tokens of what came
         before each further window of the text sees at least; then any length is scored, every token once.
+        `adapter`: the name of one that is loaded.
         """
         sequences, single = self._prompts(texts)
         windows: list[list[int]] = []
@@ -269,7 +276,9 @@ class LLM:
         if beyond is not None:
             raise UsageError("this row of the head stands for no token", value=beyond, allowed=f"0 to {vocabulary - 1}")
         with self._lock:
-            results = self._with_room(lambda backend: backend.score(windows, vocabulary))
+            if adapter is not None:
+                self._check_adapter(adapter)
+            results = self._with_room(lambda backend: backend.score(windows, vocabulary, adapter))
         if not all(np.isfinite(result).all() for result in results):
             raise BrokenLogits([i for i, result in enumerate(results) if not np.isfinite(result).all()])
         logprobs: list[list[float]] = [[] for _ in sequences]
@@ -281,17 +290,22 @@ class LLM:
         ]
         return scores[0] if single else scores
 
-    def embed(self, texts: Prompt | Prompts, *, normalise: bool = False) -> npt.NDArray[np.float32]:
+    def embed(
+        self, texts: Prompt | Prompts, *, normalise: bool = False, adapter: str | None = None
+    ) -> npt.NDArray[np.float32]:
         """Mean of the final hidden states over a text's tokens (BOS included): [D] for one text, [N, D] for a list.
 
-        With `normalise` every vector has length 1. Raises ContextLengthExceeded for a text that does not fit.
+        With `normalise` every vector has length 1. `adapter`: the name of one that is loaded. Raises
+        ContextLengthExceeded for a text that does not fit.
         """
         sequences, single = self._prompts(texts)
         for ids in sequences:
             if len(ids) > self.context:
                 raise self._too_long(len(ids))
         with self._lock:
-            vectors_ND = self._with_room(lambda backend: backend.embed(sequences))
+            if adapter is not None:
+                self._check_adapter(adapter)
+            vectors_ND = self._with_room(lambda backend: backend.embed(sequences, adapter))
         if normalise:
             vectors_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return cast("npt.NDArray[np.float32]", vectors_ND[0] if single else vectors_ND)

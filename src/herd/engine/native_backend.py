@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from herd import _native
 from herd.architecture import LlamaConfig, attention_scale, rope_frequencies
-from herd.checkpoint import Adapter, open_checkpoint
+from herd.checkpoint import open_checkpoint
 from herd.checkpoint.mixes import activations_of
 from herd.engine.backend import BackendOptions, CacheFull, Span, context_of, thread_count
 from herd.engine.memory import require_memory
@@ -24,6 +24,9 @@ from herd.engine.native_weights import Need, load_weights, make_engine, plan_nat
 from herd.engine.paged_cache import CachedSequence, PagedCache
 from herd.engine.scheduler import LOGIT_ROWS
 from herd.errors import ContextLengthExceeded, HerdError
+
+if TYPE_CHECKING:
+    from herd.checkpoint import Adapter
 
 MAX_SEQUENCES = 256
 ROWS = 512
@@ -106,8 +109,7 @@ class NativeBackend:
     def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
         if len(self._sequences) == self.max_sequences:
             return None
-        # Adapters are numbered from 0; what they computed is remembered apart.
-        sequence = self._pages.open(prompt, variant=-1 if adapter is None else self._adapters[adapter])
+        sequence = self._pages.open(prompt, variant=self._variant(adapter))
         if self._sequences and not self._pages.grow(sequence, len(prompt) + 1 - len(sequence.tokens)):
             self._pages.release(sequence)
             return None
@@ -136,12 +138,14 @@ class NativeBackend:
             done += len(wanted)
         return logits_NV
 
-    def score(self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None) -> list[npt.NDArray[np.float32]]:
+    def score(
+        self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None, adapter: str | None = None
+    ) -> list[npt.NDArray[np.float32]]:
         rows = self.config.vocab_size if vocabulary is None else vocabulary
         results = []
         for tokens in sequences:
             logprobs = np.empty(max(0, len(tokens) - 1), np.float32)
-            for start, part in self._passes(tokens[:-1]):
+            for start, part in self._passes(tokens[:-1], adapter):
                 end = start + len(part.tokens)
                 targets = np.asarray(tokens[start + 1 : end + 1], np.int32)
                 wanted = np.arange(len(part.tokens), dtype=np.int32)
@@ -150,11 +154,11 @@ class NativeBackend:
             results.append(logprobs)
         return results
 
-    def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+    def embed(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> npt.NDArray[np.float32]:
         vectors_ND = np.empty((len(sequences), self.config.dim), np.float32)
         for vector_D, tokens in zip(vectors_ND, sequences, strict=True):
             states_SD = np.empty((len(tokens), self.config.dim), np.float32)
-            for start, part in self._passes(tokens):
+            for start, part in self._passes(tokens, adapter):
                 wanted = np.arange(len(part.tokens), dtype=np.int32)
                 self._run([part], wanted, states=states_SD[start : start + len(wanted)])
             vector_D[:] = states_SD.mean(0)
@@ -182,12 +186,16 @@ class NativeBackend:
         self._sequences[self._next] = sequence
         return self._next
 
-    def _passes(self, tokens: Sequence[int]) -> Iterator[tuple[int, Span]]:
+    def _variant(self, adapter: str | None) -> int:
+        """The number of an adapter, from 0, and -1 of the model itself: what they computed is remembered apart."""
+        return -1 if adapter is None else self._adapters[adapter]
+
+    def _passes(self, tokens: Sequence[int], adapter: str | None) -> Iterator[tuple[int, Span]]:
         """A sequence of its own for `tokens`, appended to piece by piece: (start, span to run next)."""
         if not tokens:
             return
         # Without the prefix cache: every token's output is wanted, and what is scored is no prompt to come.
-        handle = self._add(CachedSequence(remembered=False))
+        handle = self._add(CachedSequence(self._variant(adapter), remembered=False))
         try:
             for start in range(0, len(tokens), ROWS):
                 yield start, Span(handle, tokens[start : start + ROWS])

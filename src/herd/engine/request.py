@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
+import numpy as np
+
 from herd.errors import UsageError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -99,11 +101,12 @@ class Sampling:
                     "unknown sampling option",
                     value=name,
                     allowed=", ".join(known),
-                    fix="only generate takes n" if name == "n" else fix,
+                    fix="only generate and chat take n" if name == "n" else fix,
                 )
-        values = dict(options)
+        values = {name: _python(value) for name, value in options.items()}
         values["stop"] = _stop_strings(values.get("stop"))
-        values["stop_token_ids"] = _token_ids("stop_token_ids", values.get("stop_token_ids") or ())
+        ids = values.get("stop_token_ids")
+        values["stop_token_ids"] = () if ids is None else _token_ids("stop_token_ids", ids)
         if values.get("logit_bias") is not None:
             values["logit_bias"] = _logit_bias(values["logit_bias"])
         if values.get("logprobs") is None:
@@ -228,20 +231,29 @@ class Score:
         return -self.total_logprob / (math.log(2.0) * self.n_bytes)
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
+def _python(value: Any) -> Any:
+    """A number or truth value of numpy's as Python's own; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _number(name: str, value: object, low: float, high: float) -> float:
+    value = _python(value)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UsageError(f"{name} is no number", value=_quoted(value), allowed=f"{low:g} to {high:g}")
     if not low <= value <= high:
         raise UsageError(f"{name} is out of range", value=value, allowed=f"{low:g} to {high:g}")
+    return float(value)
 
 
-def check_whole(name: str, value: object, low: int, high: int) -> None:
-    """Raise UsageError unless `value` is an int from `low` to `high`."""
+def check_whole(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int, Python's or numpy's; UsageError unless it is one from `low` to `high`."""
+    value = _python(value)
     allowed = f"a whole number from {low} to {high}"
     if not isinstance(value, int) or isinstance(value, bool):
         raise UsageError(f"{name} is no whole number", value=_quoted(value), allowed=allowed)
     if not low <= value <= high:
         raise UsageError(f"{name} is out of range", value=value, allowed=allowed)
+    return value
 
 
 def _quoted(value: object) -> object:
@@ -257,19 +269,15 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    ids = tuple(_iterate(name, value))
-    for token_id in ids:
-        check_whole(f"a token id in {name}", token_id, 0, (1 << 31) - 1)
-    return ids
+    what = f"a token id in {name}"
+    return tuple(check_whole(what, token_id, 0, (1 << 31) - 1) for token_id in _iterate(name, value))
 
 
 def _logit_bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise UsageError("logit_bias is not a mapping", value=value, allowed="{token id: number}")
-    _token_ids("logit_bias", value)
-    for bias in value.values():
-        _number("a bias in logit_bias", bias, -100.0, 100.0)
-    return {int(token_id): float(bias) for token_id, bias in value.items()}
+    biases = [_number("a bias in logit_bias", bias, -100.0, 100.0) for bias in value.values()]
+    return dict(zip(_token_ids("logit_bias", value), biases, strict=True))
 
 
 def _iterate(name: str, value: object) -> Iterable[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from herd.architecture import LlamaConfig
-from herd.checkpoint import Adapter, open_checkpoint
+from herd.checkpoint import open_checkpoint
 from herd.engine.backend import BackendOptions, Span, context_of, thread_count
 from herd.engine.memory import MemoryPlan, plan_memory, require_memory, smaller_contexts
 from herd.engine.scheduler import PREFILL_TOKENS
 from herd.errors import UsageError
 from herd.model import KVCache, Llama, from_arrays
+
+if TYPE_CHECKING:
+    from herd.checkpoint import Adapter
 
 MAX_SEQUENCES = 128
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -138,7 +142,9 @@ class TorchBackend:
         return logits_NV
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None) -> list[npt.NDArray[np.float32]]:
+    def score(
+        self, sequences: Sequence[Sequence[int]], vocabulary: int | None = None, adapter: str | None = None
+    ) -> list[npt.NDArray[np.float32]]:
         results = [np.empty(0, np.float32)] * len(sequences)
         lengths = [len(sequence) for sequence in sequences]
         several = [i for i, length in enumerate(lengths) if length > 1]
@@ -153,7 +159,7 @@ class TorchBackend:
         return results
 
     @torch.inference_mode()
-    def embed(self, sequences: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+    def embed(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> npt.NDArray[np.float32]:
         vectors_ND = np.empty((len(sequences), self.config.dim), np.float32)
         lengths = [len(sequence) for sequence in sequences]
         for group in _groups(range(len(sequences)), lengths, _SCORE_TOKENS):
