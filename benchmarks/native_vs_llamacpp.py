@@ -9,7 +9,8 @@ changes from round to round. llama.cpp gets its best settings: weights repacked,
 one's median counts. Its cache is float16, Herd's bfloat16. Without a program for it, a column stays empty. Above 1, a
 ratio says that Herd is better: faster, sooner or smaller.
 
-"First token" is a whole process that loads and computes a prompt of 16 tokens, Python's own start included; "memory" is
+"First token" is a whole process that loads and computes a prompt of 16 tokens, Python's own start included; "load" is
+the same without what Herd's process does before it opens the file, as in a program that has imported herd. "Memory" is
 the most that a process with a prompt of 512 tokens has resident, pages of mapped files included. Shares are of what the
 same machine reads and computes at best, measured in every round; computing is multiplying by the weights, without
 attention. For Linux.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the herd command does, before numpy
 
 from shapes import FORMATS, make
 
@@ -39,7 +43,7 @@ from herd.progress import status
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. `kind` "once": loading and one prompt; else as in `herd bench`."""
+    """What is measured. `kind` "once" and "load": loading and one prompt; else as in `herd bench`."""
 
     name: str
     kind: str
@@ -65,6 +69,7 @@ CASES = {
         Case("decode-8", "batch", batch=8, depth=16, steps=32),
         Case("decode-32", "batch", batch=32, depth=16, steps=32),
         Case("first-token", "once", unit="s", prompt=16),
+        Case("load", "load", unit="s", prompt=16),
         Case("memory", "once", unit="bytes", prompt=512),
     )
 }
@@ -76,6 +81,7 @@ TEXTS = {
     "decode-8": "decode 8 together",
     "decode-32": "decode 32 together",
     "first-token": "start to first token",
+    "load": "load to first token",
     "memory": "peak memory",
 }
 LONG = 4096
@@ -86,19 +92,20 @@ LONG = 4096
 
 
 def work(kind: str, path: Path, threads: int, prompt: int, batch: int, depth: int, steps: int) -> Any:
-    """One measurement: tokens per second; of the machine its limits; of "once" nothing, as the parent measures."""
+    """One measurement: tokens per second, or seconds; of the machine its limits."""
     from herd.engine.backend import BackendOptions, Span, open_backend
 
     if kind == "limits":
         return asdict(measure.limits(threads))
+    start = time.perf_counter()
     backend = open_backend("native", BackendOptions(path, None, prompt + depth + steps, threads, "bf16"))
     if kind == "prefill":
         return next(measure.measure_prefill(backend, prompt))
-    if kind == "once":
+    if kind in ("once", "load"):
         reserved = backend.reserve(prompt)
         assert reserved is not None
         backend.step([Span(reserved[0], range(1, prompt + 1))])
-        return None
+        return time.perf_counter() - start
     return next(measure.measure_decode(backend, batch, depth, steps))
 
 
@@ -126,7 +133,7 @@ def llama_commands(case: Case, path: Path, options: argparse.Namespace) -> dict[
     sizes = {"-p": case.prompt, "-n": case.steps, "-d": case.depth, "-r": 1}
     arguments = [options.llama_bench, *common, *(text for key, value in sizes.items() for text in (key, str(value)))]
     arguments += ["--repack", "1", "-o", "json"]
-    if case.kind == "once":
+    if case.kind in ("once", "load"):
         arguments.append("--no-warmup")
         return {"mapped": arguments, "read": [*arguments, "-lm", "none"]}
     if case.context >= LONG:
@@ -171,7 +178,9 @@ def resident_peak(pid: int) -> int:
 def value_of(case: Case, command: list[str], read: Callable[[str], float]) -> float:
     """Run a command and take the case's figure: what the program measured, or what is seen from outside."""
     text, seconds, peak = run(command, watch=case.unit == "bytes")
-    return {"s": seconds, "bytes": float(peak)}[case.unit] if case.kind == "once" else read(text)
+    seen = {"s": seconds, "bytes": float(peak)}
+    # A program that is compiled does nothing worth mentioning before it loads.
+    return seen[case.unit] if case.kind == "once" or (case.kind == "load" and read is read_llama) else read(text)
 
 
 def read_llama(text: str) -> float:

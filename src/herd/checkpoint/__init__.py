@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from herd.checkpoint.adapters import Adapter, LowRank, read_adapter
-from herd.checkpoint.convert import convert
 from herd.checkpoint.locate import continuing, models_home, pulled_repositories, resolve
 from herd.checkpoint.reading import Checkpoint, RawTensor, open_checkpoint
-from herd.checkpoint.writing import save
 from herd.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from herd.checkpoint.adapters import Adapter, LowRank, read_adapter
+    from herd.checkpoint.conversion import convert
     from herd.checkpoint.hub import pull
+    from herd.checkpoint.writing import save
 
-# Downloading brings the HTTP client, which reading a file does not need.
-__getattr__ = lazy_names(__name__, {"hub": ("pull",)})
+# A model is read more often than one is written or fetched, and the first token waits for what is imported here.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "adapters": ("Adapter", "LowRank", "read_adapter"),
+        "conversion": ("convert",),
+        "hub": ("pull",),
+        "writing": ("save",),
+    },
+)
 
 __all__ = [
     "Adapter",

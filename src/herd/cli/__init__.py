@@ -53,6 +53,8 @@ Examples:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, or the code of the error: 2 usage, 3 file, 4 resources."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Nothing here multiplies with numpy, whose BLAS would start a thread on every processor that spins for a while.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         sys.stdout.write(_HELP.format(verbs="\n".join(f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items())))
         raise SystemExit(0)
