@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -115,10 +116,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     values: dict[tuple[Case, str], list[float]] = {}
     failed: dict[tuple[Case, str], str] = {}
     ours = PAIRS[options.peer]
-    machine = measure.Limits(0.0, 0.0, 0.0, 0.0)
+    machine: list[measure.Limits] = []
     for turn in range(options.rounds):
         limits = run(herd_command(CASES["decode"], files[next(iter(ours))], options.threads, "limits"))[0]
-        machine = machine.best(measure.Limits(**json.loads(limits)))
+        machine.append(measure.Limits(**json.loads(limits)))
         for case in cases:
             tried = list(commands(case, files, options).items())
             for who, command in reversed(tried) if turn % 2 else tried:
@@ -132,13 +133,13 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                         raise
                     failed[case, who] = str(error)
     status("")
-    spreads = {key: measure.spread(found) for key, found in values.items() if key not in failed}
+    values = {key: found for key, found in values.items() if key not in failed}
     tables = []
     for name, weights in ours.items():
         facts = measure.work_of(files[name], None, "bf16")
         chosen = {
             (case, "herd" if who == name else who): found
-            for (case, who), found in spreads.items()
+            for (case, who), found in values.items()
             if who == name or (who not in ours and who.startswith(weights))
         }
         rows = [row(case, chosen, facts, machine) for case in cases]
@@ -149,7 +150,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "shape": options.shape,
         "peer": options.peer,
         "threads": options.threads,
-        "limits": asdict(machine),
+        "limits": {name: statistics.median(getattr(m, name) for m in machine) for name in asdict(machine[0])},
         "tables": tables,
         "failed": [f"{TEXTS[case.name]}, {who}: {why}" for (case, who), why in failed.items()],
     }

@@ -444,3 +444,21 @@ def test_bf16_weights(tiny: Path, llm: LLM, backend: str) -> None:
         close = half.score("def main(argv):\n    return 0\n")
         np.testing.assert_allclose(close.logprobs, exact.logprobs, atol=0.15)
         assert half.generate("def ", max_tokens=5, temperature=0).usage.completion_tokens > 0
+
+
+def test_how_likely_a_prompt_was(llm: LLM) -> None:
+    """The same as `score` says, in pieces and beside other answers, and whatever is remembered of the prompt."""
+    texts = ["def f(x):\n    return x\n" * 4, "def f(x):\n    return x\n" * 4 + "x", PROMPTS[4], "a"]
+    options: dict[str, object] = {"max_tokens": 3, "temperature": 0, "prompt_logprobs": True, "top_logprobs": 2}
+    for _ in range(2):
+        for text, found in zip(texts, llm.generate(texts, **options), strict=True):
+            expected = llm.score(text)
+            assert found.prompt_logprobs == pytest.approx(expected.logprobs, abs=1e-6)
+            assert found.prompt_top_logprobs is not None
+            for token_id, logprob, top in zip(
+                expected.token_ids, found.prompt_logprobs or [], found.prompt_top_logprobs, strict=True
+            ):
+                assert len(top) == 2 and top[0][1] >= top[1][1] >= (logprob if token_id not in dict(top) else -1e9)
+    first, second = llm.generate(texts[0], n=2, **options)
+    assert first.prompt_logprobs == second.prompt_logprobs
+    assert llm.generate(texts[0], max_tokens=1).prompt_logprobs is None

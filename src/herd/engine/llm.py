@@ -5,11 +5,12 @@ The smallest use is `LLM("runs/pocket").generate("def", max_tokens=32).text`.
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast, get_args, overload
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, checked_cpus, open_backend
+from herd.engine.prompts import check_ids, windowed
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
 from herd.engine.sampler import BrokenLogits, fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
@@ -268,7 +270,9 @@ class LLM:
         windows: list[list[int]] = []
         owners: list[tuple[int, int]] = []  # per window: index of the text, first target that counts
         for i, ids in enumerate(sequences):
-            for start, fresh in self._windows(len(ids), overlap):
+            if len(ids) > self.context and overlap is None:
+                raise self._too_long(len(ids))
+            for start, fresh in windowed(len(ids), self.context, overlap):
                 windows.append(ids[start : start + self.context])
                 owners.append((i, fresh - start - 1))
         vocabulary = min(self.tokenizer.vocab_size, self.config.vocab_size)
@@ -343,50 +347,92 @@ class LLM:
             raise EngineClosed()
         return self._backend
 
+    def begin(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        n: int = 1,
+        continues_text: bool = True,
+        on_chunk: Callable[[int, Chunk], None] | None = None,
+    ) -> list[LiveSequence]:
+        """Queue n completions of one prompt of token ids, for a caller that drives the batch itself with `step`.
+
+        `on_chunk` gets the completion's number with each token; `continues_text` is False for answers in a chat.
+        Raises UsageError and ContextLengthExceeded before anything is queued.
+        """
+        ids = self._check_ids(prompt)
+        max_tokens = self.max_tokens(ids, sampling)
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        sequences: list[LiveSequence] = []
+        with self._lock:
+            self._open()
+            if sampling.adapter is not None:
+                self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
+            for j in range(n):
+                sequences.append(
+                    self._scheduler.add(
+                        ids,
+                        sampling,
+                        decoder=self._decoder(sampling, continues_text),
+                        max_tokens=max_tokens,
+                        seed=fold_seed(seed, j),
+                        leader=sequences[0] if j else None,
+                        on_chunk=None if on_chunk is None else partial(on_chunk, j),
+                    )
+                )
+        return sequences
+
+    def step(self) -> None:
+        """One step of the shared batch; nothing when it is empty. What goes wrong ends all its sequences, and is
+        raised."""
+        with self._lock:
+            self._open()
+            if not self._scheduler.idle:
+                self._scheduler.step()
+
+    def cancel(self, sequences: Iterable[LiveSequence]) -> None:
+        """End sequences now, with what they have; those that have ended stay as they are."""
+        with self._lock:
+            for sequence in sequences:
+                self._scheduler.cancel(sequence)
+
+    @property
+    def backend(self) -> Backend:
+        """What computes."""
+        return self._open()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The batch, for a caller that drives it; only one thread may."""
+        return self._scheduler
+
     def _run(self, prompts: list[list[int]], sampling: Sampling, n: int, *, continues_text: bool) -> list[Completion]:
-        limits = [self._max_tokens(prompt, sampling) for prompt in prompts]
-        sequences: dict[tuple[int, int], LiveSequence] = {}
+        for prompt in prompts:
+            self.max_tokens(prompt, sampling)  # raises before any work
+        sequences: dict[int, list[LiveSequence]] = {}
         try:
             with self._lock:
-                if sampling.adapter is not None:
-                    self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
                 # Longest first: the cache gets its final shape at once, and prompts of like length enter together.
                 for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-                    seed = fresh_seed() if sampling.seed is None else sampling.seed
-                    for j in range(n):
-                        sequences[i, j] = self._scheduler.add(
-                            prompts[i],
-                            sampling,
-                            decoder=self._decoder(sampling, continues_text),
-                            max_tokens=limits[i],
-                            seed=fold_seed(seed, j),
-                            leader=sequences[i, 0] if j else None,
-                        )
-            for sequence in sequences.values():
+                    sequences[i] = self.begin(prompts[i], sampling, n=n, continues_text=continues_text)
+            for sequence in chain.from_iterable(sequences.values()):
                 while sequence.completion is None:
                     self._advance(sequence)
         finally:
-            self._cancel(sequences.values())
-        return [cast(Completion, sequences[i, j].completion) for i in range(len(prompts)) for j in range(n)]
+            self.cancel(chain.from_iterable(sequences.values()))
+        return [cast(Completion, sequence.completion) for i in range(len(prompts)) for sequence in sequences[i]]
 
     def _stream(self, prompt: list[int], sampling: Sampling, *, continues_text: bool) -> Generator[Chunk, None, None]:
-        max_tokens = self._max_tokens(prompt, sampling)  # raises here, not at the first chunk
-        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        self.max_tokens(prompt, sampling)  # raises here, not at the first chunk
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=fresh_seed())
 
         def chunks_as_they_come() -> Generator[Chunk, None, None]:
             chunks: deque[Chunk] = deque()
-            with self._lock:
-                self._open()
-                if sampling.adapter is not None:
-                    self._check_adapter(sampling.adapter)  # it may have been unloaded meanwhile
-                sequence = self._scheduler.add(
-                    prompt,
-                    sampling,
-                    decoder=self._decoder(sampling, continues_text),
-                    max_tokens=max_tokens,
-                    seed=seed,
-                    on_chunk=chunks.append,
-                )
+            (sequence,) = self.begin(
+                prompt, sampling, continues_text=continues_text, on_chunk=lambda _, chunk: chunks.append(chunk)
+            )
             try:
                 while True:
                     while chunks:
@@ -396,7 +442,7 @@ class LLM:
                             return
                     self._advance(sequence)
             finally:
-                self._cancel([sequence])
+                self.cancel([sequence])
 
         return chunks_as_they_come()
 
@@ -413,11 +459,6 @@ class LLM:
                 raise HerdError("generation stopped: a step of the shared batch failed") from sequence.error
             if sequence.completion is None:
                 self._scheduler.step()
-
-    def _cancel(self, sequences: Any) -> None:
-        with self._lock:
-            for sequence in sequences:
-                self._scheduler.cancel(sequence)
 
     def _prompts(self, prompt: Prompt | Prompts) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, and whether it was a single one."""
@@ -436,20 +477,10 @@ class LLM:
         return self._check_ids(ids if bos is None else [bos, *ids])
 
     def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        vocabulary = self.config.vocab_size
-        try:
-            result = [operator.index(token_id) for token_id in ids]
-        except TypeError:
-            raise UsageError("not a list of token ids", value=ids) from None
-        if not result:
-            raise UsageError("an empty prompt has no next token", fix="begin with the tokenizer's bos_id")
-        if min(result) < 0 or max(result) >= vocabulary:
-            wrong = next(i for i in result if not 0 <= i < vocabulary)
-            raise UsageError("no such token", value=wrong, allowed=f"0 to {vocabulary - 1}")
-        return result
+        return check_ids(ids, self.config.vocab_size)
 
-    def _max_tokens(self, prompt: list[int], sampling: Sampling) -> int:
-        """Resolve max_tokens against the context; also the ids that a bias names, before anything runs."""
+    def max_tokens(self, prompt: Sequence[int], sampling: Sampling) -> int:
+        """How many tokens an answer may have. Raises what is wrong with a request, before anything runs."""
         needed = len(prompt) + (sampling.max_tokens or 1)
         if needed > self.context:
             raise self._too_long(needed)
@@ -470,19 +501,6 @@ class LLM:
         if name not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none is loaded"
             raise UsageError("no such adapter", value=name, allowed=known)
-
-    def _windows(self, length: int, overlap: int | None) -> Iterator[tuple[int, int]]:
-        """(start of window, first token that is scored in it): together they score tokens 1.. once each."""
-        if length > self.context and overlap is None:
-            raise self._too_long(length)
-        if overlap is not None and not 1 <= overlap < self.context:
-            raise UsageError("overlap is out of range", value=overlap, allowed=f"1 to {self.context - 1}")
-        start, fresh = 0, 1
-        yield start, fresh
-        while start + self.context < length:
-            fresh = start + self.context
-            start = fresh - cast(int, overlap)
-            yield start, fresh
 
     def _n_bytes(self, text: object, ids: list[int]) -> int:
         if isinstance(text, str):

@@ -41,6 +41,7 @@ class SamplingOptions(TypedDict, total=False):
     skip_specials: bool
     logprobs: bool | None
     top_logprobs: int
+    prompt_logprobs: bool
     adapter: str | None
 
 
@@ -86,6 +87,8 @@ class Sampling:
     """Report the natural logarithm of each chosen token's probability under the model (before any option above)."""
     top_logprobs: int = 0
     """Report this many most likely tokens at each step as well; implies `logprobs`."""
+    prompt_logprobs: bool = False
+    """Report how likely each token of the prompt was, too. Then all of it is computed, remembered or not."""
     adapter: str | None = None
     """Name of a low-rank adapter that `LLM.load_adapter` has loaded; requests with different ones share a batch."""
 
@@ -193,6 +196,10 @@ class Completion:
     """For each generated token, the most likely (token id, logprob) pairs, best first."""
     stop: str | int | None = None
     """The stop string or stop token id that ended it, None at "length"."""
+    prompt_logprobs: list[float] | None = None
+    """With `Sampling.prompt_logprobs`, of the prompt's tokens from the second on: the first has nothing before it."""
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
+    """The same as `top_logprobs`, for these tokens."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,8 @@ class Chunk:
     logprob: float | None = None
     completion: Completion | None = None
     """The whole answer, on the last chunk."""
+    top_logprobs: list[tuple[int, float]] | None = None
+    """The most likely (token id, logprob) pairs in its place, best first, where they were asked for."""
 
 
 @dataclass(frozen=True)

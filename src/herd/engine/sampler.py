@@ -126,7 +126,7 @@ def sample(logits_BV: npt.NDArray[np.float32], rows: Sequence[SamplerRow]) -> li
     for logits_V, row, token_id in zip(logits_BV, rows, ids, strict=True):
         row.commit(token_id)
         wanted = row.sampling.wants_logprobs
-        choices.append(_with_logprobs(logits_V, token_id, row.sampling.top_logprobs) if wanted else Choice(token_id))
+        choices.append(with_logprobs(logits_V, token_id, row.sampling.top_logprobs) if wanted else Choice(token_id))
     return choices
 
 
@@ -139,7 +139,7 @@ def _alike(rows: Sequence[SamplerRow], most: int) -> list[list[int]]:
     return [group[start : start + most] for group in alike.values() for start in range(0, len(group), most)]
 
 
-def _with_logprobs(logits_V: Floats, token_id: int, n_top: int) -> Choice:
+def with_logprobs(logits_V: Floats, token_id: int, n_top: int) -> Choice:
     """The choice with natural log-probabilities in float64, its own and those of the `n_top` most likely tokens."""
     best = logits_V.max()
     exact_V = logits_V.astype(np.float64)

@@ -14,18 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from herd.engine.backend import Backend, Span
 from herd.engine.request import Chunk, Completion, FinishReason, Sampling, Timings, Usage
-from herd.engine.sampler import BrokenLogits, Choice, SamplerRow, sample
+from herd.engine.sampler import BrokenLogits, Choice, SamplerRow, sample, with_logprobs
 from herd.engine.speculation import MAX_DRAFT, Ask, Drafter
 from herd.engine.text import StreamDecoder, TextStream
 
 PREFILL_TOKENS = 1024
-"""Prompt tokens that enter in one step, over all sequences."""
+"""Prompt tokens that enter in one step, over all sequences, where nobody asks for shorter steps."""
 LOGIT_ROWS = 256
 """Rows of logits in one step: beyond one for each sequence, guesses are made only up to here."""
 
@@ -54,6 +55,8 @@ class LiveSequence:
     draft_size: int = MAX_DRAFT
     """How many tokens to guess next: one more than were right last time."""
     choices: list[Choice] = field(default_factory=list)
+    given: list[Choice] = field(default_factory=list)
+    """The prompt's tokens from the second on as if they had been chosen, where that is asked for."""
     completion: Completion | None = None
     error: BaseException | None = None
     """Why the sequence ended without a completion."""
@@ -74,6 +77,11 @@ class LiveSequence:
     def computed(self) -> bool:
         """The backend has all tokens, and so the logits after the last one."""
         return self.n_computed == len(self.tokens)
+
+    @property
+    def scoring(self) -> bool:
+        """How likely the tokens of its prompt are is still being found out."""
+        return self.sampling.prompt_logprobs and not self.choices and self.leader is None
 
     def accept(self, choice: Choice) -> None:
         """Take the next token: extend the text, and complete when a stop or the length says so."""
@@ -97,7 +105,7 @@ class LiveSequence:
         if reason is not None:
             self.completion = self._complete(reason, stop, now)
         if self.on_chunk is not None:
-            self.on_chunk(Chunk(text, token_id, reason, choice.logprob, self.completion))
+            self.on_chunk(Chunk(text, token_id, reason, choice.logprob, self.completion, choice.top_logprobs))
 
     def cut(self) -> None:
         """Complete with what there is, because the caller wants no more."""
@@ -116,7 +124,17 @@ class LiveSequence:
             seed=self.row.seed,
             top_logprobs=[choice.top_logprobs or [] for choice in self.choices] if self.sampling.top_logprobs else None,
             stop=stop,
+            **self._of_prompt(),
         )
+
+    def _of_prompt(self) -> dict[str, Any]:
+        if not self.sampling.prompt_logprobs:
+            return {}
+        given = self.given if self.leader is None else self.leader.given
+        found: dict[str, Any] = {"prompt_logprobs": [choice.logprob for choice in given]}
+        if self.sampling.top_logprobs:
+            found["prompt_top_logprobs"] = [choice.top_logprobs for choice in given]
+        return found
 
     def _timings(self, now: float) -> Timings:
         started = self.started or now
@@ -142,8 +160,18 @@ class _Work:
         self.draft = draft
         self.n_drafted = len(draft)
         self.row = row
-        outputs = 1 + len(draft) if sequence.computed else 0
+        self.scored = len(tokens) if sequence.scoring else 0
+        outputs = self.scored or (1 + len(draft) if sequence.computed else 0)
         self.span = Span(sequence.handle or 0, [*tokens, *draft], outputs)
+
+    def score(self, logits_NV: npt.NDArray[np.float32]) -> None:
+        """Note how likely the prompt's tokens after those of this step were; the row after them is what remains."""
+        sequence = self.sequence
+        first = len(sequence.given) + 1
+        known = sequence.prompt[first : first + self.scored]
+        for i, token_id in enumerate(known):
+            sequence.given.append(with_logprobs(logits_NV[self.row + i], token_id, sequence.sampling.top_logprobs))
+        self.row += len(known)
 
 
 class Scheduler:
@@ -159,6 +187,9 @@ class Scheduler:
         self._stop_ids = stop_ids
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
+        self.prefill_tokens = PREFILL_TOKENS
+        self.tokens = 0
+        """Tokens that were computed so far, of prompts and answers."""
 
     def add(
         self,
@@ -187,6 +218,14 @@ class Scheduler:
         return sequence
 
     @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
     def idle(self) -> bool:
         return not self._waiting and not self._running
 
@@ -199,7 +238,7 @@ class Scheduler:
         When anything goes wrong, Ctrl-C included, all sequences end with that error and the cache is free again.
         """
         try:
-            self._admit()
+            self.admit()
             self._advance()
         except BaseException as error:
             self.abort(error)
@@ -223,18 +262,19 @@ class Scheduler:
             self._leave(sequence)
         self._waiting.clear()
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
         """First come, first served; a sequence that must wait holds back those behind it, so none starves.
 
         No more enter than this step can take prompt tokens: a later one may find its beginning computed by then.
         """
         entering = sum(len(s.tokens) - s.n_computed for s in self._running if not s.choices)
-        while self._waiting and entering < PREFILL_TOKENS:
+        while self._waiting and entering < self.prefill_tokens:
             sequence = self._waiting[0]
             leader = sequence.leader
             if leader is not None and leader.handle is not None and not leader.choices:
                 return  # its prompt is being computed by its leader: it forks when that is done
-            reserved = self._backend.reserve(sequence.capacity, sequence.tokens, sequence.sampling.adapter)
+            remembered = [] if sequence.scoring else sequence.tokens
+            reserved = self._backend.reserve(sequence.capacity, remembered, sequence.sampling.adapter)
             if reserved is None:
                 return
             handle, sequence.n_computed = reserved
@@ -258,15 +298,17 @@ class Scheduler:
 
     def _advance(self) -> None:
         works: list[_Work] = []
-        budget = PREFILL_TOKENS
+        budget = self.prefill_tokens
+        rows = LOGIT_ROWS - len(self._running)  # of logits for tokens that are given
         drafts = self._drafts()
         for sequence in list(self._running):
             if sequence.handle is None:
                 continue  # it gave its place to one before it
             tokens = sequence.tokens[sequence.n_computed :]
             if len(tokens) > 1:
-                tokens = tokens[:budget]
+                tokens = tokens[: min(budget, max(rows, 1)) if sequence.scoring else budget]
                 budget -= len(tokens)
+                rows -= len(tokens) if sequence.scoring else 0
             draft = drafts.get(id(sequence), [])
             if draft and not self._backend.grow(sequence.handle, len(tokens) + len(draft)):
                 draft = []  # guesses are welcome, but nobody gives way to them
@@ -277,12 +319,15 @@ class Scheduler:
         if not works:
             return
         logits_NV = self._backend.step([work.span for work in works])
+        self.tokens += sum(len(work.span.tokens) for work in works)
         if logits_NV.shape[1] > self._vocabulary:
             logits_NV[:, self._vocabulary :] = -np.inf
         row = 0
         for work in works:
             work.row = row
             row += work.span.outputs
+            if work.scored:
+                work.score(logits_NV)
         works = [work for work in works if work.sequence.computed]
         for leader in [work for work in works if not work.sequence.choices]:
             works += [_Work(follower, [], [], leader.row) for follower in self._fork_followers(leader.sequence)]
@@ -350,6 +395,8 @@ class Scheduler:
         last = self._running[-1]
         self._leave(last)
         last.n_computed = 0
+        if not last.choices:
+            last.given.clear()
         self._waiting.appendleft(last)
 
     def make_way(self) -> None:

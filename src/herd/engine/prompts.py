@@ -1,0 +1,37 @@
+"""Token ids from outside, and texts longer than the context as windows of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+
+from herd.errors import UsageError
+
+
+def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
+    """Ids as Python's ints, at least one, each below `vocabulary`; else UsageError."""
+    try:
+        result = [operator.index(token_id) for token_id in ids]
+    except TypeError:
+        raise UsageError("not a list of token ids", value=ids) from None
+    if not result:
+        raise UsageError("an empty prompt has no next token", fix="begin with the tokenizer's bos_id")
+    if min(result) < 0 or max(result) >= vocabulary:
+        wrong = next(i for i in result if not 0 <= i < vocabulary)
+        raise UsageError("no such token", value=wrong, allowed=f"0 to {vocabulary - 1}")
+    return result
+
+
+def windowed(length: int, context: int, overlap: int | None) -> Iterator[tuple[int, int]]:
+    """(start of window, first token that is scored in it): together they score tokens 1.. once each.
+
+    A token that is scored in a further window has at least `overlap` tokens before it there.
+    """
+    if overlap is not None and not 1 <= overlap < context:
+        raise UsageError("overlap is out of range", value=overlap, allowed=f"1 to {context - 1}")
+    start, fresh = 0, 1
+    yield start, fresh
+    while overlap is not None and start + context < length:
+        fresh = start + context
+        start = fresh - overlap
+        yield start, fresh
