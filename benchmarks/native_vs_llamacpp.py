@@ -10,10 +10,10 @@ one's median counts. Its cache is float16, Herd's bfloat16. Without a program fo
 ratio says that Herd is better: faster, sooner or smaller.
 
 "First token" is a whole process that loads and computes a prompt of 16 tokens, Python's own start included; "load" is
-the same without what Herd's process does before it opens the file, as in a program that has imported herd. "Memory" is
-the most that a process with a prompt of 512 tokens has resident, pages of mapped files included. Shares are of what the
-same machine reads and computes at best, measured in every round; computing is multiplying by the weights, without
-attention. For Linux.
+from opening the file to the logits, as in a program that has imported herd (of llama.cpp: from its start to its
+result). "Memory" is the most that a process with a prompt of 512 tokens has resident, pages of mapped files included.
+Shares are of what the same machine reads and computes at best, measured in every round; computing is multiplying by the
+weights, without attention. For Linux.
 """
 
 from __future__ import annotations
@@ -177,10 +177,21 @@ def resident_peak(pid: int) -> int:
 
 def value_of(case: Case, command: list[str], read: Callable[[str], float]) -> float:
     """Run a command and take the case's figure: what the program measured, or what is seen from outside."""
+    if case.kind == "load" and read is read_llama:
+        return seconds_to_result(command)
     text, seconds, peak = run(command, watch=case.unit == "bytes")
-    seen = {"s": seconds, "bytes": float(peak)}
-    # A program that is compiled does nothing worth mentioning before it loads.
-    return seen[case.unit] if case.kind == "once" or (case.kind == "load" and read is read_llama) else read(text)
+    return {"s": seconds, "bytes": float(peak)}[case.unit] if case.kind == "once" else read(text)
+
+
+def seconds_to_result(command: list[str]) -> float:
+    """Until llama-bench has printed what it measured; what it does before it loads is hardly worth mentioning."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("]"):
+                return time.perf_counter() - start
+    raise HerdError(f"{Path(command[0]).name} printed no result")
 
 
 def read_llama(text: str) -> float:

@@ -43,7 +43,7 @@ using SpecTuple = std::tuple<std::string, std::string, std::int64_t, std::int64_
 void make_engine(Engine* self, int dim, int heads, int kv_heads, int head_dim, int vocab, float norm_eps, bool qk_norm,
                  float temperature, int temperature_floor, int experts, int top_k, bool token_scales,
                  const std::vector<bool>& rotates, const std::vector<int>& chunks,
-                 const std::vector<SpecTuple>& matrices, int threads, std::vector<int> cpus) {
+                 const std::vector<SpecTuple>& matrices, int threads, std::vector<int> cpus, std::int64_t patience) {
   require(rotates.size() == chunks.size(), "rotates and chunks have one value a layer");
   require(dim > 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && vocab > 0, "impossible shape");
   require(experts >= 0 && top_k >= 0 && top_k <= experts, "impossible experts");
@@ -57,7 +57,7 @@ void make_engine(Engine* self, int dim, int heads, int kv_heads, int head_dim, i
   const DecoderShape shape{
       dim,         static_cast<int>(layers.size()), heads,   kv_heads, head_dim,    vocab, norm_eps, qk_norm,
       temperature, std::max(1, temperature_floor),  experts, top_k,    token_scales};
-  new (self) Engine(shape, layers, specs, threads, std::move(cpus));
+  new (self) Engine(shape, layers, specs, threads, std::move(cpus), patience);
 }
 
 bool step(Engine& engine, Cache& cache, const Ints& tokens, const Array<const std::int64_t, 2>& spans,
@@ -233,7 +233,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine", "Packed weights of a decoder, and the step through all its layers.")
       .def("__init__", &make_engine, "dim"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "vocab"_a, "norm_eps"_a,
            "qk_norm"_a, "temperature"_a, "temperature_floor"_a, "experts"_a, "top_k"_a, "token_scales"_a, "rotates"_a,
-           "chunks"_a, "matrices"_a, "threads"_a, "cpus"_a)
+           "chunks"_a, "matrices"_a, "threads"_a, "cpus"_a, "patience"_a = LargePages::kPatience)
       .def(
           "load",
           [](Engine& self, const std::string& name, const Bytes& data) {

@@ -51,11 +51,11 @@ void Cache::copy_page(std::int64_t from, std::int64_t to) {
 }
 
 Engine::Engine(const DecoderShape& shape, const std::vector<Layer>& layers, const std::vector<Spec>& matrices,
-               int threads, std::vector<int> cpus)
+               int threads, std::vector<int> cpus, std::int64_t patience)
     : shape_(shape),
       layers_(layers),
       memory_(total_bytes(matrices)),
-      large_pages_(memory_),
+      large_pages_(memory_, patience),
       team_(threads, std::move(cpus)),
       buffers_(std::make_unique<Buffers>()) {
   if (shape.head_dim > 1024 || shape.head_dim % 2) throw std::invalid_argument("head_dim is even, at most 1024");

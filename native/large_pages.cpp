@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <system_error>
 
 namespace herd {
 namespace {
@@ -12,8 +13,8 @@ namespace {
 constexpr std::int64_t kLarge = 2 << 20;
 constexpr int kPopulate = 23, kCollapse = 25;  // MADV_POPULATE_WRITE and MADV_COLLAPSE: older headers lack them
 constexpr int kLast = 19;                      // in the order of who runs
-// Clearing a page takes 50 to 200 us. What is waited for beyond that may be so much in all.
-constexpr std::int64_t kUsual = 400'000, kPatience = 50'000'000;  // ns
+// Clearing a page takes 50 to 200 us. A wait of more than kMost is counted as that: the thread itself was put aside.
+constexpr std::int64_t kUsual = 400'000, kMost = 5'000'000;  // ns
 
 std::int64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
@@ -22,8 +23,9 @@ std::int64_t nanoseconds() {
 
 }  // namespace
 
-LargePages::LargePages(const Memory& memory) : patience_(kPatience) {
+LargePages::LargePages(const Memory& memory, std::int64_t patience) : patience_(patience) {
 #if defined(__linux__)
+  if (madvise(nullptr, 0, kCollapse) != 0) return;  // of nothing, as every kind of advice that is known
   const auto begin = reinterpret_cast<std::uintptr_t>(memory.data());
   const std::uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge, end = (begin + memory.size()) / kLarge * kLarge;
   if (first >= end) return;
@@ -41,7 +43,7 @@ void LargePages::take([[maybe_unused]] const std::uint8_t* p, [[maybe_unused]] s
     if (claimed_[page].exchange(true)) continue;
     const std::int64_t since = nanoseconds();
     madvise(first_ + page * kLarge, kLarge, kPopulate);
-    const std::int64_t waited = nanoseconds() - since - kUsual;
+    const std::int64_t waited = std::min(nanoseconds() - since - kUsual, kMost);
     if (waited > 0 && (patience_ -= waited) < 0 && quick_.exchange(false))
       madvise(first_, static_cast<std::size_t>(count_ * kLarge), MADV_NOHUGEPAGE);
   }
@@ -50,24 +52,28 @@ void LargePages::take([[maybe_unused]] const std::uint8_t* p, [[maybe_unused]] s
 
 void LargePages::finish() {
 #if defined(__linux__)
-  if (quick_ || thread_.joinable()) return;
+  if (!count_ || thread_.joinable()) return;
   owner_ = getpid();
-  thread_ = std::thread([this] {
-    setpriority(PRIO_PROCESS, 0, kLast);  // of this thread: Linux has them one by one
-    madvise(first_, static_cast<std::size_t>(count_ * kLarge), MADV_HUGEPAGE);
-    // Where a page is large already, or there is none to be had, nothing changes.
-    for (std::int64_t page = 0; page < count_ && !stop_; ++page) madvise(first_ + page * kLarge, kLarge, kCollapse);
-  });
+  try {
+    thread_ = std::thread([this] {
+      setpriority(PRIO_PROCESS, 0, kLast);  // of this thread: Linux has them one by one
+      madvise(first_, static_cast<std::size_t>(count_ * kLarge), MADV_HUGEPAGE);
+      // A page that came quickly may be 512 small ones all the same. Where it is large, or there is none to be had,
+      // nothing changes.
+      for (std::int64_t page = 0; page < count_ && !stop_; ++page) madvise(first_ + page * kLarge, kLarge, kCollapse);
+    });
+  } catch (const std::system_error&) {  // no thread to be had: pages stay as they are
+  }
 #endif
 }
 
 void LargePages::wait() {
-  if (!thread_.joinable()) return;
-  if (owner_ != getpid()) {  // a forked child has no such thread
-    thread_.detach();
-  } else {
-    thread_.join();
+  if (owner_ != getpid()) {  // a forked child has no such thread, and nobody who could hold the lock
+    if (thread_.joinable()) thread_.detach();
+    return;
   }
+  const std::lock_guard lock(joining_);
+  if (thread_.joinable()) thread_.join();
 }
 
 void LargePages::stop() {

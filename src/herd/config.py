@@ -47,7 +47,8 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str, *, fix: str 
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # fields that contradict each other
             raise UsageError(f"{where}: {path}{': ' if path else ''}{message}{more}", fix=fix) from None
-        message = _PLAINER.get(first["type"], message).format(**first.get("ctx", {}))
+        if first["type"] in _PLAINER:
+            message = _PLAINER[first["type"]].format(**first.get("ctx", {}))
         what = f"{where}: field {path!r} is not valid{more}"
         raise UsageError(what, value=first["input"], allowed=message, fix=fix) from None
 

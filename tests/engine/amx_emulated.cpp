@@ -299,8 +299,8 @@ int main() {
     if (kEngineAmx.inputs_of(format) != Inputs::int8) continue;
     for (int rows = 1; rows <= 40; ++rows)
       for (const int blocks : {1, 2, 9}) compare(format, rows, blocks, rows / 2 % 2, (rows + blocks) % 3 == 0);
-    for (const int rows : {16, 24, 64, 65, 72, 88})  // 64 share unpacked weights
-      for (const int blocks : {8, 17}) compare(format, rows, blocks, rows > 64, blocks == 8);
+    for (const int rows : {16, 24, 65, 88, 256, 264, 300})  // up to 256 share unpacked weights
+      for (const int blocks : {8, 17}) compare(format, rows, blocks, rows > 65, blocks == 8);
   }
   for (int rows = 1; rows <= 80; rows += rows < 41 ? 1 : 13)
     for (const int blocks : {1, 2, 9}) compare_bf16(rows, blocks);

@@ -151,7 +151,15 @@ def test_unloaded_and_loaded_again(tiny: Path, tmp_path: Path) -> None:
         for use in (lambda: next(late), lambda: ask(llm, PROMPTS[0], "a"), lambda: llm.unload_adapter("a")):
             with pytest.raises(UsageError, match="no such adapter"):
                 use()
+        early = llm.stream(PROMPTS[0], max_tokens=9)
         llm.load_adapter(second, "a")
+        replaced = llm.stream(PROMPTS[0], max_tokens=9, adapter="a")
+        llm.unload_adapter("a")
+        llm.load_adapter(second, "a")
+        with pytest.raises(UsageError, match="another adapter"):
+            next(replaced)
+        next(early)
+        early.close()
         again = ask(llm, PROMPTS[2], "a")
         assert again.logprobs == expected and again.timings.reused_tokens == 0
 

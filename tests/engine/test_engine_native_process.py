@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import platform
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from herd.engine.memory import MemoryPlan
 
 pytest.importorskip("herd._native")
 
+from herd import _native
 from herd.engine import native_backend
 from herd.engine.native_backend import NativeBackend
 from herd.engine.native_weights import Need, plan_native, weight_formats
@@ -137,22 +140,38 @@ def heavy(make_model: Callable[..., Path]) -> Path:
     return make_model(dim=1024, n_heads=8, head_dim=128, ffn_dim=4096, context_length=256)
 
 
+def makes_large_pages() -> bool:
+    """Linux 6.1 and later, where they are not turned off."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    version = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    return version >= (6, 1) and switch.exists() and "[never]" not in switch.read_text()
+
+
 @own_memory
-def test_weights_come_to_lie_in_large_pages(heavy: Path) -> None:
+@pytest.mark.skipif(not makes_large_pages(), reason="this system makes no large pages")
+@pytest.mark.parametrize("patience", [0, 50_000_000])
+def test_weights_come_to_lie_in_large_pages(heavy: Path, monkeypatch: pytest.MonkeyPatch, patience: int) -> None:
+    """While they are read, or, without any patience for the system, afterwards."""
+    monkeypatch.setattr(_native, "Engine", partial(_native.Engine, patience=patience))
     before = large_bytes()
     with native(heavy) as llm:
         backend = backend_of(llm)
         assert backend._engine is not None
         first = answer(llm)
-        backend.settle()
-        if large_bytes() == before:
-            pytest.skip("this system makes no large pages")
+        several = [threading.Thread(target=backend.settle) for _ in range(3)]  # only one of them can wait for a thread
+        for thread in several:
+            thread.start()
+        for thread in several:
+            thread.join(60)
+            assert not thread.is_alive()
         assert large_bytes() - before > 0.8 * backend._engine.weight_bytes
         assert answer(llm) == first
 
 
-def test_a_fork_right_after_loading(heavy: Path) -> None:
+@pytest.mark.parametrize("patience", [0, 50_000_000])
+def test_a_fork_right_after_loading(heavy: Path, monkeypatch: pytest.MonkeyPatch, patience: int) -> None:
     """No large page is made from then on, parent and child end, and both answer alike."""
+    monkeypatch.setattr(_native, "Engine", partial(_native.Engine, patience=patience))
     with native(heavy) as llm:
         pid = os.fork()
         if pid == 0:

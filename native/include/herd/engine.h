@@ -90,9 +90,10 @@ class Engine {
     std::int64_t rows, columns;
   };
 
-  // `matrices` are all that will be loaded; their memory is one block. `layers`: rotates and chunk of each.
+  // `matrices` are all that will be loaded; their memory is one block. `layers`: rotates and chunk of each. `patience`:
+  // of LargePages.
   Engine(const DecoderShape& shape, const std::vector<Layer>& layers, const std::vector<Spec>& matrices, int threads,
-         std::vector<int> cpus);
+         std::vector<int> cpus, std::int64_t patience);
   ~Engine();
 
   // A matrix in a file's layout, row by row, from memory or from an open file; a norm's weights. Throws

@@ -60,7 +60,7 @@ _OPEN: WeakSet[NativeBackend] = WeakSet()
 
 
 def _before_fork() -> None:
-    for backend in _OPEN:
+    for backend in list(_OPEN):  # another thread may open one meanwhile
         backend.before_fork()
 
 
@@ -96,9 +96,11 @@ class NativeBackend:
             for matrix, change in adapter.items():
                 layer, projection = _place(matrix)
                 self._engine.load_delta(number, layer, projection, change.a, change.b)
-        except ValueError as error:
+        except BaseException as error:
             self._engine.remove_adapter(number)
-            raise HerdError(f"this adapter cannot be applied: {error}", value=name) from None
+            if isinstance(error, ValueError):
+                raise HerdError(f"this adapter cannot be applied: {error}", value=name) from None
+            raise
         self._adapters[name] = number
 
     def unload_adapter(self, name: str) -> None:

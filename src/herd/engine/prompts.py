@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 
+from herd.engine.request import check_whole
 from herd.errors import UsageError
 
 
@@ -27,8 +28,7 @@ def windowed(length: int, context: int, overlap: int | None) -> Iterator[tuple[i
 
     A token that is scored in a further window has at least `overlap` tokens before it there.
     """
-    if overlap is not None and not 1 <= overlap < context:
-        raise UsageError("overlap is out of range", value=overlap, allowed=f"1 to {context - 1}")
+    overlap = None if overlap is None else check_whole("overlap", overlap, 1, context - 1)
     start, fresh = 0, 1
     yield start, fresh
     while overlap is not None and start + context < length:
