@@ -1,9 +1,7 @@
-"""A tiny real model for the engine's tests: random weights, a trained byte-level tokenizer, saved as a checkpoint."""
+"""A tiny model on each backend, and scripts that run once for each instruction set."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import pickle
 import subprocess
@@ -12,13 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from herd import LLM, checkpoint, tokenizer
-from herd.architecture import LlamaConfig, tensor_shapes
+from herd import LLM
 
-TEXT = Path(dataclasses.__file__).read_text() + "äöü é ß — ‘quoted’ “text” … 日本語 emoji 🦙 and 👩‍💻 " * 40
 MakeModel = Callable[..., Path]
 OnEachIsa = Callable[[str, object], dict[str, Any]]
 ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
@@ -36,44 +31,6 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """Save a Llama of some 60,000 parameters with weights wide enough that its choices vary with the context.
-
-    `talkative`: under greedy decoding it never ends by itself, since the rows of its stop tokens are zero.
-    """
-    byte_level = tokenizer.train([TEXT], 600)
-
-    def make(
-        *, seed: int = 0, talkative: bool = False, small: tokenizer.Tokenizer = byte_level, **changes: object
-    ) -> Path:
-        shape = LlamaConfig(
-            dim=48,
-            n_layers=2,
-            n_heads=6,
-            n_kv_heads=2,
-            head_dim=8,
-            ffn_dim=96,
-            vocab_size=small.vocab_size,
-            rope_theta=10_000.0,
-            context_length=192,
-        )
-        config = dataclasses.replace(shape, **changes)
-        rng = np.random.default_rng(seed)
-        tensors = {}
-        for name, dims in tensor_shapes(config).items():
-            wide = len(dims) > 1
-            values = rng.normal(0.0, 1.5 / math.sqrt(dims[-1]), dims) if wide else np.ones(dims)
-            tensors[name] = values.astype(np.float32)
-        if talkative:
-            tensors["output.weight"][sorted(small.stop_ids)] = 0.0
-        path = tmp_path_factory.mktemp("engine") / "model"
-        checkpoint.save(path, config, tensors, format="hf", dtype="f32", tokenizer=small)
-        return path
-
-    return make
 
 
 @pytest.fixture(scope="session")

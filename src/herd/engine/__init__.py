@@ -7,6 +7,7 @@ imported when a model is loaded.
 from __future__ import annotations
 
 from herd.engine.backend import BACKENDS, Backend, BackendOptions, Span
+from herd.engine.grammar import Grammar
 from herd.engine.llm import LLM
 from herd.engine.request import Chunk, Completion, Sampling, SamplingOptions, Score, Timings, Usage
 from herd.engine.session import ChatSession
@@ -19,6 +20,7 @@ __all__ = [
     "ChatSession",
     "Chunk",
     "Completion",
+    "Grammar",
     "Sampling",
     "SamplingOptions",
     "Score",

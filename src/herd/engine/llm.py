@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, checked_cpus, open_backend
+from herd.engine.constraint import Grammars
 from herd.engine.prompts import check_ids, windowed
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
 from herd.engine.sampler import BrokenLogits, fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
-from herd.engine.speculation import Drafter, ModelDrafter, NgramDrafter
+from herd.engine.speculation import open_drafter
 from herd.engine.text import StreamDecoder
-from herd.errors import ContextLengthExceeded, HerdError, ResourceError, UsageError
+from herd.errors import ContextLengthExceeded, HerdError, UsageError
 
 if TYPE_CHECKING:
     from herd.architecture import LlamaConfig
@@ -92,12 +93,16 @@ class LLM:
         self.path: Path = resolved
         try:
             self.tokenizer: Tokenizer = tokenizer.load(resolved)
-            self._drafter = None if draft is None else self._open_drafter(draft, options, backend)
+            self._drafter = (
+                None if draft is None else open_drafter(draft, self._backend, self.tokenizer, backend, options)
+            )
         except BaseException:
             self._backend.close()  # what the caller tries next needs its memory
             raise
-        self._scheduler = Scheduler(self._backend, self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter)
-        self._adapters: set[str] = set()
+        self._grammars = Grammars(self.tokenizer)
+        how = (self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter, self._grammars)
+        self._scheduler = Scheduler(self._backend, *how)
+        self._adapters: dict[str, object] = {}  # by name, something that no other adapter has
         self._lock = threading.RLock()
 
     @property
@@ -136,10 +141,10 @@ class LLM:
         from herd.checkpoint import read_adapter
 
         with self._lock:
-            if name in self._adapters:
-                raise UsageError("an adapter of this name is loaded", value=name)
+            if not isinstance(name, str) or name in self._adapters:
+                raise UsageError("this is no name for a new adapter", value=name, allowed="a text that is not in use")
             self._open().load_adapter(name, read_adapter(path, self.config))
-            self._adapters.add(name)
+            self._adapters[name] = object()
 
     def unload_adapter(self, name: str) -> None:
         """Free an adapter. Raises UsageError when there is none of this name, or while requests with it run."""
@@ -150,7 +155,7 @@ class LLM:
                     "requests with this adapter are running", value=name, fix="let them end, or close them"
                 )
             self._open().unload_adapter(name)
-            self._adapters.remove(name)
+            del self._adapters[name]
 
     @overload
     def generate(self, prompt: Prompt, *, n: Literal[1] = 1, **options: Unpack[SamplingOptions]) -> Completion: ...
@@ -314,26 +319,6 @@ class LLM:
             vectors_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return cast("npt.NDArray[np.float32]", vectors_ND[0] if single else vectors_ND)
 
-    def _open_drafter(self, draft: str | Path, options: BackendOptions, backend: str) -> Drafter:
-        from herd import checkpoint, tokenizer
-
-        if draft == "ngram":
-            return NgramDrafter()
-        path = checkpoint.resolve(str(draft))
-        theirs = tokenizer.load(path)
-        if [theirs.token_bytes(i) for i in range(theirs.vocab_size)] != [
-            self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)
-        ]:
-            raise UsageError("the draft model has another vocabulary", value=path, fix='use draft="ngram"')
-        with checkpoint.open_checkpoint(path) as opened:
-            context = min(self._open().context, opened.config.context_length)
-        how = replace(options, path=path, quant=None, ctx=context, promised=self._open().promised)
-        try:
-            return ModelDrafter(open_backend(backend, how), self.tokenizer.vocab_size)
-        except ResourceError as error:
-            fix = 'use a smaller draft model, or draft="ngram"'
-            raise ResourceError(f"for the draft model: {error.what}", value=error.value, fix=fix) from None
-
     def _with_room(self, work: Callable[[Backend], T]) -> T:
         """Run something that needs room in the cache; where streams hold it all, they give way and go on later."""
         try:
@@ -428,8 +413,12 @@ class LLM:
         if sampling.seed is None:
             sampling = replace(sampling, seed=fresh_seed())
 
+        adapter = self._adapters.get(sampling.adapter or "")
+
         def chunks_as_they_come() -> Generator[Chunk, None, None]:
             chunks: deque[Chunk] = deque()
+            if sampling.adapter in self._adapters and self._adapters[sampling.adapter] is not adapter:
+                raise UsageError("another adapter has this name since the stream was made", value=sampling.adapter)
             (sequence,) = self.begin(
                 prompt, sampling, continues_text=continues_text, on_chunk=lambda _, chunk: chunks.append(chunk)
             )
@@ -447,8 +436,9 @@ class LLM:
         return chunks_as_they_come()
 
     def _decoder(self, sampling: Sampling, continues_text: bool) -> StreamDecoder:
-        """Text that goes on keeps the space that a SentencePiece token begins with; an answer in a chat drops it."""
-        return self.tokenizer.stream(skip_specials=sampling.skip_specials, keep_first_space=continues_text)
+        """Text that goes on or follows a grammar keeps the space that a token begins with; a chat's answer drops it."""
+        keep = continues_text or sampling.grammar is not None
+        return self.tokenizer.stream(skip_specials=sampling.skip_specials, keep_first_space=keep)
 
     def _advance(self, sequence: LiveSequence) -> None:
         """One step of the shared batch, unless another caller's step has finished `sequence` meanwhile."""
@@ -492,13 +482,15 @@ class LLM:
                 value=max(sampling.logit_bias),
                 allowed=f"0 to {self.config.vocab_size - 1}",
             )
+        if sampling.grammar is not None:
+            self._grammars.check(sampling.grammar)
         return sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(prompt))
 
     def _too_long(self, needed: int) -> ContextLengthExceeded:
         return ContextLengthExceeded(needed, self.context, self.config.context_length)
 
     def _check_adapter(self, name: str) -> None:
-        if name not in self._adapters:
+        if not isinstance(name, str) or name not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none is loaded"
             raise UsageError("no such adapter", value=name, allowed=known)
 

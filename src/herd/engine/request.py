@@ -14,6 +14,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from herd.engine.grammar import Grammar
 from herd.errors import UsageError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -43,6 +44,7 @@ class SamplingOptions(TypedDict, total=False):
     top_logprobs: int
     prompt_logprobs: bool
     adapter: str | None
+    grammar: Grammar | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Sampling:
     """How tokens are chosen and when a completion ends.
 
     Defaults are the reference implementation's: temperature 0.6, top_p 0.9 (facts: Llama 3 reference code).
-    The order of the steps is: penalties, logit bias, temperature, typical_p, top_k, top_p, min_p, draw.
+    The order of the steps is: penalties, logit bias, grammar, temperature, typical_p, top_k, top_p, min_p, draw.
     """
 
     max_tokens: int | None = None
@@ -91,6 +93,13 @@ class Sampling:
     """Report how likely each token of the prompt was, too. Then all of it is computed, remembered or not."""
     adapter: str | None = None
     """Name of a low-rank adapter that `LLM.load_adapter` has loaded; requests with different ones share a batch."""
+    grammar: Grammar | None = None
+    """What the answer must be, e.g. `Grammar.json_schema({…})`: tokens that cannot lead to it are not chosen.
+
+    Stop tokens come where it is complete, and only they come when nothing else can: so `ignore_eos` is refused.
+    `max_tokens` may cut an answer ("length"); one that is complete with its last token has "stop". A `stop` string or
+    a token of `stop_token_ids` that the grammar allows inside an answer ends it early.
+    """
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Sampling:
@@ -112,15 +121,8 @@ class Sampling:
         values["stop_token_ids"] = () if ids is None else _token_ids("stop_token_ids", ids)
         if values.get("logit_bias") is not None:
             values["logit_bias"] = _logit_bias(values["logit_bias"])
-        if values.get("logprobs") is None:
-            values["logprobs"] = False
-        elif not isinstance(values["logprobs"], bool):
-            raise UsageError(
-                "logprobs is a switch",
-                value=values["logprobs"],
-                allowed="True or False",
-                fix="for several tokens per step use top_logprobs=N",
-            )
+        for switch in ("logprobs", "prompt_logprobs", "ignore_eos", "skip_specials"):
+            values[switch] = _switch(switch, values.get(switch))
         sampling = cls(**values)
         sampling._check()
         return sampling
@@ -139,6 +141,11 @@ class Sampling:
         if self.seed is not None:
             check_whole("seed", self.seed, 0, (1 << 63) - 1)
         check_whole("top_logprobs", self.top_logprobs, 0, 20)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            allowed = "Grammar.json_schema(…), .regex(…), .lark(…), .choice(…)"
+            raise UsageError("grammar is no Grammar", value=type(self.grammar).__name__, allowed=allowed)
+        if self.grammar is not None and self.ignore_eos:
+            raise UsageError("an answer that follows a grammar ends with it", fix="leave ignore_eos out, or grammar")
 
     @property
     def wants_logprobs(self) -> bool:
@@ -195,7 +202,7 @@ class Completion:
     top_logprobs: list[list[tuple[int, float]]] | None = None
     """For each generated token, the most likely (token id, logprob) pairs, best first."""
     stop: str | int | None = None
-    """The stop string or stop token id that ended it, None at "length"."""
+    """The stop string or stop token id that ended it; None at "length", or where its grammar was complete by then."""
     prompt_logprobs: list[float] | None = None
     """With `Sampling.prompt_logprobs`, of the prompt's tokens from the second on: the first has nothing before it."""
     prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
@@ -243,6 +250,13 @@ class Score:
 def _python(value: Any) -> Any:
     """A number or truth value of numpy's as Python's own; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _switch(name: str, value: object) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    fix = "for several tokens per step use top_logprobs=N" if name == "logprobs" else None
+    raise UsageError(f"{name} is a switch", value=_quoted(value), allowed="True or False", fix=fix)
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:

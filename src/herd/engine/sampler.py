@@ -1,7 +1,7 @@
 """Logits to token ids, in numpy: the one sampler of every backend.
 
-Steps for a row, in this order: penalties, logit bias, temperature, typical, top-k, nucleus (top-p), min-p, draw.
-A row's outcome depends on the row's logits, its options, its seed and how many tokens it already has, and on nothing
+Steps for a row, in this order: penalties, logit bias, grammar, temperature, typical, top-k, nucleus (top-p), min-p,
+draw. A row's outcome depends on the row's logits, its options, its seed and the tokens it already has, and on nothing
 else: neither the other rows of the batch nor their order change it. So a request repeats alone or in a crowd.
 
 Rows with the same options are taken together, as many as the processor's cache has room for: numpy's some thirty calls
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from herd.engine.constraint import Constraint, GrammarFailed
 from herd.engine.request import Sampling
 from herd.errors import HerdError
 
@@ -59,11 +60,14 @@ class Choice:
 
 
 class SamplerRow:
-    """Sampling state of one sequence: its options, its seed, and the tokens that penalties look at."""
+    """Sampling state of one sequence: its options, seed, the tokens that penalties look at, its place in a grammar."""
 
-    def __init__(self, sampling: Sampling, seed: int, prompt_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, sampling: Sampling, seed: int, prompt_ids: Iterable[int] = (), constraint: Constraint | None = None
+    ) -> None:
         self.sampling = sampling
         self.seed = seed
+        self.constraint = constraint
         self.n_generated = 0
         self._generated: Counter[int] = Counter()
         self._seen: set[int] = set()
@@ -80,6 +84,8 @@ class SamplerRow:
         if self.penalised:
             self._generated[token_id] += 1
             self._seen.add(token_id)
+        if self.constraint is not None:
+            self.constraint.commit(token_id)
 
     def modified(self, logits_V: Floats) -> Floats:
         """The logits with penalties and logit bias applied: a copy, or themselves where nothing changes."""
@@ -105,16 +111,22 @@ class SamplerRow:
 def sample(logits_BV: npt.NDArray[np.float32], rows: Sequence[SamplerRow]) -> list[Choice]:
     """Choose one token per row and commit it to the row. `logits_BV` is not changed.
 
-    Raises BrokenLogits, before anything is chosen, when rows hold logits that are no numbers.
+    Raises BrokenLogits when rows hold logits that are no numbers, and GrammarFailed when rows cannot go on in their
+    grammar, before anything is chosen.
     """
     modified = [row.modified(logits_V) for logits_V, row in zip(logits_BV, rows, strict=True)]
-    ids = [int(logits_V.argmax()) for logits_V in modified]  # of a row with a not-a-number, argmax finds that
-    broken = [b for b, (logits_V, i) in enumerate(zip(modified, ids, strict=True)) if not np.isfinite(logits_V[i])]
-    if broken:
-        raise BrokenLogits(broken)
+    ids = _best(modified)
+    for b, row in enumerate(rows):
+        if row.constraint is not None:
+            try:
+                modified[b] = row.constraint.masked(modified[b])
+            except GrammarFailed as error:
+                raise GrammarFailed(error.grammar, error.message, [b]) from None
+            (ids[b],) = _best([modified[b]], [b])
     groups = _alike(rows, max(1, _TOGETHER // logits_BV.shape[1]))
     if groups:
-        with np.errstate(over="ignore"):  # gaps that are too large for a float32, of tiny temperatures
+        # Gaps that are too large for a float32, of tiny temperatures; weights of next to nothing.
+        with np.errstate(over="ignore", under="ignore"):
             for group in groups:
                 gap_RV = np.empty((len(group), logits_BV.shape[1]), np.float32)
                 for gap_V, b in zip(gap_RV, group, strict=True):
@@ -128,6 +140,15 @@ def sample(logits_BV: npt.NDArray[np.float32], rows: Sequence[SamplerRow]) -> li
         wanted = row.sampling.wants_logprobs
         choices.append(with_logprobs(logits_V, token_id, row.sampling.top_logprobs) if wanted else Choice(token_id))
     return choices
+
+
+def _best(logits: Sequence[Floats], names: Sequence[int] | None = None) -> list[int]:
+    """The most likely token of each row. Raises BrokenLogits where that has no finite logit."""
+    ids = [int(logits_V.argmax()) for logits_V in logits]  # of a row with a not-a-number, argmax finds that
+    broken = [b for b, (logits_V, i) in enumerate(zip(logits, ids, strict=True)) if not np.isfinite(logits_V[i])]
+    if broken:
+        raise BrokenLogits(broken if names is None else [names[b] for b in broken])
+    return ids
 
 
 def _alike(rows: Sequence[SamplerRow], most: int) -> list[list[int]]:
@@ -144,7 +165,8 @@ def with_logprobs(logits_V: Floats, token_id: int, n_top: int) -> Choice:
     best = logits_V.max()
     exact_V = logits_V.astype(np.float64)
     exact_V -= best
-    log_total = float(best) + float(np.log(np.exp(exact_V, out=exact_V).sum()))
+    with np.errstate(under="ignore"):
+        log_total = float(best) + float(np.log(np.exp(exact_V, out=exact_V).sum()))
     top = None
     if n_top:
         with np.errstate(over="ignore"):

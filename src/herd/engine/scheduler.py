@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from herd.engine.backend import Backend, Span
+from herd.engine.constraint import Constraint, GrammarFailed, Grammars
 from herd.engine.request import Chunk, Completion, FinishReason, Sampling, Timings, Usage
 from herd.engine.sampler import BrokenLogits, Choice, SamplerRow, sample, with_logprobs
 from herd.engine.speculation import MAX_DRAFT, Ask, Drafter
@@ -98,7 +99,7 @@ class LiveSequence:
         else:
             text = self.text.push(token_id)
             if self.text.matched_stop is None and len(self.choices) == self.max_tokens:
-                reason = "length"
+                reason = "stop" if self.row.constraint is not None and self.row.constraint.complete else "length"
                 text += self.text.finish()
         if self.text.matched_stop is not None:
             reason, stop = "stop", self.text.matched_stop
@@ -178,13 +179,22 @@ class Scheduler:
     """Drives a backend over a queue of sequences. Not thread-safe: `LLM` holds the lock."""
 
     def __init__(
-        self, backend: Backend, stop_ids: frozenset[int], vocabulary: int, drafter: Drafter | None = None
+        self,
+        backend: Backend,
+        stop_ids: frozenset[int],
+        vocabulary: int,
+        drafter: Drafter | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`vocabulary`: ids that have a text; rows of the head beyond it (padding) are never chosen."""
+        """`vocabulary`: ids that have a text; rows of the head beyond it (padding) are never chosen.
+
+        `grammars`: what compiles those of requests; without it there must be none.
+        """
         self._backend = backend
         self._drafter = drafter
         self._vocabulary = vocabulary
         self._stop_ids = stop_ids
+        self._grammars = grammars
         self._waiting: deque[LiveSequence] = deque()
         self._running: list[LiveSequence] = []
         self.prefill_tokens = PREFILL_TOKENS
@@ -204,11 +214,15 @@ class Scheduler:
     ) -> LiveSequence:
         """Queue a completion of `prompt` (not empty; prompt + max_tokens fit in the context)."""
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._stop_ids)
+        constraint = None
+        if sampling.grammar is not None:
+            assert self._grammars is not None
+            constraint = Constraint(self._grammars, sampling.grammar, stop_ids)
         sequence = LiveSequence(
             prompt=prompt,
             sampling=sampling,
             max_tokens=max_tokens,
-            row=SamplerRow(sampling, seed, prompt),
+            row=SamplerRow(sampling, seed, prompt, constraint),
             text=TextStream(decoder, sampling.stop),
             stop_ids=stop_ids,
             on_chunk=on_chunk,
@@ -341,7 +355,7 @@ class Scheduler:
             logits_BV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[rows]
             try:
                 choices = sample(logits_BV, [work.sequence.row for work in active])
-            except BrokenLogits as error:  # nothing was chosen yet: those rows end, the others go on
+            except (BrokenLogits, GrammarFailed) as error:  # nothing was chosen yet: those rows end, the others go on
                 for b in error.rows:
                     active[b].sequence.error = error
                     self._leave(active[b].sequence)

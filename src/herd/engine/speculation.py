@@ -9,10 +9,15 @@ and for seeded sampling alike, wherever a row's logits do not depend on the rows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from herd.engine.backend import Backend, Span
+from herd.engine.backend import Backend, BackendOptions, Span, open_backend
+from herd.errors import ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from herd.tokenizer import Tokenizer
 
 MAX_DRAFT = 8
 """Tokens guessed at a time, at most."""
@@ -137,3 +142,28 @@ class ModelDrafter:
             self._backend.truncate(handle, same)
             del tokens[same:]
         return handle
+
+
+def open_drafter(
+    draft: str | Path, target: Backend, tokenizer: Tokenizer, backend: str, options: BackendOptions
+) -> Drafter:
+    """What `LLM(draft=…)` names: "ngram", or a model of the same vocabulary, loaded as `target` was by `options`."""
+    from herd import checkpoint
+    from herd.tokenizer import load
+
+    if draft == "ngram":
+        return NgramDrafter()
+    path = checkpoint.resolve(str(draft))
+    theirs = load(path)
+    if [theirs.token_bytes(i) for i in range(theirs.vocab_size)] != [
+        tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
+    ]:
+        raise UsageError("the draft model has another vocabulary", value=path, fix='use draft="ngram"')
+    with checkpoint.open_checkpoint(path) as opened:
+        context = min(target.context, opened.config.context_length)
+    how = replace(options, path=path, quant=None, ctx=context, promised=target.promised)
+    try:
+        return ModelDrafter(open_backend(backend, how), tokenizer.vocab_size)
+    except ResourceError as error:
+        fix = 'use a smaller draft model, or draft="ngram"'
+        raise ResourceError(f"for the draft model: {error.what}", value=error.value, fix=fix) from None
