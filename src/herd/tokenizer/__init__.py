@@ -9,19 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from herd.tokenizer.chat import CHAT_FORMATS, Encoded, Message
+from herd.tokenizer.chat import (
+    CHAT_FORMATS,
+    ArgumentsDelta,
+    Call,
+    CallParser,
+    CallStart,
+    Delta,
+    Encoded,
+    Message,
+    TextDelta,
+    parse_calls,
+)
 from herd.tokenizer.loading import from_gguf_metadata, load
 from herd.tokenizer.stream import StreamDecoder
 from herd.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "CHAT_FORMATS",
+    "ArgumentsDelta",
+    "Call",
+    "CallParser",
+    "CallStart",
+    "Delta",
     "Encoded",
     "Message",
     "StreamDecoder",
+    "TextDelta",
     "Tokenizer",
     "from_gguf_metadata",
     "load",
+    "parse_calls",
     "train",
 ]
 

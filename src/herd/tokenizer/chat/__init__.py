@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from herd.errors import UsageError
+from herd.tokenizer.chat.calls import ArgumentsDelta, CallParser, CallStart, Delta, TextDelta, parse_calls
 from herd.tokenizer.chat.headers import LLAMA3, LLAMA3_1, LLAMA3_2, LLAMA3_3, LLAMA4
 from herd.tokenizer.chat.inst import CODE_LLAMA, LLAMA2
-from herd.tokenizer.chat.messages import ChatFormat, Encoded, Message, check_messages
+from herd.tokenizer.chat.messages import Call, ChatFormat, Encoded, Message, check_messages
 from herd.tokenizer.chat.step import CODE_LLAMA_70B
 
-__all__ = ["CHAT_FORMATS", "ChatFormat", "Encoded", "Message", "check_messages", "choose_format"]
+__all__ = [
+    "CHAT_FORMATS",
+    "ArgumentsDelta",
+    "Call",
+    "CallParser",
+    "CallStart",
+    "ChatFormat",
+    "Delta",
+    "Encoded",
+    "Message",
+    "TextDelta",
+    "check_messages",
+    "choose_format",
+    "parse_calls",
+]
 
 _ALL: tuple[ChatFormat, ...] = (LLAMA2, CODE_LLAMA, CODE_LLAMA_70B, LLAMA3, LLAMA3_1, LLAMA3_2, LLAMA3_3, LLAMA4)
 
