@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "fields": ("fields", "What a recipe can say: every field with its default, bounds and meaning."),
     "chat": ("chat", "Talk to a model in the terminal."),
     "generate": ("generate", "Continue a text."),
+    "serve": ("serve", "Serve models over HTTP: OpenAI's API and a chat page."),
     "list": ("list", "Every Llama release: parameters, context, memory, licence."),
     "inspect": ("inspect", "What is in a checkpoint file or directory."),
     "convert": ("convert", "Turn a checkpoint into another format: Hugging Face, Meta, GGUF."),
@@ -27,9 +28,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "Bits per byte and exact match, with confidence intervals."),
     "report": ("report", "Rebuild a run's HTML report and model card."),
     "bench": ("bench", "Measure speed and memory of a model, also against llama.cpp."),
+    "bench serve": ("bench_serve", "Load a server, Herd's or another, and measure what its users would see."),
     "doctor": ("doctor", "What this machine offers and what is missing."),
 }
-"""Verb → (module in herd.cli, one line for `herd --help`)."""
+"""Verb, of one word or two → (module in herd.cli, one line for `herd --help`)."""
 
 _HELP = """\
 Usage: herd VERB [OPTIONS] …
@@ -56,14 +58,15 @@ def main(arguments: list[str] | None = None) -> None:
     # Nothing here multiplies with numpy, whose BLAS would start a thread on every processor that spins for a while.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        sys.stdout.write(_HELP.format(verbs="\n".join(f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items())))
+        sys.stdout.write(_HELP.format(verbs="\n".join(f"  {verb:<13}{text}" for verb, (_, text) in VERBS.items())))
         raise SystemExit(0)
     if arguments[0] in ("--version", "-V"):
         from herd import __version__
 
         sys.stdout.write(f"herd {__version__}\n")
         raise SystemExit(0)
-    raise SystemExit(_run(arguments[0], arguments[1:]))
+    words = 2 if " ".join(arguments[:2]) in VERBS else 1
+    raise SystemExit(_run(" ".join(arguments[:words]), arguments[words:]))
 
 
 def _run(verb: str, arguments: list[str]) -> int:

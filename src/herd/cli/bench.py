@@ -74,6 +74,8 @@ def command(
         herd bench model.gguf --threads 8 --against build/bin/llama-bench
 
         herd bench Llama-3.2-1B --quant q8_0 --depth 0,8000 --json
+
+        herd bench serve --help    # loads a running server instead; a model of that name is ./serve
     """
     from herd import checkpoint
     from herd.engine.backend import BackendOptions, KvType, open_backend

@@ -1,0 +1,139 @@
+"""`herd serve`: an OpenAI-compatible server, and a chat page at /."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from herd.cli.options import Loading, takes_groups
+
+
+@takes_groups
+def command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL …", help="Models, or NAME=MODEL; the first is loaded at once.")
+    ],
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Ask for this key (or HERD_API_KEY); may be repeated.")
+    ] = None,
+    api_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Hashed keys with limits, as JSON.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let others in without a key.")] = False,
+    allow_host: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further name of this server.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Pages of this server may use the API (CORS).")
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds that running answers have when the server stops.")] = 30.0,
+    deadline: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; further ones are refused.")] = 256,
+    max_running: Annotated[int, typer.Option(help="Answers that are generated together.")] = 64,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="For all models, such as 16GiB.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep responses here (SQLite), for previous_response_id.")
+    ] = None,
+    loading: Loading,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
+) -> None:
+    """Serve models over HTTP: OpenAI's API at /v1, a chat page at /.
+
+    Only this machine can reach the server unless --host says otherwise, which needs a key. Ctrl-C or SIGTERM lets
+    running answers end; a second one does not.
+
+    Examples:
+
+        herd serve runs/pocket
+
+        herd serve model.gguf --ctx 8192 --draft ngram --port 8080
+
+        herd serve small=a.gguf large=b.gguf --memory 16GiB
+
+        HERD_API_KEY=$(openssl rand -hex 24) herd serve model.gguf --host 0.0.0.0
+
+        curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
+          -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
+    """
+    import importlib.util
+
+    from herd.cli.output import emit, speak
+    from herd.config import parse_config
+    from herd.errors import MissingDependency
+
+    for package in ("starlette", "uvicorn", "orjson", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependency(package, extra="serve")
+    from herd.serve import Keys, Registry, ServeConfig, read_keys, serve
+    from herd.serve.log import write_log
+
+    config = parse_config(
+        ServeConfig,
+        {
+            "host": host,
+            "port": port,
+            "insecure": insecure,
+            "allow_hosts": tuple(allow_host or ()),
+            "allow_origins": tuple(allow_origin or ()),
+            "grace": grace,
+            "deadline": deadline,
+            "max_queue": max_queue,
+            "max_running": max_running,
+            "memory": None if memory is None else _bytes(memory),
+            "store": store,
+        },
+        "herd serve",
+    )
+    given = api_key or ([os.environ["HERD_API_KEY"]] if os.environ.get("HERD_API_KEY") else [])
+    keys = Keys(given, None if api_keys is None else read_keys(api_keys))
+    registry = Registry(_paths(models), config, loading.arguments())
+    write_log()
+
+    def started(url: str) -> None:
+        data: dict[str, Any] = {"url": url, "models": list(registry.paths), "key": keys.needed}
+        emit(data, as_json, lambda: speak(f"{url}  serves {', '.join(registry.paths)}; Ctrl-C stops\n"))
+        sys.stdout.flush()
+
+    serve(registry, config, keys, on_start=started)
+
+
+def _paths(models: list[str]) -> dict[str, Path]:
+    """Names and places; a name is what stands before =, else the file's or directory's own."""
+    import re
+
+    from herd.checkpoint import resolve
+    from herd.errors import UsageError
+
+    found: dict[str, Path] = {}
+    for model in models:
+        name, equals, place = model.partition("=")
+        if not equals or "/" in name:
+            name, place = "", model
+        path = resolve(place)
+        name = name or (Path(place).stem if path.is_file() else Path(place).name or path.name)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,99}", name):
+            raise UsageError(
+                "this is no name for a model", value=name, allowed="letters, digits and . _ : -", fix="NAME=MODEL"
+            )
+        if name in found:
+            raise UsageError("two models have the same name", value=name, fix="NAME=MODEL gives another one")
+        found[name] = path
+    return found
+
+
+def _bytes(text: str) -> int:
+    """A size such as 16GiB or 500MB."""
+    import re
+
+    from herd.errors import UsageError
+
+    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in units:
+        raise UsageError("this is no size", value=text, allowed="a number with MB, GB, MiB or GiB")
+    return int(float(match[1]) * units[match[2]])
