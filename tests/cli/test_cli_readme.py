@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,8 +54,32 @@ def newcomer(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return home
 
 
-def test_the_commands_run(repository: Path, newcomer: Path) -> None:
-    ran = 0
+@contextlib.contextmanager
+def serving(arguments: list[str], cwd: Path) -> Iterator[str]:
+    """`herd serve` for the time of a block; its address, when it takes requests."""
+    command = [sys.executable, "-m", "herd", "serve", *arguments, "--port", "0", "--json"]
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")["url"]
+            for _ in range(600):
+                with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url + "/ready"):
+                    break
+                time.sleep(0.1)
+            yield url.removeprefix("http://")
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as found:
+        yield found
+
+
+def test_the_commands_run(repository: Path, newcomer: Path, stack: contextlib.ExitStack) -> None:
+    ran, server = 0, ""
     for line in "\n".join(blocks(repository, "sh")).splitlines():
         words = shlex.split(line, comments=True)
         if not words:
@@ -59,6 +89,11 @@ def test_the_commands_run(repository: Path, newcomer: Path) -> None:
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
             continue
         assert words[0] == "herd", line
+        if words[1] == "serve":  # until the end of the test, wherever there is a free port
+            server = stack.enter_context(serving(words[2:], newcomer))
+            ran += 1
+            continue
+        words = [word.replace("localhost:8000", server) for word in words]
         # The long command is said in full, and only planned here.
         result = herd([*words[1:], *(["--dry-run"] if words[1] == "run" else [])], newcomer)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"

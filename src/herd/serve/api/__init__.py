@@ -1,0 +1,1 @@
+"""The endpoints: what requests may say, and how answers are written, one protocol a file."""

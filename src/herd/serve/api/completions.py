@@ -1,0 +1,188 @@
+"""POST /v1/completions: texts that go on. The contract is that of OpenAI's first API, which lm-eval measures through:
+with `echo` and `logprobs` the answer has a log-probability for each token of the prompt, the first one null."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from herd.engine import Chunk, Completion
+from herd.serve.api.answers import finite, new_id, token_text, usage_of
+from herd.serve.api.body import read_body, takes
+from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
+from herd.serve.api.fields import Generation, Whole
+from herd.serve.api.formats import ResponseFormat, grammar_of
+from herd.serve.driver import Ticket
+from herd.serve.errors import bad
+from herd.serve.sse import DONE, event
+
+Ids = Annotated[list[Whole], Field(min_length=1)]
+_MOST_PROMPTS = 256
+
+
+class CompletionRequest(Generation):
+    """OpenAI's request, and Herd's further fields."""
+
+    UNSUPPORTED: ClassVar = {
+        "suffix": "send the marks of Code Llama as token ids",
+        "messages": "dialogues go to /v1/chat/completions",
+    }
+    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    echo: bool | None = Field(default=None, description="Begin the text with the prompt.")
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="So many likely tokens at each place.")
+    best_of: Literal[1] | None = None
+    response_format: ResponseFormat | None = None
+    max_tokens: int | None = Field(default=16, ge=0, le=1 << 30, description="Tokens to generate at most.")
+
+
+@takes(CompletionRequest)
+async def completions(request: Request) -> Response:
+    """Continue texts."""
+    call, body = await begin(request, lambda config: read_body(request, config, CompletionRequest))
+    if body.max_tokens == 0 and not (body.echo and body.logprobs is not None):
+        raise bad("max_tokens", "0 is for scoring a prompt, with echo and logprobs")
+    if body.stream and body.echo:
+        raise bad("echo", "is not there for streams")
+    sampling = body.sampling(
+        max_tokens=body.max_tokens or (1 if body.max_tokens == 0 else None),
+        logprobs=body.logprobs is not None or None,
+        top_logprobs=body.logprobs,
+        prompt_logprobs=bool(body.echo and body.logprobs is not None) or None,
+        grammar=grammar_of(body.response_format),
+    )
+    n, config = body.n or 1, call.config
+    prompts = await text_work(lambda: _prompts(call, body))
+    if n > config.max_n or n * len(prompts) > _MOST_PROMPTS:
+        raise bad("n", f"{n} answers to {len(prompts)} prompts are too many for one request")
+    tickets = [await call.submit(prompt, sampling, n=n, timeout=body.timeout) for prompt in prompts]
+    answer = _Answer(call, tickets, body)
+    if body.stream:
+        if len(tickets) > 1:
+            raise bad("prompt", "a stream is of one prompt")
+        return stream_response(call, answer.events())
+    return await json_response(call, answer.whole())
+
+
+def _prompts(call: Call, body: CompletionRequest) -> list[list[int]]:
+    """Token ids of each prompt; texts get BOS in front."""
+    prompt: Any = body.prompt
+    given: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    bos, tokenizer = call.tokenizer.bos_id, call.tokenizer
+    head = [] if bos is None else [bos]
+    ids = [head + tokenizer.encode(each) if isinstance(each, str) else each for each in given]
+    for i, each in enumerate(ids):
+        if not each:
+            raise bad(f"prompt.{i}", "an empty prompt has no next token")
+    return ids
+
+
+class _Answer:
+    """The answers in OpenAI's form, as one object or as chunks. Answers of a prompt stand together."""
+
+    def __init__(self, call: Call, tickets: list[Ticket], body: CompletionRequest) -> None:
+        self._call = call
+        self._tickets = tickets
+        self._body = body
+        self._head = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": call.created,
+            "model": call.model.name,
+            "system_fingerprint": call.model.fingerprint,
+        }
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        (ticket,) = self._tickets
+        done: list[Completion] = []
+        at = [0] * ticket.n
+        async for j, chunk in ticket:
+            logprobs = None
+            if self._body.logprobs is not None:
+                logprobs = self._logprobs([_Token(chunk.token_id, chunk.logprob, chunk.top_logprobs)], at[j])
+            at[j] += len(chunk.text)
+            if chunk.completion is not None:
+                done.append(chunk.completion)
+            if chunk.text or logprobs or chunk.finish_reason:
+                choice = {"index": j, "text": chunk.text, "logprobs": logprobs, "finish_reason": _reason(chunk)}
+                yield event({**self._head, "choices": [choice]})
+        prompt_tokens = len(ticket.prompt)
+        self._call.done(done, prompt_tokens)
+        if self._body.wants_usage:
+            yield event({**self._head, "choices": [], "usage": usage_of(prompt_tokens, done)})
+        yield DONE
+
+    async def whole(self) -> dict[str, Any]:
+        choices, everything, prompt_tokens = [], [], 0
+        for i, ticket in enumerate(self._tickets):
+            done: dict[int, Completion] = {}
+            async for j, chunk in ticket:
+                if chunk.completion is not None:
+                    done[j] = chunk.completion
+            for j in range(ticket.n):
+                choices.append({"index": i * ticket.n + j, **self._choice(ticket, done[j])})
+            ordered = [done[j] for j in range(ticket.n)]
+            self._call.done(ordered, len(ticket.prompt))
+            everything += ordered
+            prompt_tokens += len(ticket.prompt)
+        return {**self._head, "choices": choices, "usage": usage_of(prompt_tokens, everything)}
+
+    def _choice(self, ticket: Ticket, completion: Completion) -> dict[str, Any]:
+        generated = self._body.max_tokens != 0
+        text = completion.text if generated else ""
+        tokens: list[_Token] = []
+        if self._body.logprobs is not None:
+            if self._body.echo:
+                tokens += [_Token(ticket.prompt[0], None, None)]
+                tops = completion.prompt_top_logprobs or [[]] * (len(ticket.prompt) - 1)
+                tokens += map(_Token, ticket.prompt[1:], completion.prompt_logprobs or [], tops)
+            if generated:
+                tops = completion.top_logprobs or [[]] * len(completion.token_ids)
+                tokens += map(_Token, completion.token_ids, completion.logprobs or [], tops)
+        if self._body.echo:
+            text = self._call.tokenizer.decode(ticket.prompt[self._skipped(ticket) :]) + text
+        hidden = self._skipped(ticket) if self._body.echo else 0
+        logprobs = self._logprobs(tokens, 0, hidden) if self._body.logprobs is not None else None
+        return {"text": text, "logprobs": logprobs, "finish_reason": _reason(completion) if generated else "length"}
+
+    def _skipped(self, ticket: Ticket) -> int:
+        """BOS is put in front of texts here, and is none of theirs."""
+        own = isinstance(self._body.prompt, str) or isinstance(self._body.prompt[0], str)
+        return int(own and ticket.prompt[0] == self._call.tokenizer.bos_id)
+
+    def _logprobs(self, tokens: list[_Token], offset: int, hidden: int = 0) -> dict[str, Any]:
+        """OpenAI's four lists, of tokens from `offset` in the text on, the first `hidden` of which are not in it.
+
+        Two tokens of the same text count as the likelier one in `top_logprobs`.
+        """
+        texts = [token_text(self._call.tokenizer, token.id)[0] for token in tokens]
+        offsets = []
+        for i, text in enumerate(texts):
+            offsets.append(offset)
+            offset += len(text) if i >= hidden else 0
+        tops = []
+        for token in tokens:
+            found: dict[str, float] = {}
+            for token_id, logprob in token.top or ():
+                found.setdefault(token_text(self._call.tokenizer, token_id)[0], finite(logprob))
+            tops.append(None if token.logprob is None else found)
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+class _Token:
+    def __init__(self, token_id: int, logprob: float | None, top: list[tuple[int, float]] | None) -> None:
+        self.id, self.logprob, self.top = token_id, logprob, top
+
+
+def _reason(ended: Chunk | Completion) -> str | None:
+    """OpenAI knows "stop" and "length"."""
+    reason = ended.finish_reason
+    return None if reason is None else "length" if reason == "length" else "stop"

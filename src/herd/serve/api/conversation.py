@@ -1,0 +1,65 @@
+"""Messages as OpenAI's chat API has them, checked, as the tokenizer takes them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from herd.serve.api.body import Body
+from herd.serve.errors import bad
+from herd.tokenizer import Message
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class TextPart(Body):
+    """A part of a message's content. Others, such as images, are not there yet."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Body):
+    name: Name
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(Body):
+    """A call that the assistant made earlier."""
+
+    id: Annotated[str, Field(max_length=256)] | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: FunctionCall
+
+
+class ChatMessage(Body):
+    """One message. Fields that clients send back from answers are taken where they are empty."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    reasoning: None = None
+
+    def message(self, where: str) -> Message:
+        """The same for the tokenizer. Raises ApiError."""
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise bad(f"{where}.content", "a message needs a text")
+        if self.tool_calls and self.role != "assistant":
+            raise bad(f"{where}.tool_calls", "only the assistant calls tools")
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        message: Message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [{"function": call.function.model_dump()} for call in self.tool_calls]
+        return message
+
+
+def dialogue(messages: list[ChatMessage]) -> list[Message]:
+    """All messages for the tokenizer."""
+    return [message.message(f"messages.{i}") for i, message in enumerate(messages)]

@@ -1,0 +1,72 @@
+"""The API's description: OpenAPI 3.1, whose schemas are the types that requests are checked against."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from herd import __version__
+
+Routes = tuple[tuple[str, str, Callable[..., Any]], ...]
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+@functools.cache
+def describe(routes: Routes) -> dict[str, Any]:
+    """All routes, what they take, and how errors look."""
+    bodies = list(dict.fromkeys(body for _, _, handler in routes if (body := getattr(handler, "body", None))))
+    names, schemas = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+    )
+    paths: dict[str, Any] = {}
+    for method, path, handler in routes:
+        body = getattr(handler, "body", None)
+        operation: dict[str, Any] = {
+            "operationId": handler.__name__,
+            "summary": (handler.__doc__ or "").split("\n")[0],
+            "responses": {
+                "200": {"description": "The answer.", "content": {"application/json": {}}},
+                "default": {
+                    "description": "What went wrong.",
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+                },
+            },
+        }
+        if body is not None:
+            schema = names[body, "validation"]
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        place = path.replace(":path}", "}")
+        if "{" in place:
+            name = place.partition("{")[2].partition("}")[0]
+            parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            operation["parameters"] = [parameter]
+        paths.setdefault(place, {})[method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Herd", "version": __version__},
+        "security": [{"key": []}],
+        "paths": paths,
+        "components": {
+            "schemas": {**schemas.get("$defs", {}), "Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }

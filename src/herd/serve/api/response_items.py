@@ -1,0 +1,235 @@
+"""The items that a conversation of /v1/responses consists of: messages, calls of functions, and what these gave.
+
+They come in requests and out of the store in the same form, are checked in the same way, and become the messages that
+the tokenizer takes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from herd.serve.api.body import Body, parse_body
+from herd.serve.api.tools import FunctionName
+from herd.serve.errors import ApiError, bad
+from herd.tokenizer import Message
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+def new_item_id(prefix: str) -> str:
+    """An identifier that is given once, as OpenAI writes them."""
+    return f"{prefix}_{secrets.token_hex(16)}"
+
+
+def unsupported(param: str, what: object, advice: str) -> ApiError:
+    """Something of OpenAI's that is not there."""
+    message = f"{param}: {str(what)[:100]!r} is not supported; {advice}"
+    return ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+class InputText(Body):
+    """What anybody but the assistant says."""
+
+    type: Literal["input_text"]
+    text: str
+
+    def part(self) -> dict[str, Any]:
+        return {"type": "input_text", "text": self.text}
+
+
+class OutputText(Body):
+    """What the assistant said."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = Field(default=None, description="Taken and not used.")
+
+    def part(self) -> dict[str, Any]:
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+
+
+class MessageItem(Body):
+    """A message. The assistant's has parts of type output_text, the others' input_text."""
+
+    UNSUPPORTED: ClassVar = {"phase": "no Llama has it"}
+    type: Literal["message"] = "message"
+    id: Name = Field(default_factory=lambda: new_item_id("msg"))
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OutputText]
+    status: Status = "completed"
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    def stored(self) -> dict[str, Any]:
+        """As OpenAI lists it."""
+        kind = OutputText if self.role == "assistant" else InputText
+        parts = self.content
+        if isinstance(parts, str):
+            parts = [kind.model_validate({"type": _PART_OF[kind], "text": parts})]
+        content = [part.part() for part in parts]
+        return {"id": self.id, "type": "message", "role": self.role, "status": self.status, "content": content}
+
+
+class CallItem(Body):
+    """A call that the assistant made. One that broke off ("incomplete") is not shown to the model."""
+
+    UNSUPPORTED: ClassVar = {"namespace": "tools are functions", "caller": "there are no programs", "async": "wait"}
+    type: Literal["function_call"]
+    id: Name = Field(default_factory=lambda: new_item_id("fc"))
+    call_id: Name
+    name: FunctionName
+    arguments: str = Field(description="A JSON object, as text.")
+    status: Status = "completed"
+
+    def stored(self) -> dict[str, Any]:
+        """As OpenAI lists it."""
+        return self.model_dump()
+
+
+class OutputItem(Body):
+    """What a call gave."""
+
+    UNSUPPORTED: ClassVar = {
+        "namespace": "tools are functions",
+        "caller": "there are no programs",
+        "name": "use call_id",
+    }
+    type: Literal["function_call_output"]
+    id: Name = Field(default_factory=lambda: new_item_id("fco"))
+    call_id: Name
+    output: str | list[InputText]
+    status: Status = "completed"
+
+    @property
+    def text(self) -> str:
+        return self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
+
+    def stored(self) -> dict[str, Any]:
+        """As OpenAI lists it."""
+        return self.model_dump()
+
+
+Item = MessageItem | CallItem | OutputItem
+_KINDS: Mapping[str, type[Item]] = {
+    "message": MessageItem,
+    "function_call": CallItem,
+    "function_call_output": OutputItem,
+}
+_PART_OF: Mapping[type[InputText | OutputText], str] = {InputText: "input_text", OutputText: "output_text"}
+
+
+def read_item(data: object, where: str) -> Item:
+    """An item out of JSON. `where` is what errors call it. A message may leave its type out."""
+    if not isinstance(data, dict):
+        raise bad(where, "an item is an object")
+    given = {name: value for name, value in data.items() if value is not None}  # clients send back what they got
+    kind = given.setdefault("type", "message")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise unsupported(f"{where}.type", kind, f"items are {', '.join(_KINDS)}")
+    part = OutputText if kind == "message" and given.get("role") == "assistant" else InputText
+    for name in ("content", "output"):
+        if isinstance(given.get(name), list):
+            given[name] = [_read_part(each, f"{where}.{name}.{i}", part) for i, each in enumerate(given[name])]
+    return parse_body(given, _KINDS[kind], f"{where}.")
+
+
+def _read_part(data: object, where: str, kind: type[InputText | OutputText]) -> InputText | OutputText:
+    if not isinstance(data, dict):
+        raise bad(where, "a part is an object")
+    if data.get("type") != _PART_OF[kind]:
+        raise unsupported(f"{where}.type", data.get("type"), f"here it is {_PART_OF[kind]}")
+    return parse_body({name: value for name, value in data.items() if value is not None}, kind, f"{where}.")
+
+
+def check_calls(items: Iterable[Item]) -> None:
+    """Raises ApiError for what a call gave that nobody made, or that was there already."""
+    waiting: set[str] = set()
+    for item in items:
+        if isinstance(item, CallItem) and item.status != "incomplete":
+            waiting.add(item.call_id)
+        elif isinstance(item, OutputItem):
+            if item.call_id not in waiting:
+                raise bad("input", f"no call waits for the output with call_id {item.call_id[:100]!r}")
+            waiting.remove(item.call_id)
+
+
+def dialogue(items: Sequence[Item], instructions: str | None, *, one_call: bool) -> list[Message]:
+    """Messages for the tokenizer. A call belongs to the assistant's message before it.
+
+    With `one_call` a message has one at most, and what it gave follows at once, wherever it came from.
+    """
+    found: list[Message] = [] if instructions is None else [{"role": "system", "content": instructions}]
+    calls: list[dict[str, Any]] = []
+    for item in _paired(items) if one_call else items:
+        if isinstance(item, MessageItem):
+            found.append({"role": "system" if item.role == "developer" else item.role, "content": item.text})
+            calls = []
+        elif isinstance(item, OutputItem):
+            found.append({"role": "tool", "content": item.text})
+        elif item.status != "incomplete":
+            if not found or found[-1]["role"] != "assistant" or (one_call and calls):
+                found.append({"role": "assistant", "content": ""})
+                calls = []
+            calls.append({"function": {"name": item.name, "arguments": item.arguments}})
+            found[-1]["tool_calls"] = calls
+    return found
+
+
+def _paired(items: Sequence[Item]) -> list[Item]:
+    """Each call with what it gave right behind it."""
+    groups: list[list[Item]] = []
+    waiting: dict[str, list[Item]] = {}
+    for item in items:
+        if isinstance(item, OutputItem) and item.call_id in waiting:
+            waiting.pop(item.call_id).append(item)
+            continue
+        groups.append([item])
+        if isinstance(item, CallItem):
+            waiting[item.call_id] = groups[-1]
+    return [item for group in groups for item in group]
+
+
+def fit(
+    items: Sequence[Item], encode: Callable[[Sequence[Item]], list[int]], limit: int
+) -> tuple[list[int], list[Item]]:
+    """The prompt of a conversation, without its oldest turns where it would have more than `limit` ids; what went.
+
+    A turn begins with what the user says and goes on until the user speaks again. System messages stay, and so does
+    the last turn, even if the prompt is too long then.
+    """
+    turns = _turns(items)
+
+    def prompt(dropped: int) -> list[int]:
+        gone = {i for turn in turns[:dropped] for i in turn}
+        return encode([item for i, item in enumerate(items) if i not in gone])
+
+    whole = prompt(0)
+    if len(whole) <= limit or len(turns) < 2:
+        return whole, []
+    fewer = range(1, len(turns))
+    dropped = fewer[min(bisect_left(fewer, True, key=lambda k: len(prompt(k)) <= limit), len(fewer) - 1)]
+    return prompt(dropped), [items[i] for turn in turns[:dropped] for i in turn]
+
+
+def _turns(items: Sequence[Item]) -> list[list[int]]:
+    """Numbers of the items of each turn, without those of system messages."""
+    turns: list[list[int]] = []
+    user_before = False
+    for i, item in enumerate(items):
+        if isinstance(item, MessageItem) and item.role in ("system", "developer"):
+            continue
+        user = isinstance(item, MessageItem) and item.role == "user"
+        if not turns or (user and not user_before):
+            turns.append([])
+        turns[-1].append(i)
+        user_before = user
+    return turns

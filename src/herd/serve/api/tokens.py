@@ -1,0 +1,149 @@
+"""POST /tokenize, /detokenize and /v1/embeddings; GET /v1/models."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, ClassVar, Literal
+
+import orjson
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from herd.errors import ContextLengthExceeded
+from herd.serve.api.body import Body, read_body, takes
+from herd.serve.api.context import Call, begin, json_response, text_work
+from herd.serve.api.conversation import ChatMessage, dialogue
+from herd.serve.api.fields import Id, Whole
+from herd.serve.api.tools import Tool
+from herd.serve.errors import bad
+from herd.serve.registry import Registry
+
+
+class TokenizeRequest(Body):
+    """A text, or a dialogue as chat would send it."""
+
+    model: str | None = Field(default=None, max_length=200)
+    content: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    add_special: bool = Field(default=False, description="Put the beginning of a text in front.")
+    with_pieces: bool = Field(default=False, description="Each token with its text.")
+
+
+class DetokenizeRequest(Body):
+    model: str | None = Field(default=None, max_length=200)
+    tokens: Annotated[list[Whole], Field(max_length=1 << 20)]
+
+
+class EmbeddingRequest(Body):
+    """OpenAI's request."""
+
+    UNSUPPORTED: ClassVar = {"dimensions": "a model's vectors have one length"}
+    model: str | None = Field(default=None, max_length=200)
+    input: (
+        str
+        | Annotated[list[Whole], Field(min_length=1)]
+        | Annotated[list[str] | list[Annotated[list[Whole], Field(min_length=1)]], Field(min_length=1, max_length=256)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    user: Id | None = None
+
+
+@takes(TokenizeRequest)
+async def tokenize(request: Request) -> Response:
+    """Token ids of a text or a dialogue. Content never becomes a control token."""
+    call, body = await begin(request, lambda config: read_body(request, config, TokenizeRequest))
+    if (body.content is None) == (body.messages is None):
+        raise bad("content", "give either content or messages")
+
+    def work() -> dict[str, Any]:
+        tokenizer = call.tokenizer
+        if body.messages is not None:
+            tools = [tool.described for tool in body.tools or ()] or None
+            ids = call.model.llm.chat_ids(dialogue(body.messages), tools)
+        else:
+            ids = tokenizer.encode(body.content or "")
+            if body.add_special and tokenizer.bos_id is not None:
+                ids = [tokenizer.bos_id, *ids]
+        if not body.with_pieces:
+            return {"tokens": ids}
+        return {"tokens": [{"id": i, "piece": tokenizer.token_bytes(i).decode("utf-8", "replace")} for i in ids]}
+
+    return await json_response(call, text_work(work))
+
+
+@takes(DetokenizeRequest)
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    call, body = await begin(request, lambda config: read_body(request, config, DetokenizeRequest))
+    return await json_response(call, text_work(lambda: {"content": call.tokenizer.decode(body.tokens)}))
+
+
+@takes(EmbeddingRequest)
+async def embeddings(request: Request) -> Response:
+    """Vectors of texts: the mean of the last layer's states, of length 1."""
+    call, body = await begin(request, lambda config: read_body(request, config, EmbeddingRequest))
+    return await json_response(call, _embed(call, body))
+
+
+async def _embed(call: Call, body: EmbeddingRequest) -> dict[str, Any]:
+    llm, given = call.model.llm, body.input
+    texts: Any = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    bos = llm.tokenizer.bos_id
+    head = [] if bos is None else [bos]
+    encoded = await text_work(lambda: [head + llm.tokenizer.encode(t) if isinstance(t, str) else t for t in texts])
+    if any(not ids for ids in encoded):
+        raise bad("input", "an empty text has no vector")
+    longest = max(map(len, encoded))
+    if longest > llm.context:
+        raise ContextLengthExceeded(longest, llm.context)
+    vectors = []
+    for ids in encoded:  # one at a time: answers go on between them
+        vectors.append(await call.model.driver.between_steps(lambda ids=ids: llm.embed([ids], normalise=True)[0]))  # type: ignore[misc]
+    tokens = sum(map(len, encoded))
+    call.done([], tokens)
+    packed = body.encoding_format == "base64"
+    return {
+        "object": "list",
+        "data": [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": base64.b64encode(v.astype("<f4").tobytes()).decode() if packed else v.tolist(),
+            }
+            for i, v in enumerate(vectors)
+        ],
+        "model": call.model.name,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+async def models(request: Request) -> Response:
+    """All names, and what is known of those that are loaded."""
+    registry: Registry = request.app.state.registry
+    return Response(
+        orjson.dumps({"object": "list", "data": [_entry(registry, name) for name in registry.paths]}),
+        media_type="application/json",
+    )
+
+
+async def model(request: Request) -> Response:
+    """One of them."""
+    registry: Registry = request.app.state.registry
+    name = request.path_params["name"]
+    registry.path_of(name)
+    return Response(orjson.dumps(_entry(registry, name)), media_type="application/json")
+
+
+def _entry(registry: Registry, name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": name, "object": "model", "created": registry.created, "owned_by": "herd"}
+    for loaded in registry.loaded:
+        if loaded.name == name:
+            entry |= {
+                "context_length": loaded.llm.context,
+                "fingerprint": loaded.fingerprint,
+                "running": loaded.driver.running,
+                "waiting": loaded.driver.waiting,
+            }
+    return {**entry, "loaded": len(entry) > 4}

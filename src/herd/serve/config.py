@@ -1,0 +1,39 @@
+"""What a server may do: where it listens, for whom, and the bounds that no request can move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from herd.config import Config
+
+MiB = 1 << 20
+
+
+class ServeConfig(Config):
+    """`herd serve`'s options, one field each."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on. Others than this machine's need a key.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    insecure: bool = Field(default=False, description="Let others reach this server without asking for a key.")
+    allow_hosts: tuple[str, ...] = Field(default=(), description="Further names that this server goes by.")
+    allow_origins: tuple[str, ...] = Field(default=(), description="Web pages of other servers that may use this one.")
+
+    max_body_bytes: int = Field(default=8 * MiB, ge=1024, le=1024 * MiB, description="Of a request; more is refused.")
+    max_json_depth: int = Field(default=64, ge=4, le=512, description="Lists and objects inside each other.")
+    body_timeout: float = Field(default=30.0, gt=0, le=3600, description="Seconds in which a request must arrive.")
+    write_timeout: float = Field(default=60.0, gt=0, le=3600, description="Seconds a client may take to read an event.")
+    ping_seconds: float = Field(default=15.0, gt=0, le=3600, description="Silence after which a stream says it lives.")
+
+    max_queue: int = Field(default=256, ge=0, le=100_000, description="Requests that may wait, over all keys.")
+    max_running: int = Field(default=64, ge=1, le=256, description="Answers that are generated together.")
+    max_n: int = Field(default=16, ge=1, le=128, description="Answers to one request.")
+    deadline: float = Field(default=600.0, gt=0, le=86_400, description="Seconds after which a request is given up.")
+    grace: float = Field(default=30.0, ge=0, le=3600, description="Seconds that running answers have at the end.")
+    memory: int | None = Field(
+        default=None,
+        ge=0,
+        description="Bytes for models; the one used longest ago makes way. None: what is free.",
+    )
+    store: Path | None = Field(default=None, description="SQLite file that keeps responses. None: nothing is kept.")

@@ -1,0 +1,322 @@
+"""A thread that runs one model for everybody: requests come from the event loop, tokens go back to it.
+
+Requests wait in a queue that is fair between keys, and enter the engine's batch one at a time, as soon as nobody in it
+waits for room. So the engine never holds more than one request that is not running, and whose turn is next is decided
+as late as possible. Who leaves, waits too long, or is told to stop is gone before the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from herd.engine import LLM, Chunk, Sampling
+from herd.engine.prompts import check_ids
+from herd.engine.scheduler import PREFILL_TOKENS, LiveSequence
+from herd.serve.errors import ApiError
+from herd.serve.keys import Client
+from herd.serve.queue import FairQueue
+
+T = TypeVar("T")
+log = logging.getLogger("herd.serve")
+
+_MEMORY = 0.9  # how slowly the estimates of speed follow what is measured
+# Prompts enter in pieces that take about so long: answers beside them wait for each, and who gives up does too.
+_STEP_SECONDS = 0.25
+_PIECES = (64, PREFILL_TOKENS)  # fewer tokens are slower one by one
+_FIRST_PIECE = 256  # when nothing is known of the speed
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request: n answers to a prompt. Tokens are read from it as from an iterator of (answer's number, chunk)."""
+
+    prompt: list[int]
+    sampling: Sampling
+    n: int
+    client: Client
+    continues_text: bool
+    cost: int
+    """Tokens of prompt and answers, at most."""
+    deadline: float
+    """By time.monotonic()."""
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[tuple[int, Chunk] | BaseException] = field(default_factory=asyncio.Queue)
+    sequences: list[LiveSequence] = field(default_factory=list)
+    """In the engine's batch; empty while the request waits."""
+    over: bool = False
+    """Nothing more comes."""
+
+    @property
+    def owner(self) -> str:
+        return self.client.name
+
+    @property
+    def weight(self) -> float:
+        return self.client.limits.weight
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Chunk]]:
+        """Chunks until each answer has had its last one. Raises what ended the request before that."""
+        left = self.n
+        while left:
+            event = await self.events.get()
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+            left -= event[1].finish_reason is not None
+
+
+class Driver:
+    """See above. `max_queue` requests may wait, and `max_running` answers are generated together."""
+
+    def __init__(self, llm: LLM, *, max_queue: int, max_running: int, deadline: float, name: str = "model") -> None:
+        self.llm = llm
+        self._max_queue = max_queue
+        self._max_running = max_running
+        self._deadline = deadline
+        self._state = threading.Condition()  # guards all that follows
+        self._queue: FairQueue[Ticket] = FairQueue()
+        self._running: list[Ticket] = []
+        self._cancelled: list[Ticket] = []
+        self._errands: list[Callable[[], None]] = []
+        self._stopping: BaseException | None = None
+        self._queued_cost = 0
+        self._speed = 0.0  # of all answers and prompts together, tokens a second
+        self._prompt_speed = _FIRST_PIECE / _STEP_SECONDS
+        self._events: list[tuple[Ticket, int, Chunk]] = []  # of the step that runs
+        self._thread = threading.Thread(target=self._run, name=f"herd-{name}", daemon=True)
+        self._thread.start()
+
+    # --- called on the event loop ---------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        client: Client,
+        *,
+        n: int = 1,
+        continues_text: bool = True,
+        deadline: float | None = None,
+    ) -> Ticket:
+        """Queue a request. Raises UsageError, ContextLengthExceeded, and ApiError when too many wait already."""
+        ids = check_ids(prompt, self.llm.config.vocab_size)
+        max_tokens = self.llm.max_tokens(ids, sampling)
+        ticket = Ticket(
+            prompt=ids,
+            sampling=sampling,
+            n=n,
+            client=client,
+            continues_text=continues_text,
+            cost=len(ids) + n * max_tokens,
+            deadline=time.monotonic() + min(self._deadline, deadline or self._deadline),
+            loop=asyncio.get_running_loop(),
+        )
+        with self._state:
+            if self._stopping is not None:
+                raise self._stopping
+            if len(self._queue) >= self._max_queue and (self._queue or self._running):
+                raise ApiError(
+                    429,
+                    f"{len(self._queue)} requests wait already",
+                    code="queue_full",
+                    retry_after=self._wait_estimate(),
+                )
+            self._queue.put(ticket)
+            self._queued_cost += ticket.cost
+            self._state.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give up a request, wherever it is; nothing when it is over. One that runs ends before the next step."""
+        with self._state:
+            if ticket.over:
+                return
+            ticket.over = True
+            if self._queue.remove(ticket):
+                self._queued_cost -= ticket.cost
+            else:
+                self._cancelled.append(ticket)
+                self._state.notify()
+
+    async def between_steps(self, work: Callable[[], T]) -> T:
+        """Run `work`, which uses the model in another way than the batch, when no step runs; its result."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def errand() -> None:
+            if future.cancelled():
+                return
+            try:
+                result = work()
+            except BaseException as error:
+                loop.call_soon_threadsafe(_fail, future, error)
+            else:
+                loop.call_soon_threadsafe(_resolve, future, result)
+
+        with self._state:
+            if self._stopping is not None:
+                raise self._stopping
+            if len(self._errands) >= max(1, self._max_queue):
+                raise ApiError(429, "too many requests wait", code="queue_full", retry_after=self._wait_estimate())
+            self._errands.append(errand)
+            self._state.notify()
+        return await future
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no place yet."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests whose answers are generated."""
+        return len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        with self._state:
+            return not (self._queue or self._running or self._errands)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self, why: BaseException) -> None:
+        """End all requests with `why`, and the thread; returns when it has ended."""
+        with self._state:
+            self._stopping = why
+            self._state.notify()
+        self._thread.join()
+
+    def _wait_estimate(self) -> float:
+        """Seconds until what waits now has been done, at the speed of late."""
+        return min(60.0, max(1.0, self._queued_cost / self._speed if self._speed else 1.0))
+
+    # --- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._state:
+                while not self._has_work():
+                    self._state.wait()
+                why = self._stopping
+                cancelled, self._cancelled = self._cancelled, []
+                errands, self._errands = self._errands, []
+            if why is not None:
+                self._end_all(why)
+                return
+            for ticket in cancelled:
+                self._leave(ticket)
+            self._expire()
+            for errand in errands:
+                errand()
+            self._admit()
+            if self._running:
+                self._step()
+
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._running or self._cancelled or self._errands or self._stopping)
+
+    def _admit(self) -> None:
+        """Requests whose turn it is enter the batch, as long as all that is in it has room."""
+        batch = self.llm.scheduler
+        while batch.waiting == 0 and batch.running < self._max_running:
+            with self._state:
+                ticket = self._queue.pop()
+                if ticket is None:
+                    return
+                self._queued_cost -= ticket.cost
+                self._running.append(ticket)
+            try:
+                ticket.sequences = self.llm.begin(
+                    ticket.prompt,
+                    ticket.sampling,
+                    n=ticket.n,
+                    continues_text=ticket.continues_text,
+                    on_chunk=self._collector(ticket),
+                )
+            except Exception as error:  # an adapter that was unloaded meanwhile, say
+                self._leave(ticket, error)
+                continue
+            batch.admit()
+
+    def _collector(self, ticket: Ticket) -> Callable[[int, Chunk], None]:
+        return lambda j, chunk: self._events.append((ticket, j, chunk))
+
+    def _step(self) -> None:
+        batch = self.llm.scheduler
+        start, tokens = time.perf_counter(), batch.tokens
+        try:
+            self.llm.step()
+        except Exception:
+            log.exception("a step failed: %d requests end", len(self._running))
+        seconds = time.perf_counter() - start
+        self._learn(batch.tokens - tokens, seconds)
+        events, self._events = self._events, []
+        if events:
+            # One call a step: the loop is woken once, however many answers go on.
+            events[0][0].loop.call_soon_threadsafe(_hand_out, events)
+        for ticket in list(self._running):
+            error = next((s.error for s in ticket.sequences if s.error is not None), None)
+            if error is not None or all(s.completion is not None for s in ticket.sequences):
+                self._leave(ticket, error)
+
+    def _learn(self, tokens: int, seconds: float) -> None:
+        """What a step took says how much of the prompts to take in the next one."""
+        speed = tokens / max(seconds, 1e-6)
+        self._speed = speed if not self._speed else _MEMORY * self._speed + (1 - _MEMORY) * speed
+        if tokens >= _PIECES[0] // 2:
+            self._prompt_speed = (self._prompt_speed + speed) / 2
+        low, high = _PIECES
+        self.llm.scheduler.prefill_tokens = max(low, min(high, int(self._prompt_speed * _STEP_SECONDS)))
+
+    def _leave(self, ticket: Ticket, error: BaseException | None = None) -> None:
+        """A request is over: its answers end where they are, and `error` is what its reader meets."""
+        self.llm.cancel(ticket.sequences)
+        with self._state:
+            ticket.over = True
+            if ticket in self._running:
+                self._running.remove(ticket)
+        if error is not None:
+            ticket.loop.call_soon_threadsafe(ticket.events.put_nowait, error)
+
+    def _expire(self) -> None:
+        """Requests whose time is up."""
+        now = time.monotonic()
+        with self._state:
+            late = [ticket for ticket in self._queue.jobs() if ticket.deadline < now]
+            for ticket in late:
+                self._queue.remove(ticket)
+                self._queued_cost -= ticket.cost
+            late += [ticket for ticket in self._running if ticket.deadline < now]
+        for ticket in late:
+            self._leave(ticket, ApiError(503, "the request took too long", code="deadline_exceeded", retry_after=5))
+
+    def _end_all(self, why: BaseException) -> None:
+        with self._state:
+            tickets = [*self._queue.jobs(), *self._running]
+            for ticket in tickets:
+                self._queue.remove(ticket)
+        for ticket in tickets:
+            self._leave(ticket, why)
+
+
+def _hand_out(events: list[tuple[Ticket, int, Chunk]]) -> None:
+    for ticket, j, chunk in events:
+        ticket.events.put_nowait((j, chunk))
+
+
+def _resolve(future: asyncio.Future[T], result: T) -> None:
+    if not future.cancelled():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[T], error: BaseException) -> None:
+    if not future.cancelled():
+        future.set_exception(error)

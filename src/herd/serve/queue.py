@@ -1,0 +1,81 @@
+"""Requests that wait for a place: a bounded queue that is fair between keys.
+
+Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996): a job of a key begins, in virtual time, when the key's job
+before it ends, or now; jobs leave in the order of their beginnings. So a key that sends a thousand jobs delays another
+key's first one by no more than what is being served, and keys that all have work share the model by their weights.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from typing import Generic, Protocol, TypeVar
+
+
+class Job(Protocol):
+    """What waits: whose it is, and what it will cost, in tokens."""
+
+    @property
+    def owner(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def cost(self) -> int: ...
+
+
+J = TypeVar("J", bound=Job)
+
+
+class FairQueue(Generic[J]):
+    """Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, J]] = []
+        self._end_of: dict[str, float] = {}  # by owner, when its last job ends
+        self._gone: set[int] = set()
+        self._number = itertools.count()
+        self._number_of: dict[int, int] = {}  # by the identity of a job
+        self._now = 0.0
+
+    def __len__(self) -> int:
+        return len(self._number_of)
+
+    def put(self, job: J) -> None:
+        start = max(self._now, self._end_of.get(job.owner, 0.0))
+        self._end_of[job.owner] = start + job.cost / job.weight
+        number = next(self._number)
+        self._number_of[id(job)] = number
+        heapq.heappush(self._heap, (start, number, job))
+
+    def pop(self) -> J | None:
+        """The job whose turn it is; None when there is none."""
+        while self._heap:
+            start, number, job = heapq.heappop(self._heap)
+            if number in self._gone:
+                self._gone.remove(number)
+                continue
+            self._now = start
+            del self._number_of[id(job)]
+            if not self._number_of:  # nobody waits: what was is forgotten
+                self._end_of.clear()
+                self._now = 0.0
+            return job
+        return None
+
+    def remove(self, job: J) -> bool:
+        """Take out a job that waits; False when it does not."""
+        number = self._number_of.pop(id(job), None)
+        if number is None:
+            return False
+        self._gone.add(number)
+        if len(self._gone) > len(self._number_of) + 64:  # whoever comes and goes leaves nothing behind
+            self._heap = [entry for entry in self._heap if entry[1] not in self._gone]
+            heapq.heapify(self._heap)
+            self._gone.clear()
+        return True
+
+    def jobs(self) -> list[J]:
+        """All that wait, in no order."""
+        return [job for _, number, job in self._heap if number not in self._gone]

@@ -1,0 +1,184 @@
+"""The models of a server: names fixed at the start, loaded when they are asked for, unloaded when memory runs short."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from herd import __version__
+from herd.engine import LLM
+from herd.errors import HerdError, ResourceError
+from herd.serve.config import ServeConfig
+from herd.serve.driver import Driver
+from herd.serve.errors import ApiError
+
+log = logging.getLogger("herd.serve")
+_PATIENCE = 50  # looks for a model that can be unloaded, 20 ms apart
+
+
+@dataclass(eq=False)
+class Model:
+    """A loaded model. `fingerprint`: equal ones give equal bits."""
+
+    name: str
+    llm: LLM
+    driver: Driver
+    fingerprint: str
+    bytes: int
+    """Of its files: what its weights take, about."""
+    used: float = field(default_factory=time.monotonic)
+
+    def close(self, why: BaseException) -> None:
+        self.driver.stop(why)
+        self.llm.close()
+
+
+class Registry:
+    """Names of models and where they are. Used on the event loop only; loading happens beside it."""
+
+    def __init__(
+        self, paths: Mapping[str, Path], config: ServeConfig, loading: Mapping[str, Any] | None = None
+    ) -> None:
+        """`loading`: keyword arguments of LLM for all models."""
+        self.paths = dict(paths)
+        self.created = int(time.time())
+        self._config = config
+        self._loading = dict(loading or {})
+        self._models: dict[str, Model] = {}
+        self._tasks: dict[str, asyncio.Task[Model]] = {}
+        self._turn = asyncio.Lock()  # one model is loaded at a time
+        self.draining = False
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.paths))
+
+    @property
+    def loaded(self) -> list[Model]:
+        return list(self._models.values())
+
+    def path_of(self, name: str) -> Path:
+        """Where a model is; 404 for any name that is none of this server's."""
+        if name not in self.paths:
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r}; this server has {', '.join(self.paths)}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.paths[name]
+
+    async def get(self, name: str | None) -> Model:
+        """A model, ready. The first one is loaded when the server starts, and refused until it is there (503); others
+        are loaded for who asks first."""
+        name = self.first if name is None else name
+        self.path_of(name)
+        if self.draining:
+            raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
+        model = self._models.get(name)
+        if model is None:
+            if name == self.first and name in self._tasks and not self._tasks[name].done():
+                raise ApiError(503, "the model is being loaded", code="loading", retry_after=2)
+            model = await asyncio.shield(self.load(name))
+        model.used = time.monotonic()
+        return model
+
+    def load(self, name: str) -> asyncio.Task[Model]:
+        """The task that loads a model, or has."""
+        task = self._tasks.get(name)
+        if task is None or (task.done() and name not in self._models):
+            task = self._tasks[name] = asyncio.create_task(self._load(name))
+        return task
+
+    async def _load(self, name: str) -> Model:
+        path = self.paths[name]
+        async with self._turn:
+            size = await asyncio.to_thread(_bytes_of, path)
+            await self._make_room(size)
+            while True:
+                try:
+                    llm = await asyncio.to_thread(LLM, path, **self._loading)
+                    break
+                except ResourceError:  # the memory plan says no
+                    if not await self._unload_one():
+                        raise
+            fingerprint = await asyncio.to_thread(_fingerprint, path, llm, self._loading)
+            config = self._config
+            driver = Driver(
+                llm, max_queue=config.max_queue, max_running=config.max_running, deadline=config.deadline, name=name
+            )
+            model = self._models[name] = Model(name, llm, driver, fingerprint, size)
+            log.info("loaded %s from %s, %d tokens of context", name, path, llm.context)
+            return model
+
+    async def _make_room(self, size: int) -> None:
+        limit = self._config.memory
+        while limit is not None and sum(model.bytes for model in self.loaded) + size > limit:
+            if not self._models:
+                raise ResourceError("the model is larger than the memory that models may take", value=size)
+            for _ in range(_PATIENCE):  # one that is in use may be about to end
+                if await self._unload_one():
+                    break
+                await asyncio.sleep(0.02)
+            else:
+                raise ApiError(503, "other models are in use, and there is no memory for one more", retry_after=5)
+
+    async def _unload_one(self) -> bool:
+        """Unload the idle model that was used longest ago; False when there is none."""
+        idle = [model for model in self.loaded if model.driver.idle]
+        if not idle:
+            return False
+        model = min(idle, key=lambda model: model.used)
+        del self._models[model.name]
+        del self._tasks[model.name]
+        await asyncio.to_thread(model.close, ApiError(503, "the model is unloaded", code="unloaded", retry_after=1))
+        log.info("unloaded %s", model.name)
+        return True
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing more; wait for what runs, then end it."""
+        self.draining = True
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(not model.driver.idle for model in self.loaded):
+            await asyncio.sleep(0.02)
+        why = ApiError(503, "the server stops", code="stopped")
+        for model in self.loaded:
+            await asyncio.to_thread(model.close, why)
+        self._models.clear()
+
+    async def when_ready(self, done: Callable[[Model], None], failed: Callable[[HerdError], None]) -> None:
+        """Load the first model, and tell how that went."""
+        try:
+            done(await self.load(self.first))
+        except HerdError as error:
+            failed(error)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    kinds = {".safetensors", ".gguf", ".pth", ".json", ".model"}
+    return sorted(file for file in path.rglob("*") if file.suffix in kinds and file.is_file())
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files_of(path))
+
+
+def _fingerprint(path: Path, llm: LLM, loading: Mapping[str, Any]) -> str:
+    """A hash of all that decides about the bits of an answer: files, number types, kernels."""
+    from herd import _native
+
+    total = hashlib.sha256()
+    for file in _files_of(path):
+        with file.open("rb") as opened:
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    backend = type(llm.backend).__name__
+    total.update(repr((backend, _native.isa(), __version__, loading.get("quant"), loading.get("kv"))).encode())
+    return f"fp_{total.hexdigest()[:20]}"

@@ -1,0 +1,122 @@
+"""Running the application: a socket, signals, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from herd.errors import ResourceError, UsageError
+from herd.serve.app import create_app
+from herd.serve.config import ServeConfig
+from herd.serve.keys import Keys
+from herd.serve.registry import Registry
+from herd.serve.security import is_local
+
+log = logging.getLogger("herd.serve")
+_BACKLOG = 512
+
+
+def check_exposure(config: ServeConfig, keys: Keys) -> None:
+    """Refuse to serve others without asking for a key."""
+    if not is_local(config.host) and not keys.needed and not config.insecure:
+        raise UsageError(
+            "others could use this server without a key",
+            value=config.host,
+            allowed="127.0.0.1, ::1 or localhost without a key",
+            fix="add --api-key KEY, or --insecure if that is what you want",
+        )
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """A bound socket. Raises ResourceError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((config.host.strip("[]"), config.port))
+    except OSError as error:
+        found.close()
+        reason = error.strerror or str(error)
+        where = f"{config.host}:{config.port}"
+        raise ResourceError(
+            f"the address cannot be used ({reason})", value=where, fix="choose another --port"
+        ) from None
+    return found
+
+
+def settings_for(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=16 << 10,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on the first signal lets answers end, and on the second one does not."""
+
+    def __init__(self, config: uvicorn.Config, registry: Registry, grace: float, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._registry = registry
+        self._grace = grace
+        self._on_start = on_start
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for each signal that ends a server, by the handlers that uvicorn installs, while the loop runs."""
+        if self._draining is None:
+            asyncio.get_running_loop().call_soon_threadsafe(self._drain)
+        else:
+            self.force_exit = self.should_exit = True
+
+    def _drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._finish())
+
+    async def _finish(self) -> None:
+        log.info("stopping: running answers have %g s", self._grace)
+        await self._registry.drain(self._grace)
+        self.should_exit = True
+
+
+def serve(
+    registry: Registry,
+    config: ServeConfig,
+    keys: Keys,
+    *,
+    on_start: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until a signal comes. `on_start` gets the address, once requests are taken."""
+    check_exposure(config, keys)
+    bound = listen(config)
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    settings = settings_for(create_app(registry, config, keys))
+    server = Server(settings, registry, config.grace, lambda: on_start(f"http://{shown}:{port}"))
+    try:
+        server.run(sockets=[bound])
+    finally:
+        bound.close()

@@ -1,0 +1,118 @@
+"""Server-sent events, and noticing that whoever asked has gone.
+
+A stream begins with its first event: what fails before that is an ordinary response with its status. Between events a
+comment says that the server lives; a client that does not read what it is sent is cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from herd.serve.config import ServeConfig
+from herd.serve.errors import as_api_error, error_body, error_response
+
+T = TypeVar("T")
+log = logging.getLogger("herd.serve")
+
+DONE = b"data: [DONE]\n\n"
+_PING = b": ping\n\n"
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """One event. JSON has no line breaks of its own, so it is one line."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class ClientGone(Exception):
+    """Whoever asked does not listen any more."""
+
+
+async def gone(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes. Raises ClientGone then."""
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, leaving):
+            each.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+class EventStream(Response):
+    """A response whose events come from a generator; `on_close` is called at the end, whatever happens."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], config: ServeConfig, on_close: Callable[[], None]) -> None:
+        super().__init__()
+        self._events = events
+        self._config = config
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        leaving = asyncio.ensure_future(gone(receive))
+        following = asyncio.ensure_future(anext(self._events))
+        started = False
+        try:
+            while True:
+                await asyncio.wait(
+                    {following, leaving}, timeout=self._config.ping_seconds, return_when=asyncio.FIRST_COMPLETED
+                )
+                if leaving.done():
+                    return
+                part, last = _PING, False
+                if following.done():
+                    try:
+                        part = following.result()
+                        following = asyncio.ensure_future(anext(self._events))
+                    except StopAsyncIteration:
+                        part, last = b"", True
+                    except Exception as error:
+                        told = as_api_error(error)
+                        if told.code == "internal_error":
+                            log.error("a stream failed", exc_info=error)
+                        if not started:
+                            await error_response(told)(scope, receive, send)
+                            return
+                        part, last = event(error_body(told)), True
+                if not started:
+                    started = True
+                    await send(_START)
+                async with asyncio.timeout(self._config.write_timeout):
+                    await send({"type": "http.response.body", "body": part, "more_body": not last})
+                if last:
+                    return
+        except (TimeoutError, OSError):
+            return  # the client does not read, or has gone
+        finally:
+            for task in (following, leaving):
+                task.cancel()
+            await asyncio.gather(following, leaving, return_exceptions=True)
+            await self._events.aclose()
+            self._on_close()
+
+
+_START = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-store"),
+        (b"x-accel-buffering", b"no"),  # proxies must not hold events back
+    ],
+}
