@@ -52,7 +52,7 @@ async def ready(request: Request) -> Response:
     if registry.draining:
         raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
     if not registry.loaded:
-        raise ApiError(503, "the model is being loaded", code="loading", retry_after=2)
+        raise registry.not_there(registry.first)
     dead = [model.name for model in registry.loaded if not model.driver.alive]
     if dead:
         raise ApiError(503, f"the model {dead[0]} has stopped", code="stopped")
@@ -108,8 +108,7 @@ def create_app(registry: Registry, config: ServeConfig, keys: Keys) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        loading = registry.load(registry.first)
-        loading.add_done_callback(_report)
+        registry.load(registry.first)
         yield
         await registry.drain(0.0)
         if store is not None:
@@ -122,14 +121,6 @@ def create_app(registry: Registry, config: ServeConfig, keys: Keys) -> ASGIApp:
     )
     app.state.registry, app.state.config, app.state.metrics, app.state.store = registry, config, counts, store
     return Gate(app, config, keys)
-
-
-def _report(task: object) -> None:
-    import asyncio
-
-    assert isinstance(task, asyncio.Task)
-    if not task.cancelled() and task.exception() is not None:
-        log.error("the model cannot be loaded: %s", task.exception())
 
 
 def _endpoint(handler: Handler, path: str, counts: Metrics) -> Handler:
@@ -149,7 +140,8 @@ def _endpoint(handler: Handler, path: str, counts: Metrics) -> Handler:
             if told.code == "internal_error" or not isinstance(error, HerdError):
                 log.error("%s failed", path, exc_info=error)
             counts.response(path, told.status)
-            return error_response(told)
+            # Anthropic's clients look for the type of the whole.
+            return error_response(told, **({"type": "error"} if path.startswith("/v1/messages") else {}))
         counts.response(path, getattr(response, "status_code", 200))
         return response
 

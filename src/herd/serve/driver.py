@@ -18,6 +18,7 @@ from typing import TypeVar
 from herd.engine import LLM, Chunk, Sampling
 from herd.engine.prompts import check_ids
 from herd.engine.scheduler import PREFILL_TOKENS, LiveSequence
+from herd.errors import ContextLengthExceeded
 from herd.serve.errors import ApiError
 from herd.serve.keys import Client
 from herd.serve.queue import FairQueue
@@ -53,6 +54,11 @@ class Ticket:
     """Nothing more comes."""
 
     @property
+    def tokens(self) -> int:
+        """Of the prompt and of what has been generated so far; none while it waits."""
+        return len(self.prompt) + sum(len(s.choices) for s in self.sequences) if self.sequences else 0
+
+    @property
     def owner(self) -> str:
         return self.client.name
 
@@ -83,7 +89,8 @@ class Driver:
         self._queue: FairQueue[Ticket] = FairQueue()
         self._running: list[Ticket] = []
         self._cancelled: list[Ticket] = []
-        self._errands: list[Callable[[], None]] = []
+        self._errands: list[Callable[[BaseException | None], None]] = []
+        self._busy = False  # with errands
         self._stopping: BaseException | None = None
         self._queued_cost = 0
         self._speed = 0.0  # of all answers and prompts together, tokens a second
@@ -105,6 +112,11 @@ class Driver:
         deadline: float | None = None,
     ) -> Ticket:
         """Queue a request. Raises UsageError, ContextLengthExceeded, and ApiError when too many wait already."""
+        with self._state:
+            if self._stopping is not None:
+                raise self._stopping
+        if len(prompt) >= self.llm.context:
+            raise ContextLengthExceeded(len(prompt) + 1, self.llm.context, self.llm.config.context_length)
         ids = check_ids(prompt, self.llm.config.vocab_size)
         max_tokens = self.llm.max_tokens(ids, sampling)
         ticket = Ticket(
@@ -120,16 +132,19 @@ class Driver:
         with self._state:
             if self._stopping is not None:
                 raise self._stopping
+            crowd_out = None
             if len(self._queue) >= self._max_queue and (self._queue or self._running):
-                raise ApiError(
-                    429,
-                    f"{len(self._queue)} requests wait already",
-                    code="queue_full",
-                    retry_after=self._wait_estimate(),
-                )
+                crowd_out = self._queue.last_of_the_longest(than=ticket)
+                if crowd_out is None:
+                    raise self._full()
+                self._queue.remove(crowd_out)
+                self._queued_cost -= crowd_out.cost
+                crowd_out.over = True
             self._queue.put(ticket)
             self._queued_cost += ticket.cost
             self._state.notify()
+        if crowd_out is not None:
+            crowd_out.events.put_nowait(self._full())
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -149,10 +164,12 @@ class Driver:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
-        def errand() -> None:
+        def errand(why: BaseException | None) -> None:
             if future.cancelled():
                 return
             try:
+                if why is not None:
+                    raise why
                 result = work()
             except BaseException as error:
                 loop.call_soon_threadsafe(_fail, future, error)
@@ -163,10 +180,14 @@ class Driver:
             if self._stopping is not None:
                 raise self._stopping
             if len(self._errands) >= max(1, self._max_queue):
-                raise ApiError(429, "too many requests wait", code="queue_full", retry_after=self._wait_estimate())
+                raise self._full()
             self._errands.append(errand)
             self._state.notify()
-        return await future
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await future
+        except TimeoutError:
+            raise too_late() from None
 
     @property
     def waiting(self) -> int:
@@ -181,7 +202,7 @@ class Driver:
     @property
     def idle(self) -> bool:
         with self._state:
-            return not (self._queue or self._running or self._errands)
+            return not (self._queue or self._running or self._errands or self._busy)
 
     @property
     def alive(self) -> bool:
@@ -194,6 +215,10 @@ class Driver:
             self._state.notify()
         self._thread.join()
 
+    def _full(self) -> ApiError:
+        wait = self._wait_estimate()
+        return ApiError(429, "too many requests wait already", code="queue_full", retry_after=wait)
+
     def _wait_estimate(self) -> float:
         """Seconds until what waits now has been done, at the speed of late."""
         return min(60.0, max(1.0, self._queued_cost / self._speed if self._speed else 1.0))
@@ -201,24 +226,38 @@ class Driver:
     # --- the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        except BaseException:
+            log.exception("the model has stopped")
             with self._state:
-                while not self._has_work():
-                    self._state.wait()
-                why = self._stopping
+                self._stopping = ApiError(503, "the model has stopped", code="stopped")
+            self._end_all(self._stopping)
+
+    def _turn(self) -> bool:
+        """What is to be done between two steps, and a step; False at the end."""
+        with self._state:
+            while not self._has_work():
+                self._state.wait()
+            why = self._stopping
+            if why is None:
                 cancelled, self._cancelled = self._cancelled, []
                 errands, self._errands = self._errands, []
-            if why is not None:
-                self._end_all(why)
-                return
-            for ticket in cancelled:
-                self._leave(ticket)
-            self._expire()
-            for errand in errands:
-                errand()
-            self._admit()
-            if self._running:
-                self._step()
+                self._busy = bool(errands)
+        if why is not None:
+            self._end_all(why)
+            return False
+        for ticket in cancelled:
+            self._leave(ticket)
+        self._expire()
+        for errand in errands:
+            errand(None)
+        self._busy = False
+        self._admit()
+        if self._running:
+            self._step()
+        return True
 
     def _has_work(self) -> bool:
         return bool(self._queue or self._running or self._cancelled or self._errands or self._stopping)
@@ -296,15 +335,23 @@ class Driver:
                 self._queued_cost -= ticket.cost
             late += [ticket for ticket in self._running if ticket.deadline < now]
         for ticket in late:
-            self._leave(ticket, ApiError(503, "the request took too long", code="deadline_exceeded", retry_after=5))
+            self._leave(ticket, too_late())
 
     def _end_all(self, why: BaseException) -> None:
         with self._state:
             tickets = [*self._queue.jobs(), *self._running]
             for ticket in tickets:
                 self._queue.remove(ticket)
+            errands, self._errands = self._errands, []
+        for errand in errands:
+            errand(why)
         for ticket in tickets:
             self._leave(ticket, why)
+
+
+def too_late() -> ApiError:
+    """For what has taken as long as it may."""
+    return ApiError(503, "the request took too long", code="deadline_exceeded", retry_after=5)
 
 
 def _hand_out(events: list[tuple[Ticket, int, Chunk]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
+from herd.engine.backend import EngineClosed
 from herd.errors import ContextLengthExceeded, HerdError, ResourceError, UsageError
 
 
@@ -51,6 +52,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """What a client is told about any error. What is inside an unexpected one stays in the server's log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, EngineClosed):
+        return ApiError(503, "the model is not loaded any more", code="unloaded", retry_after=1)
     if isinstance(error, ContextLengthExceeded):
         message = (
             f"This model's context is {error.allowed_tokens} tokens; the request needs {error.needed}. "
@@ -71,11 +74,11 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
 
 
-def error_response(error: ApiError) -> Response:
-    """The response that tells it."""
+def error_response(error: ApiError, **more: Any) -> Response:
+    """The response that tells it; `more` members stand beside the error."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     if error.challenge is not None:
         headers["www-authenticate"] = error.challenge
-    return Response(orjson.dumps(error_body(error)), error.status, headers, "application/json")
+    return Response(orjson.dumps({**more, **error_body(error)}), error.status, headers, "application/json")

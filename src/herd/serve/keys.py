@@ -22,6 +22,7 @@ NOBODY = "anonymous"
 """The name that all requests have where no key is asked for."""
 
 _MIN_KEY = 8  # characters
+_OF_NOTHING = hashlib.sha256(b"").hexdigest()
 
 
 class KeyLimits(Config):
@@ -125,12 +126,13 @@ class Keys:
         """
         if not self._clients:
             return self._nobody
-        digest = hashlib.sha256(key_in(headers)).digest()
+        key = key_in(headers)
+        digest = hashlib.sha256(key).digest()
         found = None
         for stored, client in self._clients:
             if hmac.compare_digest(stored, digest):
                 found = client
-        return found
+        return found if key else None
 
 
 def key_in(headers: dict[bytes, bytes]) -> bytes:
@@ -154,6 +156,8 @@ def read_keys(path: Path) -> dict[str, StoredKey]:
         if not isinstance(entry, dict):
             raise UsageError(f"{path}: {name} is no key", value=entry, allowed='{"sha256": "…"}')
         found[name] = parse_config(StoredKey, entry, f"{path}: {name}")
+        if found[name].sha256 == _OF_NOTHING:
+            raise UsageError(f"{path}: {name} is the hash of an empty key", fix="printf %s KEY | sha256sum")
     if not found:
         raise UsageError(f"{path} has no keys", allowed='{"name": {"sha256": "…"}}')
     return found

@@ -70,11 +70,23 @@ class FairQueue(Generic[J]):
         if number is None:
             return False
         self._gone.add(number)
+        self._end_of[job.owner] -= job.cost / job.weight  # those behind it stay where they are, further ones do not
         if len(self._gone) > len(self._number_of) + 64:  # whoever comes and goes leaves nothing behind
             self._heap = [entry for entry in self._heap if entry[1] not in self._gone]
             heapq.heapify(self._heap)
             self._gone.clear()
         return True
+
+    def last_of_the_longest(self, than: J) -> J | None:
+        """The newest job of the owner with the most that wait, if that is another one than of `than`, who has fewer."""
+        waiting: dict[str, list[tuple[int, J]]] = {}
+        for _, number, job in self._heap:
+            if number not in self._gone:
+                waiting.setdefault(job.owner, []).append((number, job))
+        longest = max(waiting, key=lambda owner: len(waiting[owner]), default=than.owner)
+        if longest == than.owner or len(waiting[longest]) <= len(waiting.get(than.owner, ())) + 1:
+            return None
+        return max(waiting[longest], key=lambda entry: entry[0])[1]
 
     def jobs(self) -> list[J]:
         """All that wait, in no order."""

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from herd.serve.driver import Driver
 from herd.serve.errors import ApiError
 
 log = logging.getLogger("herd.serve")
+_BACK_OFF = 30.0  # seconds in which a model that could not be loaded is not tried again
 _PATIENCE = 50  # looks for a model that can be unloaded, 20 ms apart
 
 
@@ -33,6 +34,12 @@ class Model:
     bytes: int
     """Of its files: what its weights take, about."""
     used: float = field(default_factory=time.monotonic)
+    users: int = 0
+    """Requests that have it, whether they are in its queue already or not."""
+
+    @property
+    def idle(self) -> bool:
+        return self.users == 0 and self.driver.idle
 
     def close(self, why: BaseException) -> None:
         self.driver.stop(why)
@@ -52,6 +59,7 @@ class Registry:
         self._loading = dict(loading or {})
         self._models: dict[str, Model] = {}
         self._tasks: dict[str, asyncio.Task[Model]] = {}
+        self._failed: dict[str, float] = {}  # when a model could not be loaded
         self._turn = asyncio.Lock()  # one model is loaded at a time
         self.draining = False
 
@@ -84,17 +92,49 @@ class Registry:
         model = self._models.get(name)
         if model is None:
             if name == self.first and name in self._tasks and not self._tasks[name].done():
-                raise ApiError(503, "the model is being loaded", code="loading", retry_after=2)
-            model = await asyncio.shield(self.load(name))
+                raise self.not_there(name)
+            if self._recently_failed(name):
+                raise self.not_there(name)
+            try:
+                model = await asyncio.shield(self.load(name))
+            except ApiError:
+                raise
+            except HerdError:
+                raise self.not_there(name) from None
+        if self.draining:  # meanwhile
+            raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
+        if self._models.get(name) is not model:
+            raise ApiError(503, "the model was unloaded again", code="unloaded", retry_after=1)
         model.used = time.monotonic()
+        model.users += 1
         return model
+
+    def not_there(self, name: str) -> ApiError:
+        """Why a model does not answer; what went wrong with it is the log's to say, not a client's to know."""
+        if name in self._failed:
+            message = f"the model {name} cannot be loaded; the server's log says why"
+            return ApiError(503, message, code="load_failed", retry_after=_BACK_OFF)
+        return ApiError(503, "the model is being loaded", code="loading", retry_after=2)
+
+    def _recently_failed(self, name: str) -> bool:
+        return time.monotonic() - self._failed.get(name, -_BACK_OFF) < _BACK_OFF
 
     def load(self, name: str) -> asyncio.Task[Model]:
         """The task that loads a model, or has."""
         task = self._tasks.get(name)
         if task is None or (task.done() and name not in self._models):
             task = self._tasks[name] = asyncio.create_task(self._load(name))
+            task.add_done_callback(lambda done: self._note(name, done))
         return task
+
+    def _note(self, name: str, task: asyncio.Task[Model]) -> None:
+        if task.cancelled() or isinstance(task.exception(), ApiError):
+            return
+        if (error := task.exception()) is None:
+            self._failed.pop(name, None)
+        else:
+            self._failed[name] = time.monotonic()
+            log.error("%s cannot be loaded: %s", name, error)
 
     async def _load(self, name: str) -> Model:
         path = self.paths[name]
@@ -108,7 +148,13 @@ class Registry:
                 except ResourceError:  # the memory plan says no
                     if not await self._unload_one():
                         raise
-            fingerprint = await asyncio.to_thread(_fingerprint, path, llm, self._loading)
+            try:
+                fingerprint = await asyncio.to_thread(_fingerprint, path, llm, self._loading)
+                if self.draining:
+                    raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
+            except BaseException:
+                llm.close()
+                raise
             config = self._config
             driver = Driver(
                 llm, max_queue=config.max_queue, max_running=config.max_running, deadline=config.deadline, name=name
@@ -119,9 +165,9 @@ class Registry:
 
     async def _make_room(self, size: int) -> None:
         limit = self._config.memory
+        if limit is not None and size > limit:
+            raise ResourceError("the model is larger than the memory that models may take", value=size)
         while limit is not None and sum(model.bytes for model in self.loaded) + size > limit:
-            if not self._models:
-                raise ResourceError("the model is larger than the memory that models may take", value=size)
             for _ in range(_PATIENCE):  # one that is in use may be about to end
                 if await self._unload_one():
                     break
@@ -131,7 +177,7 @@ class Registry:
 
     async def _unload_one(self) -> bool:
         """Unload the idle model that was used longest ago; False when there is none."""
-        idle = [model for model in self.loaded if model.driver.idle]
+        idle = [model for model in self.loaded if model.idle]
         if not idle:
             return False
         model = min(idle, key=lambda model: model.used)
@@ -145,19 +191,12 @@ class Registry:
         """Take nothing more; wait for what runs, then end it."""
         self.draining = True
         end = time.monotonic() + seconds
-        while time.monotonic() < end and any(not model.driver.idle for model in self.loaded):
+        while time.monotonic() < end and any(not model.idle for model in self.loaded):
             await asyncio.sleep(0.02)
         why = ApiError(503, "the server stops", code="stopped")
         for model in self.loaded:
             await asyncio.to_thread(model.close, why)
         self._models.clear()
-
-    async def when_ready(self, done: Callable[[Model], None], failed: Callable[[HerdError], None]) -> None:
-        """Load the first model, and tell how that went."""
-        try:
-            done(await self.load(self.first))
-        except HerdError as error:
-            failed(error)
 
 
 def _files_of(path: Path) -> list[Path]:

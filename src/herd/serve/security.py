@@ -47,11 +47,13 @@ class Gate:
         self._config = config
         self._keys = keys
         # A web page can point a name of its own at this machine (DNS rebinding); its requests carry that name. With a
-        # key such a page can do nothing, as it does not know it, so a server for others may have any name.
-        anybody = not is_local(config.host) and not config.allow_hosts
+        # key such a page can do nothing, as it does not know it, so a server for others may have any name. Without one,
+        # others name it by its address.
+        anybody = keys.needed and not is_local(config.host) and not config.allow_hosts
         names = {*_LOCAL, config.host.strip("[]").lower(), *(name.lower() for name in config.allow_hosts)}
         self._hosts: Collection[str] | None = None if anybody else names
-        self._origins = frozenset(config.allow_origins)
+        self._by_address = not is_local(config.host)
+        self._origins = frozenset(origin.rstrip("/") for origin in config.allow_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,7 +69,7 @@ class Gate:
             self._check_host(headers)
             same = self._check_origin(scope, headers, origin)
             if scope["method"] == "OPTIONS" and not same:  # a browser asks before the request itself
-                await _preflight(guarded)
+                await _preflight(guarded, headers.get(b"access-control-request-headers", b""))
                 return
             self._check_key(scope, headers)
             self._check_content(scope, headers)
@@ -86,7 +88,7 @@ class Gate:
             name = urlsplit(f"//{host}").hostname
         except ValueError:
             name = None
-        if name is None or name.lower().rstrip(".") not in self._hosts:
+        if name is None or not (name.lower().rstrip(".") in self._hosts or (self._by_address and _is_address(name))):
             raise ApiError(403, f"this server does not go by the name {host[:100]!r}", code="wrong_host")
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, bytes], origin: str) -> bool:
@@ -132,8 +134,8 @@ class Gate:
             extra += [
                 (b"access-control-allow-origin", origin.encode("latin-1")),
                 (b"vary", b"origin"),
-                (b"access-control-allow-headers", b"authorization, content-type, x-api-key"),
                 (b"access-control-allow-methods", b"GET, POST, DELETE"),
+                (b"access-control-expose-headers", b"retry-after"),
                 (b"access-control-max-age", b"600"),
             ]
 
@@ -152,6 +154,15 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request is larger than {limit} bytes", code="request_too_large")
 
 
-async def _preflight(send: Send) -> None:
-    await send({"type": "http.response.start", "status": 204, "headers": []})
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+async def _preflight(send: Send, asked: bytes) -> None:
+    """Whichever headers a page that is let in wants to send, it may."""
+    await send({"type": "http.response.start", "status": 204, "headers": [(b"access-control-allow-headers", asked)]})
     await send({"type": "http.response.body", "body": b""})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from herd.errors import ResourceError, UsageError
 from herd.serve.app import create_app
@@ -20,6 +22,7 @@ from herd.serve.security import is_local
 
 log = logging.getLogger("herd.serve")
 _BACKLOG = 512
+_FIRST_REQUEST = 30.0  # seconds
 
 
 def check_exposure(config: ServeConfig, keys: Keys) -> None:
@@ -50,13 +53,25 @@ def listen(config: ServeConfig) -> socket.socket:
     return found
 
 
+class Connection(H11Protocol):
+    """A connection that must bring a request soon, or is cut."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_FIRST_REQUEST, self._cut_if_silent)
+
+    def _cut_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.abort()
+
+
 def settings_for(app: ASGIApp) -> uvicorn.Config:
     """How uvicorn runs the application."""
     return uvicorn.Config(
         app,
         host="127.0.0.1",
         port=0,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -89,8 +104,8 @@ class Server(uvicorn.Server):
         """Called for each signal that ends a server, by the handlers that uvicorn installs, while the loop runs."""
         if self._draining is None:
             asyncio.get_running_loop().call_soon_threadsafe(self._drain)
-        else:
-            self.force_exit = self.should_exit = True
+        else:  # whatever still runs, loading a model included
+            os._exit(130)
 
     def _drain(self) -> None:
         if self._draining is None:
@@ -98,8 +113,10 @@ class Server(uvicorn.Server):
 
     async def _finish(self) -> None:
         log.info("stopping: running answers have %g s", self._grace)
-        await self._registry.drain(self._grace)
-        self.should_exit = True
+        try:
+            await self._registry.drain(self._grace)
+        finally:
+            self.should_exit = True
 
 
 def serve(

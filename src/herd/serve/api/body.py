@@ -28,6 +28,7 @@ class Body(Config):
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {}
 
 
+_MEMBERS = 20_000  # of all objects, and lists; ids in lists do not count
 B = TypeVar("B", bound=Body)
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -66,26 +67,25 @@ async def read_json(request: Request, config: ServeConfig) -> dict[str, Any]:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    if depth_of(data, config.max_json_depth) > config.max_json_depth:
-        raise ApiError(
-            400, f"lists and objects lie in each other {config.max_json_depth} deep at most", code="too_deep"
-        )
+    check_shape(data, config.max_json_depth)
     return data
 
 
-def depth_of(data: object, limit: int) -> int:
-    """How deep lists and objects lie in each other; beyond `limit` it is not looked further."""
+def check_shape(data: object, max_depth: int) -> None:
+    """Refuse what lies too deep in each other, and more members than any request has: each could be an error."""
     level: list[Any] = [data]
-    for depth in range(limit + 1):
-        level = [
-            item
-            for value in level
-            for item in (value.values() if isinstance(value, dict) else value)
-            if isinstance(item, dict | list)
-        ]
+    members = 0
+    for _ in range(max_depth):
+        inside: list[Any] = []
+        for value in level:
+            members += len(value) if isinstance(value, dict) else 1
+            inside += [v for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, dict | list)]
+        if members > _MEMBERS:
+            raise ApiError(400, f"a request has {_MEMBERS:,} members at most", code="too_many_members")
+        level = inside
         if not level:
-            return depth + 1
-    return limit + 1
+            return
+    raise ApiError(400, f"lists and objects lie in each other {max_depth} deep at most", code="too_deep")
 
 
 def parse_body(data: Mapping[str, Any], kind: type[B], where: str = "") -> B:
@@ -102,10 +102,10 @@ def parse_body(data: Mapping[str, Any], kind: type[B], where: str = "") -> B:
 
 
 def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> ApiError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     # Of a union all members complain, each under a name of its own in the path, which is none of the request's.
-    path = [part for part in first["loc"] if not isinstance(part, str) or part.isidentifier() or "-" in part]
-    param = where + ".".join(str(part) for part in path)
+    path = [part for part in first["loc"] if not isinstance(part, str) or (part.isidentifier() and part != "str")]
+    param = (where + ".".join(str(part) for part in path))[:200]
     if first["type"] == "extra_forbidden":
         known = f"; {near(str(first['loc'][-1])[:100], kind.model_fields)}" if len(first["loc"]) == 1 else ""
         return ApiError(400, f"there is no field {param[:200]!r}{known}", param=param, code="unknown_parameter")

@@ -4,7 +4,7 @@ with `echo` and `logprobs` the answer has a log-probability for each token of th
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from starlette.requests import Request
@@ -14,14 +14,11 @@ from herd.engine import Chunk, Completion
 from herd.serve.api.answers import finite, new_id, token_text, usage_of
 from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
-from herd.serve.api.fields import Generation, Whole
+from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, SeveralIds, Texts
 from herd.serve.api.formats import ResponseFormat, grammar_of
 from herd.serve.driver import Ticket
 from herd.serve.errors import bad
 from herd.serve.sse import DONE, event
-
-Ids = Annotated[list[Whole], Field(min_length=1)]
-_MOST_PROMPTS = 256
 
 
 class CompletionRequest(Generation):
@@ -31,7 +28,7 @@ class CompletionRequest(Generation):
         "suffix": "send the marks of Code Llama as token ids",
         "messages": "dialogues go to /v1/chat/completions",
     }
-    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    prompt: str | Ids | Texts | SeveralIds
     echo: bool | None = Field(default=None, description="Begin the text with the prompt.")
     logprobs: int | None = Field(default=None, ge=0, le=20, description="So many likely tokens at each place.")
     best_of: Literal[1] | None = None
@@ -56,7 +53,7 @@ async def completions(request: Request) -> Response:
     )
     n, config = body.n or 1, call.config
     prompts = await text_work(lambda: _prompts(call, body))
-    if n > config.max_n or n * len(prompts) > _MOST_PROMPTS:
+    if n > config.max_n or n * len(prompts) > MOST_PROMPTS:
         raise bad("n", f"{n} answers to {len(prompts)} prompts are too many for one request")
     tickets = [await call.submit(prompt, sampling, n=n, timeout=body.timeout) for prompt in prompts]
     answer = _Answer(call, tickets, body)

@@ -39,8 +39,9 @@ class Call:
         self._metrics: Metrics = state.metrics
         self._start = time.perf_counter()
         self._tickets: list[Ticket] = []
-        self._tokens = 0
+        self._tokens = 0  # of what has no ticket
         self._inside = False
+        self._open = True
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -75,29 +76,32 @@ class Call:
         return ticket
 
     def done(self, completions: Sequence[Completion], prompt_tokens: int) -> None:
-        """Answers are complete: what they took is counted."""
-        self._tokens += prompt_tokens + sum(c.usage.completion_tokens for c in completions)
+        """Answers are complete, or a prompt that needs none: what they took is counted."""
+        if not completions:
+            self._tokens += prompt_tokens
         self._metrics.answered(self.model.name, completions, prompt_tokens)
 
     def close(self) -> None:
         """The request is over, however that came."""
+        if not self._open:
+            return
+        self._open = False
+        self.model.users -= 1
         for ticket in self._tickets:
             self.model.driver.cancel(ticket)
-        self._tickets.clear()
         if self._inside:
-            self._inside = False
-            self.client.leave(self._tokens)
-            self._metrics.seconds(self.request.url.path, time.perf_counter() - self._start)
+            # What was computed counts, also where nobody waited for the end of it.
+            self.client.leave(self._tokens + sum(ticket.tokens for ticket in self._tickets))
+            self._metrics.seconds(self.request.scope["path"], time.perf_counter() - self._start)
 
 
 async def begin(request: Request, read: Callable[[ServeConfig], Awaitable[B]]) -> tuple[Call, B]:
     """The call that a request is, and its body. The body comes first: without it there is no model."""
     registry: Registry = request.app.state.registry
     body = await read(request.app.state.config)
-    model = await registry.get(getattr(body, "model", None))
-    call = Call(request, model)
+    model = await registry.get(getattr(body, "model", None))  # which has one user more from here on
+    call = request.state.call = Call(request, model)  # closed with the response, or by the application without one
     call.enter()
-    request.state.call = call  # closed by whoever sends the response, or by the application if there is none
     return call, body
 
 

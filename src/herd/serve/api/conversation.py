@@ -10,6 +10,7 @@ from herd.serve.api.body import Body
 from herd.serve.errors import bad
 from herd.tokenizer import Message
 
+MOST_PARTS = 4096
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -38,7 +39,7 @@ class ChatMessage(Body):
     """One message. Fields that clients send back from answers are taken where they are empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     refusal: None = None

@@ -15,6 +15,11 @@ from herd.serve.errors import bad
 Text = Annotated[str, Field(max_length=256, min_length=1)]
 Id = Annotated[str, Field(max_length=512)]
 Whole = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+# The first wrong one of what may be millions ends the check: all errors together would take gigabytes.
+Ids = Annotated[list[Whole], Field(min_length=1, fail_fast=True)]
+MOST_PROMPTS = 256
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+SeveralIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 
 
 class StreamOptions(Body):

@@ -14,6 +14,7 @@ from herd.engine import Chunk
 from herd.serve.api.answers import new_id
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
+from herd.serve.api.conversation import MOST_PARTS
 from herd.serve.api.fields import Id, Text, checked_sampling
 from herd.serve.api.tools import (
     FunctionName,
@@ -26,7 +27,7 @@ from herd.serve.api.tools import (
     plan_tools,
 )
 from herd.serve.driver import Ticket
-from herd.serve.errors import bad
+from herd.serve.errors import as_api_error, bad, error_body
 from herd.serve.sse import event
 from herd.tokenizer import Message
 
@@ -35,6 +36,9 @@ class TextBlock(Body):
     type: Literal["text"]
     text: str
     cache_control: dict[str, Any] | None = Field(default=None, description="Taken; beginnings are always shared.")
+
+
+TextBlocks = Annotated[list[TextBlock], Field(max_length=MOST_PARTS)]
 
 
 class ToolUseBlock(Body):
@@ -47,7 +51,7 @@ class ToolUseBlock(Body):
 class ToolResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: Id
-    content: str | list[TextBlock] = ""
+    content: str | TextBlocks = ""
     is_error: bool | None = Field(default=None, description="Taken; the model sees the content.")
 
 
@@ -56,7 +60,7 @@ Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminato
 
 class Turn(Body):
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], Field(max_length=MOST_PARTS)]
 
 
 class AnthropicTool(Body):
@@ -83,7 +87,7 @@ class CountRequest(Body):
     UNSUPPORTED: ClassVar = {"thinking": "no Llama has it", "mcp_servers": "there are none"}
     model: str | None = Field(default=None, max_length=200)
     messages: Annotated[list[Turn], Field(min_length=1, max_length=4096)]
-    system: str | list[TextBlock] | None = None
+    system: str | TextBlocks | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=128)] | None = None
     tool_choice: AnthropicChoice | None = None
 
@@ -210,6 +214,18 @@ class _Answer:
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
+        """A failure in the middle is an event of its own, as Anthropic's clients look for those by name."""
+        begun = False
+        try:
+            async for part in self._events():
+                begun = True
+                yield part
+        except Exception as error:
+            if not begun:
+                raise
+            yield event({"type": "error", **error_body(as_api_error(error))}, "error")
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         begun = False
         async for _, chunk in self._ticket:
             if not begun:

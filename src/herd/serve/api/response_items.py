@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from herd.serve.api.body import Body, parse_body
+from herd.serve.api.conversation import MOST_PARTS
 from herd.serve.api.tools import FunctionName
 from herd.serve.errors import ApiError, bad
 from herd.tokenizer import Message
@@ -49,7 +50,7 @@ class OutputText(Body):
     type: Literal["output_text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = Field(default=None, description="Taken and not used.")
+    logprobs: list[Any] | None = Field(default=None, max_length=1 << 20, description="Taken and not used.")
 
     def part(self) -> dict[str, Any]:
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
@@ -62,7 +63,7 @@ class MessageItem(Body):
     type: Literal["message"] = "message"
     id: Name = Field(default_factory=lambda: new_item_id("msg"))
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputText | OutputText]
+    content: str | Annotated[list[InputText | OutputText], Field(max_length=MOST_PARTS)]
     status: Status = "completed"
 
     @property
@@ -106,7 +107,7 @@ class OutputItem(Body):
     type: Literal["function_call_output"]
     id: Name = Field(default_factory=lambda: new_item_id("fco"))
     call_id: Name
-    output: str | list[InputText]
+    output: str | Annotated[list[InputText], Field(max_length=MOST_PARTS)]
     status: Status = "completed"
 
     @property

@@ -14,7 +14,7 @@ from herd.errors import ContextLengthExceeded
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response, text_work
 from herd.serve.api.conversation import ChatMessage, dialogue
-from herd.serve.api.fields import Id, Whole
+from herd.serve.api.fields import Id, Ids, SeveralIds, Texts, Whole
 from herd.serve.api.tools import Tool
 from herd.serve.errors import bad
 from herd.serve.registry import Registry
@@ -33,7 +33,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = Field(default=None, max_length=200)
-    tokens: Annotated[list[Whole], Field(max_length=1 << 20)]
+    tokens: Annotated[list[Whole], Field(max_length=1 << 20, fail_fast=True)]
 
 
 class EmbeddingRequest(Body):
@@ -41,11 +41,7 @@ class EmbeddingRequest(Body):
 
     UNSUPPORTED: ClassVar = {"dimensions": "a model's vectors have one length"}
     model: str | None = Field(default=None, max_length=200)
-    input: (
-        str
-        | Annotated[list[Whole], Field(min_length=1)]
-        | Annotated[list[str] | list[Annotated[list[Whole], Field(min_length=1)]], Field(min_length=1, max_length=256)]
-    )
+    input: str | Ids | Texts | SeveralIds
     encoding_format: Literal["float", "base64"] | None = None
     user: Id | None = None
 
