@@ -6,8 +6,9 @@
 The model has random weights in the shape of Llama 3.2 1B (or fewer layers) with a small vocabulary that is trained on
 the spot, since a server needs one. Every round starts each server anew, one after the other, who goes first changes,
 sends the requests of a closed loop (each client asks again when it has its answer), and stops it. Answers go on to
-their full length. llama.cpp gets a slot for each client, its unified cache, continuous batching and prompt caching.
-Figures are medians of rounds; above 1, a ratio says that Herd is better. For Linux.
+their full length. llama.cpp gets a slot with a cache of its own for each client (one cache for all was slower),
+continuous batching and prompt caching. Figures are medians of rounds; above 1, a ratio says that Herd is better. For
+Linux.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def main() -> None:
     if options.llama_server:
         commands["llama.cpp"] = [
             options.llama_server, "-m", str(path), "-t", str(options.threads), "-np", str(options.clients),
-            "-c", str(context * options.clients), "--jinja", "--kv-unified", "--no-webui",
+            "-c", str(context * options.clients), "--jinja", "--no-kv-unified", "--no-webui",
         ]  # fmt: skip
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for turn in range(options.rounds):

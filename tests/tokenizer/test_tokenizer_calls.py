@@ -1,4 +1,4 @@
-"""Calls of tools in what a model writes: against what writes them, Python's parser, JSON's, and itself in pieces."""
+"""Calls of tools in what a model writes: against what writes them, Python's parser and JSON's."""
 
 from __future__ import annotations
 
@@ -7,88 +7,28 @@ import io
 import itertools
 import json
 import re
-import time
 import tokenize
+import warnings
 from typing import Any
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from herd.errors import UsageError
-from herd.tokenizer import (
-    ArgumentsDelta,
-    Call,
-    CallParser,
-    CallStart,
-    Delta,
-    Message,
-    TextDelta,
-    Tokenizer,
-    parse_calls,
-)
-from herd.tokenizer.chat import reading
+from herd.tokenizer import ArgumentsDelta, Call, CallParser, CallStart, Message, Tokenizer, parse_calls
 from herd.tokenizer.chat.tools import BUILT_IN, code_call, json_call, pythonic_calls, search_call
 
 FUNCTIONS = ["f", "g", "get_weather", "math.pi"]
 TAGS = ("<|python_tag|>", "<|python_start|>")
 
-Parsed = tuple[str, list[str], list[str]]
-
-
-def together(deltas: list[Delta]) -> Parsed:
-    """Content, names and arguments."""
-    content, names, arguments = list[str](), list[str](), list[list[str]]()
-    for delta in deltas:
-        match delta:
-            case TextDelta(text):
-                content.append(text)
-            case CallStart(index, name):
-                assert index == len(names)
-                names.append(name)
-                arguments.append([])
-            case ArgumentsDelta(index, text):
-                assert index == len(names) - 1
-                arguments[index].append(text)
-    return "".join(content), names, ["".join(pieces) for pieces in arguments]
-
-
-def parse(pieces: list[str] | str, functions: list[str] = FUNCTIONS, built_in: tuple[str, ...] = ()) -> Parsed:
-    parser = CallParser(functions, built_in)
-    deltas = [delta for piece in pieces for delta in parser.push(piece)]
-    return together(deltas + parser.finish())
-
-
 # Values that JSON, a Python literal and a `Call` can all say; floats keep their sign of zero.
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-hostile = st.sampled_from(
-    [
-        *(
-            '"',
-            "'",
-            '"""',
-            "\\",
-            "\\u00e9",
-            "[f(a=1)]",
-            '{"name": "f", "parameters": {}}',
-            "</function>",
-            "f(a=1)",
-            "]",
-        ),
-        *(
-            "<function=f>{}",
-            "<|python_tag|>",
-            "<|python_end|>",
-            "})",
-            "\n",
-            "\x00\x1f\x7f",
-            "\u2028",
-            "🦙",
-            "\ud83d",
-            "()",
-        ),
-    ]
-)
+HOSTILE_TEXT = r"""
+" ' \ \u00e9 [f(a=1)] </function> <function=f>{} <|python_tag|> <|python_end|> f(a=1) ] }) 🦙 ()
+"""
+HOSTILE = HOSTILE_TEXT.split()
+HOSTILE += ['"""', '{"name": "f", "parameters": {}}', "\n", "\x00\x1f\x7f", "\u2028", "\ud83d"]
+hostile = st.sampled_from(HOSTILE)
 texts = st.text() | st.lists(hostile | st.text(max_size=3), max_size=6).map("".join)
 values = st.recursive(
     scalars | texts,
@@ -208,152 +148,6 @@ def test_every_format_writes_what_is_read(small_llama3: Tokenizer, small_llama4:
             assert parse_calls(tokenizer.decode(written[:-1]), ["get_weather"], built_in) == ("", calls)
 
 
-# In pieces.
-
-FRAGMENTS = [
-    *(
-        "{",
-        "}",
-        "[",
-        "]",
-        "(",
-        ")",
-        "()",
-        "}}",
-        ": ",
-        ":",
-        ", ",
-        ",",
-        "=",
-        ";",
-        " ",
-        "\n",
-        "\\",
-        "<",
-        "é",
-        "\x01",
-        "\ud83d",
-    ),
-    *(
-        '"name"',
-        '"type"',
-        '"function"',
-        '"parameters"',
-        '"arguments"',
-        '"f"',
-        '"g"',
-        '"unknown"',
-        '"x"',
-        "'y'",
-        '"""',
-        '"',
-    ),
-    *("f", "f(", "g()", "unknown(", "a=", "b=", "1", "-2.5", "true", "None", '\\"', "\\u00e9", "\\u", "text", "Sure. "),
-    *("<|python_tag|>", "<|python_start|>", "<|python_end|>", "<function=", "f>", "</function>", "brave_search.call("),
-    *(
-        '{"name": "f", "parameters": {',
-        '{"name": "f", ',
-        '"parameters": {"a": 1}',
-        '"type": "function"',
-        '"g"}',
-        "query=",
-    ),
-    *(
-        "[f(a=1)",
-        '[f(a=1), g(b="x")]',
-        "<function=f>{",
-        '[{"name": "f", "parameters": {}}',
-        "brave_search.call(query='x')",
-    ),
-]
-soups = st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join)
-offers = st.sampled_from([(FUNCTIONS, ()), (FUNCTIONS, BUILT_IN), (["f.x", "text"], ("brave_search",)), ([], BUILT_IN)])
-
-
-@settings(max_examples=1500, deadline=None)
-@given(
-    text=soups | st.text(),
-    offer=offers,
-    cuts=st.lists(st.integers(0, 200), max_size=4),
-    bounds=st.sampled_from([(256 * 1024, 64, 1000), (5, 64, 1000), (20, 1, 1000), (45, 2, 3)]),
-)
-@example('{"name": "f", "parameters": {}, "x": 1} [f(a=1)]', (FUNCTIONS, ()), [3], (5, 64, 1000))
-def test_pieces_do_not_matter(text: str, offer: Any, cuts: list[int], bounds: tuple[int, int, int]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, bound in zip(("MAX_HELD", "MAX_DEPTH", "MAX_TOKEN"), bounds, strict=True):
-            patch.setattr(reading, name, bound)
-        whole = parse([text], *offer)
-        edges = [0, *sorted(cuts), len(text)]
-        assert parse([text[i:j] for i, j in itertools.pairwise(edges)], *offer) == whole
-        assert parse(text, *offer) == whole  # character by character
-    content, names, arguments = whole
-    assert names or content == text  # without a call nothing is changed
-    for written in arguments:
-        try:
-            assert isinstance(json.loads(written), dict)
-        except ValueError:  # broken off while it was streamed: as it was written, but for control characters
-            assert written.replace("\\u0001", "\x01").replace("\\n", "\n").replace("\\ud83d", "\ud83d") in text
-    assert all(name in (*offer[0], *offer[1]) for name in names)
-
-
-@settings(deadline=None)
-@given(soup=st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), offer=offers)
-def test_what_was_passed_on_stays(soup: str, offer: Any) -> None:
-    """Every prefix's deltas are a prefix of the whole's: nothing is taken back."""
-    parser = CallParser(*offer)
-    so_far: list[Delta] = []
-    for end in range(len(soup)):
-        so_far += parser.push(soup[end])
-        content, names, arguments = together(so_far)
-        whole_content, whole_names, whole_arguments = parse([soup], *offer)
-        assert whole_content.startswith(content) and whole_names[: len(names)] == names
-        assert all(whole.startswith(part) for whole, part in zip(whole_arguments, arguments, strict=False))
-
-
-def test_what_is_passed_on_when() -> None:
-    """One character at a time: what each of them makes certain."""
-    for text, expected in (
-        ("So [x", [("S", "S"), ("o", "o"), (" ", " "), ("[", ""), ("x", "[x")]),
-        ("  So", [(" ", ""), (" ", ""), ("S", "  S"), ("o", "o")]),
-        ("get_x", [("g", ""), ("e", ""), ("t", ""), ("_", ""), ("x", "get_x")]),
-        ("<fux", [("<", ""), ("f", ""), ("u", ""), ("x", "<fux")]),
-        ("<<a", [("<", ""), ("<", "<"), ("a", "<a")]),
-        ('{"ci', [("{", ""), ('"', ""), ("c", '{"c'), ("i", "i")]),
-        ("[1,", [("[", ""), ("1", "[1"), (",", ",")]),
-    ):
-        parser = CallParser(FUNCTIONS)
-        assert [(c, "".join(delta.text for delta in parser.push(c))) for c in text] == expected  # type: ignore[union-attr]
-        parser.finish()
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        '{"name": "f", "parameters": ',
-        '[{"name": "f", "parameters": ',
-        '{"type": "function", "name": "f", "arguments": ',
-        "<function=f>",
-    ],
-)
-def test_arguments_are_streamed(head: str) -> None:
-    parser = CallParser(FUNCTIONS)
-    assert parser.push(head) == []
-    assert parser.push("{") == [CallStart(0, "f"), ArgumentsDelta(0, "{")]
-    for piece in ('"a', '": "x', " y", "\\", '"', "\n", '", "b"', ": [", "true", ","):
-        expected = "" if piece == "true" else "true," if piece == "," else piece.replace("\n", "\\n")
-        assert parser.push(piece) == ([ArgumentsDelta(0, expected)] if expected else [])
-    assert parser.push("2]}") == [ArgumentsDelta(0, "2]}")]
-    assert parser.push({"<": "</function>", "{": "}", "[": "}]"}[head[0]]) == [] == parser.finish()
-
-
-def test_code_is_streamed() -> None:
-    parser = CallParser([], ["code_interpreter"])
-    assert parser.push("<|python_tag|>") == []
-    assert parser.push("if") == [CallStart(0, "code_interpreter"), ArgumentsDelta(0, '{"code": "if')]
-    assert parser.push(" x:\n") == [ArgumentsDelta(0, " x:\\n")]
-    assert parser.finish() == [ArgumentsDelta(0, '"}')]
-
-
 # JSON, against Python's reader of it.
 
 
@@ -395,98 +189,101 @@ def test_members_in_every_order() -> None:
     members = ['"type": "function"', '"name": "f"', '"parameters": {"a": {"b": [1]}}']
     for order in itertools.chain(itertools.permutations(members), itertools.permutations(members[1:])):
         for text in ("{" + ", ".join(order) + "}", "{\n  " + ",\n  ".join(order) + "\n}"):
-            assert parse([text]) == ("", ["f"], ['{"a": {"b": [1]}}'])
-            assert parse([text.replace("parameters", "arguments")]) == ("", ["f"], ['{"a": {"b": [1]}}'])
-            assert parse([text.replace('"f"', '"\\u0066"')]) == ("", ["f"], ['{"a": {"b": [1]}}'])
+            for same_text in (text, text.replace("parameters", "arguments"), text.replace('"f"', '"\\u0066"')):
+                assert parse_calls(same_text, FUNCTIONS) == ("", [Call("f", {"a": {"b": [1]}})])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"name": "f"}',
-        '{"name": "f", "parameters": null}',
-        '{"name": "f", "parameters": "{}"}',
-        '{"name": "f", "parameters": [1]}',
-        '{"name": "f", "description": "…", "parameters": {"type": "object"}}',
-        '{"type": "object", "name": "f", "parameters": {}}',
-        '{"type": "func", "name": "f", "parameters": {}}',
-        '{"type": "function", "function": {"name": "f", "parameters": {}}}',
-        '{"name": "f", "name": "f", "parameters": {}}',
-        '{"name": f, "parameters": {}}',
-        "{'name': 'f', 'parameters': {}}",
-        '{"name": "unknown", "parameters": {"x": [{"name": "f", "parameters": {}}, " [f(a=1)]"]}}',
-        '{"answer": [1, {"name": "f", "parameters": {}}]}',
-        '[{"name": "unknown", "parameters": {}}, {"name": "f", "parameters": {}}]',
-        '[1, {"name": "f", "parameters": {}}]',
-        "[f(), {'name': 'f', 'parameters': {}}]",
-        '[f(), {"name": "f", "parameters": {}}]',
-        '{"parameters": {"a": tru}, "name": "f"}',
-        'x={"name": "f", "parameters": {}}',
-        '`{"name": "f", "parameters": {}}`',
-        '<function=unknown>{"a": {"name": "f", "parameters": {}}}</function>',
-        "<function=f></function>",
-        '<function=f>"x"</function>',
-        "<function=f",
-        "[f(a=1), unknown(b=' [f(a=1)]')]",
-        "[unknown(b='x'), f(a=1)]",
-        "unknown(a=' [f()]')",
-        "[f(1)]",
-        "[f(a=1, a=2)]",
-        "[f(a=(1, 2))]",
-        "[f(a={1: 2})]",
-        "[f(a={'x'})]",
-        "[f(a=g())]",
-        "[f(a=b)]",
-        "[f(a=1 + 1)]",
-        "[f(a=1j)]",
-        "[f(a=0x10)]",
-        "[f(a=01)]",
-        "[f(a=[1,,2])]",
-        "[fx(a=1)]",
-        "<function=fx>{}</function>",
-        "[get_weathe(a=1)]",
-        "[f(,)]",
-        "[f(=1)]",
-        "[f(a.b=1)]",
-        "[f(1a=1)]",
-        "[f(a=1,,b=2)]",
-        "[f(a=1 b=2)]",
-        "[f(a='x)]",
-        "[f(a='\\x4')]",
-        "[f(a='\\U00110000')]",
-        "[f(a='\\N{BULLET}')]",
-        "[f(a=f'{g()}')]",
-        "[f(a=__import__('os').system('true'))]",
-        "[f(**{'a': 1})]",
-        "[f(a=1)",
-        "[f]",
-        "[]",
-        "f(a=1) or so",
-        "f(a=1)\ng()",
-        "print(f(a=1))",
-        "The <|python_end|> of </function> it",
-        "<|python_tag|>print(1)",
-        "<|python_start|>print(1)<|python_end|>",
-        "<|python_tag|>brave_search.call(query='x')",
-        "<|python_tag|><|python_tag|>",
-        "<|python_tag|>\n",
-        "\n",
-    ],
-)
+NO_CALLS_TEXT = r"""
+{"name": "f"}
+{"name": "f", "parameters": null}
+{"name": "f", "parameters": "{}"}
+{"name": "f", "parameters": [1]}
+{"name": "f", "description": "…", "parameters": {"type": "object"}}
+{"type": "object", "name": "f", "parameters": {}}
+{"type": "func", "name": "f", "parameters": {}}
+{"type": "function", "function": {"name": "f", "parameters": {}}}
+{"name": "f", "name": "f", "parameters": {}}
+{"name": f, "parameters": {}}
+{'name': 'f', 'parameters': {}}
+{"name": "unknown", "parameters": {"x": [{"name": "f", "parameters": {}}, " [f(a=1)]"]}}
+{"answer": [1, {"name": "f", "parameters": {}}]}
+[{"name": "unknown", "parameters": {}}, {"name": "f", "parameters": {}}]
+[1, {"name": "f", "parameters": {}}]
+[f(), {'name': 'f', 'parameters': {}}]
+[f(), {"name": "f", "parameters": {}}]
+{"parameters": {"a": tru}, "name": "f"}
+x={"name": "f", "parameters": {}}
+`{"name": "f", "parameters": {}}`
+<function=unknown>{"a": {"name": "f", "parameters": {}}}</function>
+<function=f></function>
+<function=f>"x"</function>
+<function=f
+[f(a=1), unknown(b=' [f(a=1)]')]
+[unknown(b='x'), f(a=1)]
+unknown(a=' [f()]')
+[f(1)]
+[f(a=1, a=2)]
+[f(a=(1, 2))]
+[f(a={1: 2})]
+[f(a={'x'})]
+[f(a=g())]
+[f(a=b)]
+[f(a=1 + 1)]
+[f(a=1j)]
+[f(a=0x10)]
+[f(a=01)]
+[f(a=[1,,2])]
+[fx(a=1)]
+<function=fx>{}</function>
+[get_weathe(a=1)]
+[f(,)]
+[f(=1)]
+[f(a.b=1)]
+[f(1a=1)]
+[f(a=1,,b=2)]
+[f(a=1 b=2)]
+[f(a='x)]
+[f(a='\x4')]
+[f(a='\U00110000')]
+[f(a='\N{BULLET}')]
+[f(a=f'{g()}')]
+[f(a=__import__('os').system('true'))]
+[f(**{'a': 1})]
+[f(a=1)
+[f]
+[]
+f(a=1) or so
+print(f(a=1))
+The <|python_end|> of </function> it
+<|python_tag|>print(1)
+<|python_start|>print(1)<|python_end|>
+<|python_tag|>brave_search.call(query='x')
+<|python_tag|><|python_tag|>
+"""
+NO_CALLS = NO_CALLS_TEXT.strip().split("\n")
+
+
+@pytest.mark.parametrize("text", [*NO_CALLS, "f(a=1)\ng()", "<|python_tag|>\n", "\n"])
 def test_what_is_no_call_is_text(text: str) -> None:
-    assert parse([text]) == (text, [], []) == parse(text)
+    assert parse_calls(text, FUNCTIONS) == (text, [])
 
 
-def test_broken_arguments_are_as_they_were_written() -> None:
-    for text, arguments, content in (
-        ('{"name": "f", "parameters": {"a": tru}}', '{"a": tru', "}}"),
-        ('{"name": "f", "parameters": {"a": "x\\y"}} [g()]', '{"a": "x\\', 'y"}} '),
-        ('<function=f>{"a": 1,}</function>', '{"a": 1,', "}</function>"),
-        ('{"name": "f", "parameters": {"a": [' + "[" * 64, '{"a": [' + "[" * 62, "[["),
-    ):
-        assert parse([text])[:2] == (content, ["f", "g"] if "g" in text else ["f"])
-        assert parse([text])[2][0] == arguments
-        assert parse_calls(text, FUNCTIONS)[1] == ([Call("g", {})] if "g" in text else [])
+def test_escapes_are_jsons_and_pythons() -> None:
+    """A backslash before every character, and what can follow some of them."""
+    more = ["u00e9", "uD83D\\uDE00", "101", "18", "x41", "400", "U0001F999", "\r\n"]
+    for escape in [*map(chr, range(1, 128)), *more]:
+        text = f'{{"a": "\\{escape}"}}'
+        try:
+            expected = [Call("f", json.loads(text))]
+        except ValueError:
+            expected = []
+        content, calls = parse_calls(f"<function=f>{text}", FUNCTIONS)
+        assert calls == expected and (content == "") == (calls != [])
+        if escape not in ("\r", "N", "x", "u", "U", '"', "uD83D\\uDE00"):  # broken ones, and those JSON joins
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                value = ast.literal_eval(f'"\\{escape}"')
+            assert parse_calls(f'[f(a="\\{escape}")]', FUNCTIONS) == ("", [Call("f", {"a": value})])
 
 
 def test_line_breaks_in_strings_are_escaped() -> None:
@@ -543,47 +340,12 @@ def only_pythons(text: str) -> bool:
     )
 
 
-PYTHON = [
-    *(
-        "f(",
-        "g(",
-        "math.pi(",
-        "unknown(",
-        "f()",
-        ")",
-        ")",
-        ", ",
-        ", ",
-        ",",
-        "a=",
-        "b=",
-        "c = ",
-        "[",
-        "]",
-        "{",
-        "}",
-        "]",
-    ),
-    *(
-        '"k": ',
-        "'k':",
-        "1",
-        "-2",
-        "0.5",
-        "1e-3",
-        "True",
-        "None",
-        "'it'",
-        '"x"',
-        "'\\''",
-        '"\\\\"',
-        "'\\n'",
-        '""',
-        " ",
-        "\n",
-    ),
-    *('"""a"b\n"""', "''''''", "'\\x41\\u00e9\\101'", '"é🦙"', "f(a=1)", 'g(b={"k": [1, 2, {}]}, c="")', "-", "*"),
-]
+PYTHON_TEXT = r"""
+f( g( math.pi( unknown( f() ) ) , a= b= [ ] ] { } 'k': 1 -2 0.5 1e-3 True None 'it' "x" '\'' "\\" '\n' "" '''''' - *
+'\x41\u00e9\101' "é🦙" f(a=1)
+"""
+PYTHON = PYTHON_TEXT.split()
+PYTHON += [", ", ", ", "c = ", '"k": ', " ", "\n", '"""a"b\n"""', 'g(b={"k": [1, 2, {}]}, c="")']
 
 
 @settings(max_examples=1500, deadline=None)
@@ -635,7 +397,8 @@ def test_quotes_and_escapes_are_pythons(text: str, quotes: str) -> None:
     ],
 )
 def test_python_to_json(literal: str, written: str) -> None:
-    assert parse([f"[f(a={literal})]"]) == ("", ["f"], [f'{{"a": {written}}}'])
+    deltas = CallParser(FUNCTIONS).push(f"[f(a={literal})]")
+    assert deltas == [CallStart(0, "f"), ArgumentsDelta(0, f'{{"a": {written}}}')]
     written.encode()  # half a character is escaped, so that the arguments can be sent
 
 
@@ -693,90 +456,12 @@ def test_python_to_json(literal: str, written: str) -> None:
             ', {"name": "unknown", "parameters": {}}]',
             [Call("f", {})],
         ),
+        ('[{"name": "f", "parameters": {}}, {', (), ", {", [Call("f", {})]),
+        ('{"name": "f", "parameters": {}}\n{', (), "\n{", [Call("f", {})]),
+        ('{"a": "open\n {"name": "f", "parameters": {}}', (), '{"a": "open\n ', [Call("f", {})]),
         ("[ [ {[f(a=1)] [g()]", (), "[ [ {[f(a=1)] ", [Call("g", {})]),
         ("{ [f()]", (), "{ ", [Call("f", {})]),
     ],
 )
 def test_messages(text: str, built_in: tuple[str, ...], content: str, calls: list[Call]) -> None:
     assert parse_calls(text, FUNCTIONS, built_in) == (content, calls)
-
-
-def test_bounds() -> None:
-    deep = "[" * 64 + "]" * 64
-    assert parse([f"[f(a={deep})]"])[1] == ["f"]
-    assert parse([f"[f(a=[{deep}])]"]) == (f"[f(a=[{deep}])]", [], [])
-    for build, count in (
-        (lambda n: f'[f(a="{"x" * n}")]', 12),
-        (lambda n: f'{{"parameters": {{"a": "{"x" * n}"}}, "name": "f"}}', 38),
-    ):
-        most = reading.MAX_HELD
-        longest = next(n for n in range(most - count, most) if parse([build(n + 1)])[1] == [])
-        assert parse([build(longest)])[1] == ["f"]
-        for n in (longest, longest + 1):
-            text = build(n)
-            assert (
-                parse([text])
-                == parse([text[: n // 2], text[n // 2 :]])
-                == parse([text[i : i + 999] for i in range(0, len(text), 999)])
-            )
-    too_long = '[f(a="' + "x" * reading.MAX_HELD
-    parser = CallParser(FUNCTIONS)
-    assert parser.push(too_long) == [TextDelta(too_long)]
-    assert parser.push(' [f()]")] [f()]') == [TextDelta(' [f()]")] '), CallStart(0, "f"), ArgumentsDelta(0, "{}")]
-    streamed = '{"name": "f", "parameters": {"a": "' + "x" * 2 * reading.MAX_HELD + '"}}'
-    assert parse([streamed])[1] == ["f"]
-
-
-def test_the_end_is_the_end() -> None:
-    parser = CallParser(FUNCTIONS)
-    assert parser.push("[f(") == []
-    assert parser.finish() == [TextDelta("[f(")]
-    assert parser.finish() == []
-    with pytest.raises(UsageError, match="finished"):
-        parser.push("a=1)]")
-
-
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "Hello, world. ",
-        "[ ",
-        "[f(a=' [",
-        '{"name": "f", "parameters": {"a": ',
-        "<function=f>{",
-        "<|python_start|>",
-        "[f(),",
-        "<",
-        " ",
-        '[f(a="x")]\n',
-        '{"name": "f", "parameters": {"a": "x"}};',
-        '{"parameters": {"a": "',
-        "<|python_start|>x<|python_end|>",
-    ],
-)
-def test_time_is_linear(unit: str) -> None:
-    """60,000 characters one by one take a tenth of a second; with a rescan for each of them it would be minutes."""
-    text = unit * (60_000 // len(unit))
-    for built_in in ((), BUILT_IN):
-        parser = CallParser(FUNCTIONS, built_in)
-        start = time.process_time()
-        for character in text:
-            parser.push(character)
-        parser.finish()
-        assert time.process_time() - start < 5
-
-
-def test_a_megabyte_in_characters() -> None:
-    """A second or two, of which a third is the test's own."""
-    text = "Hello, world. " * 75_000
-    start = time.process_time()
-    assert parse(text) == (text, [], [])
-    assert time.process_time() - start < 20
-
-
-def test_long_arguments_in_characters() -> None:
-    long = "Hello, world. " * 20_000
-    text = json_call(Call("f", {"a": long}))
-    start = time.process_time()
-    assert parse(text) == ("", ["f"], [json.dumps({"a": long})])
-    assert time.process_time() - start < 20
