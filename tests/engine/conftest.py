@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from herd import LLM
+from herd import LLM, tokenizer
+from herd.engine.constraint import Grammars
 
 MakeModel = Callable[..., Path]
 OnEachIsa = Callable[[str, object], dict[str, Any]]
@@ -48,9 +49,31 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def llm(tiny: Path, backend: str) -> LLM:
+def llm(tiny: Path, backend: str) -> Iterator[LLM]:
     """The tiny model, loaded once, with a float32 cache so that figures compare exactly."""
-    return LLM(tiny, kv="f32", backend=backend)
+    with LLM(tiny, kv="f32", backend=backend) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def native_answer(tiny: Path) -> tuple[list[int], list[float] | None]:
+    """What the tiny model answers on a native engine that has it to itself: tokens and log-probabilities."""
+    from tests.engine.native_model import answer, native
+
+    with native(tiny) as llm:
+        return answer(llm)
+
+
+@pytest.fixture(scope="session")
+def tok(tiny: Path) -> tokenizer.Tokenizer:
+    """The tiny model's tokenizer."""
+    return tokenizer.load(tiny)
+
+
+@pytest.fixture(scope="session")
+def grammars(tok: tokenizer.Tokenizer) -> Grammars:
+    """Grammars for the tiny model's tokenizer."""
+    return Grammars(tok)
 
 
 @pytest.fixture(scope="session")

@@ -21,34 +21,9 @@ from herd.engine.memory import MemoryPlan
 pytest.importorskip("herd._native")
 
 from herd.engine import native_backend
-from herd.engine.native_backend import NativeBackend
+from tests.engine.native_model import GREEDY, answer, backend_of, free_pages, native
 
 CONTEXT = 192
-GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": True}
-
-
-def native(path: Path, **how: Any) -> LLM:
-    return LLM(path, backend="native", **{"threads": 1, **how})
-
-
-def backend_of(llm: LLM) -> NativeBackend:
-    assert isinstance(llm._backend, NativeBackend)
-    return llm._backend
-
-
-def free_pages(llm: LLM) -> int:
-    return backend_of(llm)._pages.available
-
-
-def answer(llm: LLM, prompt: Any = "def ", **more: Any) -> tuple[list[int], list[float] | None]:
-    completion = llm.generate(prompt, **{**GREEDY, **more})
-    return completion.token_ids, completion.logprobs
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: Path) -> tuple[list[int], list[float] | None]:
-    with native(tiny) as llm:
-        return answer(llm)
 
 
 def test_ids_that_are_no_tokens(tiny: Path) -> None:
@@ -150,9 +125,7 @@ def test_weights_that_are_no_numbers(tiny: Path, tmp_path: Path, name: str, valu
 
 @pytest.mark.parametrize("kv", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_one_broken_token_harms_only_those_who_use_it(
-    tiny: Path, tmp_path: Path, kv: str, value: float, expected: tuple[list[int], list[float] | None]
-) -> None:
+def test_one_broken_token_harms_only_those_who_use_it(tiny: Path, tmp_path: Path, kv: str, value: float) -> None:
     """A page of the cache that held what is no number serves the next sequence as a fresh one does."""
 
     def change(tensors: dict[str, np.ndarray]) -> None:
@@ -186,7 +159,7 @@ def test_what_stood_before_a_broken_token_is_as_good_as_ever(tiny: Path, tmp_pat
         assert again.timings.reused_tokens == 64 and (again.token_ids, again.logprobs) == before
 
 
-def test_cancelled_work_frees_its_pages(tiny: Path, expected: Any) -> None:
+def test_cancelled_work_frees_its_pages(tiny: Path, native_answer: Any) -> None:
     with native(tiny) as llm:
         everything = free_pages(llm)
         for taken in (0, 1, 3, 20):
@@ -198,10 +171,10 @@ def test_cancelled_work_frees_its_pages(tiny: Path, expected: Any) -> None:
             for stream in streams:
                 stream.close()
             assert free_pages(llm) == everything and not backend_of(llm)._sequences
-        assert answer(llm) == expected
+        assert answer(llm) == native_answer
 
 
-def test_an_interrupted_step_frees_its_pages(tiny: Path, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_step_frees_its_pages(tiny: Path, native_answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a prompt: the request ends, and nothing of it is found in the cache by the next one."""
     with native(tiny) as llm:
         backend = backend_of(llm)
@@ -221,7 +194,7 @@ def test_an_interrupted_step_frees_its_pages(tiny: Path, expected: Any, monkeypa
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([[9, *prompt], [8, *prompt]], **GREEDY)
         assert free_pages(llm) == backend._pages.n_pages and not backend._sequences
-        assert answer(llm, prompt[:100]) == before and answer(llm) == expected
+        assert answer(llm, prompt[:100]) == before and answer(llm) == native_answer
 
 
 def test_scores_of_broken_weights_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -33,32 +33,7 @@ from herd import _native
 from herd.engine import native_backend
 from herd.engine.native_backend import NativeBackend
 from herd.engine.native_weights import Need, plan_native, weight_formats
-
-GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": True}
-
-
-def native(path: Path, **how: Any) -> LLM:
-    return LLM(path, backend="native", **{"threads": 1, **how})
-
-
-def backend_of(llm: LLM) -> NativeBackend:
-    assert isinstance(llm._backend, NativeBackend)
-    return llm._backend
-
-
-def free_pages(llm: LLM) -> int:
-    return backend_of(llm)._pages.available
-
-
-def answer(llm: LLM, prompt: Any = "def ", **more: Any) -> tuple[list[int], list[float] | None]:
-    completion = llm.generate(prompt, **{**GREEDY, **more})
-    return completion.token_ids, completion.logprobs
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: Path) -> tuple[list[int], list[float] | None]:
-    with native(tiny) as llm:
-        return answer(llm)
+from tests.engine.native_model import GREEDY, answer, backend_of, free_pages, native
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
@@ -106,19 +81,19 @@ def test_closing_frees_the_cache(tiny: Path) -> None:
     assert sys.getrefcount(cache) == 2, "only this test holds it, in a variable and for the call"
 
 
-def test_two_models_in_one_process(tiny: Path, make_model: Callable[..., Path], expected: Any) -> None:
+def test_two_models_in_one_process(tiny: Path, make_model: Callable[..., Path], native_answer: Any) -> None:
     """Answers in turns; each has threads, pages and working memory of its own."""
     other = make_model(seed=1, n_layers=3, dim=96, n_heads=4, head_dim=32)
     with native(other) as llm:
         theirs = answer(llm)
-    assert theirs != expected
+    assert theirs != native_answer
     with native(tiny, threads=2) as a, native(other, threads=2) as b:
         streams = [model.stream("def ", **GREEDY) for model in (a, b)]
         ids: list[list[int]] = [[], []]
         for _ in range(12):
             for found, stream in zip(ids, streams, strict=True):
                 found.append(next(stream).token_id)
-        assert ids == [expected[0], theirs[0]]
+        assert ids == [native_answer[0], theirs[0]]
         a.close()
         assert answer(b) == theirs
 
@@ -206,10 +181,10 @@ def test_a_failure_while_opening_leaves_nothing(tiny: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_after_a_fork(tiny: Path, threads: int, expected: Any) -> None:
+def test_after_a_fork(tiny: Path, threads: int, native_answer: Any) -> None:
     """A child process has the model and none of its threads: it starts its own. The parent goes on."""
     with native(tiny, threads=threads) as llm:
-        assert answer(llm) == expected  # the parent's threads are running
+        assert answer(llm) == native_answer  # the parent's threads are running
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -222,8 +197,8 @@ def test_after_a_fork(tiny: Path, threads: int, expected: Any) -> None:
         with os.fdopen(reader, "rb") as pipe:
             said = pipe.read()
         os.waitpid(child, 0)
-        assert pickle.loads(said) == expected
-        assert answer(llm) == expected
+        assert pickle.loads(said) == native_answer
+        assert answer(llm) == native_answer
 
 
 def test_many_callers_at_once(tiny: Path) -> None:
@@ -269,7 +244,7 @@ def small_requests(llm: LLM, count: int) -> None:
 
 @own_memory
 @pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_many_requests_leave_nothing_behind(tiny: Path, count: int, expected: Any) -> None:
+def test_many_requests_leave_nothing_behind(tiny: Path, count: int, native_answer: Any) -> None:
     with native(tiny, ctx=64) as llm:
         small_requests(llm, 300)
         before, pages = resident_bytes(), free_pages(llm)
@@ -277,7 +252,7 @@ def test_many_requests_leave_nothing_behind(tiny: Path, count: int, expected: An
         assert free_pages(llm) == pages == backend_of(llm)._pages.n_pages
         assert not backend_of(llm)._sequences and llm._scheduler.idle
         assert resident_bytes() - before < 2 << 20
-        assert answer(llm) == expected
+        assert answer(llm) == native_answer
 
 
 @pytest.mark.parametrize("quant", ["f32", "q8_0", "q4_k_m", "q2_k"])

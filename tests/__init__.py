@@ -1,0 +1,1 @@
+"""The tests are a package, so that files of one room share helpers by import."""
