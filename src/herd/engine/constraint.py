@@ -4,7 +4,8 @@ llguidance compiles a grammar against the model's own tokens and says for each p
 a sentence. A control token never can, whatever the grammar says; stop tokens come in exactly where the grammar is
 complete. Where the next bytes are certain, their usual tokens are the only ones allowed.
 
-Every answer has a matcher of its own, so that what one takes of llguidance's limits is nobody else's.
+Every answer has a matcher of its own, so that what one takes of llguidance's limits is nobody else's. It is compiled
+beside the batch, and what its masks may take of the processor is bounded: others wait for both.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from __future__ import annotations
 import importlib
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from herd.engine.grammar import MAX_BYTES, MAX_DEPTH, Grammar
-from herd.engine.grammar_trial import compiled, trial
+from herd.engine.grammar_trial import compiled, compiling, trial
 from herd.errors import MissingDependency, UsageError
 
 if TYPE_CHECKING:
@@ -38,8 +41,12 @@ Bits = npt.NDArray[np.uint8]
 REMEMBERED = 256
 """Grammars that are known to compile, at most."""
 _LOOK_AHEAD = 8  # tokens of a grammar that are tried before any answer begins
+# Processor time of an answer's masks: so much for each token (0.1 ms are usual, 0.5 ms many), and so much beyond that.
+# A grammar such as "start: s; s: s s | /[a-z]/" takes longer with every token: 0.04 s for the 36th.
+TOKEN_S, BEYOND_S = 0.005, 0.25
 
 _DEAD_END = "NoExtension"  # begins llguidance's message
+_SLOW = "masks take too long"  # as if it were one of llguidance's
 # What its messages about its limits begin with or contain, and what is too large then.
 _TOO_LARGE = {
     "too many expressions": "its regular expressions and repetitions",
@@ -53,6 +60,7 @@ _TOO_LARGE = {
     "schema too large": "the number of its combinations",
     "stack level": "the depth of its combinations",
     "grammar size": "the number of its rules",
+    _SLOW: "the number of ways to read a text by it",
 }
 
 
@@ -106,9 +114,9 @@ class Grammars:
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
 
-    def start(self, grammar: Grammar) -> Any:
-        """A matcher at the beginning of a grammar, for one answer alone."""
-        return compiled(self._tokens(), _source(grammar))
+    def start(self, grammar: Grammar) -> Future[Any]:
+        """A matcher at the beginning of a grammar, for one answer alone: it comes from another thread."""
+        return compiling(self._tokens(), _source(grammar))
 
     def _look_ahead(self, grammar: Grammar, matcher: Any) -> None:
         """Go some tokens into a grammar: most that are too large meet a limit there."""
@@ -174,8 +182,26 @@ class Constraint:
         self._grammar = grammar
         self._stop_ids = frozenset(stop_ids)
         self._ends = _packed(grammars.vocabulary, [i for i in self._stop_ids if i < grammars.vocabulary])
+        self._coming: Future[Any] | None = None
         self._matcher: Any = None
         self._bits: Bits | None = None
+        self._beyond = 0.0
+
+    def prepare(self) -> bool:
+        """Have the grammar compiled, unless that was done; whether it is, so that `allowed` waits for nothing."""
+        if self._coming is None:
+            self._coming = self._grammars.start(self._grammar)
+        return self._coming.done()
+
+    def wait(self) -> None:
+        """Wait until the grammar is compiled, or given up."""
+        if self._coming is not None:
+            wait([self._coming])
+
+    def give_up(self) -> None:
+        """The answer is not wanted any more: what has not begun to be compiled never will be."""
+        if self._coming is not None:
+            self._coming.cancel()
 
     @property
     def complete(self) -> bool:
@@ -186,10 +212,16 @@ class Constraint:
         """A bit for each token that may come next. Raises GrammarFailed when there is none, or a limit was met."""
         if self._bits is None:
             if self._matcher is None:
-                self._matcher = self._grammars.start(self._grammar)
+                self.prepare()
+                assert self._coming is not None
+                self._matcher = self._coming.result()
+            began = time.thread_time()
             bits = self._grammars.next_tokens(self._grammar, self._matcher)
             if self._matcher.is_accepting():
                 bits |= self._ends
+            self._beyond += time.thread_time() - began
+            if self._beyond > BEYOND_S:
+                raise GrammarFailed(self._grammar, _SLOW)
             self._bits = bits
         return self._bits
 
@@ -205,7 +237,9 @@ class Constraint:
         """Go on behind a token that was chosen. A limit that is met here shows when the next one is asked for."""
         self._bits = None
         if token_id not in self._stop_ids:
+            began = time.thread_time()
             self._matcher.consume_token(token_id)
+            self._beyond = max(0.0, self._beyond + time.thread_time() - began - TOKEN_S)
 
 
 def _packed(vocabulary: int, ids: Iterable[int]) -> Bits:

@@ -40,7 +40,19 @@ _DESCRIPTIONS |= {"writeOnly", "contentEncoding", "contentMediaType", "contentSc
 _WHITESPACE = r" |\n[ \t]{0,64}"
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 _PATTERN_PARTS = re.compile(r"\\.|\[\^?\]?|&&|--|~~|.", re.DOTALL)
+# Characters that all readers have in these classes, and those that any of them has.
+_CLASSES = {
+    "d": (r"0-9", r"\p{Nd}"),
+    "w": (r"0-9A-Za-z_", r"\p{L}\p{M}\p{N}_"),
+    "s": (
+        r"\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000",
+        r"\t-\r\x1c-\x20\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff",
+    ),
+}
+_ANY = r"[^\n\r\u2028\u2029]"  # for ECMAScript all of these end a line
 _BLANKS = re.compile(r"\s*")
+# A schema, and what may hold its word: a comment, a string, a regular expression.
+_LARK_PARTS = re.compile(r'%json|(?://|#)[^\n]*|"(?:\\.|[^"\\\n])*"?|/(?:\\.|[^/\\])*/?')
 
 
 @dataclass(frozen=True)
@@ -113,16 +125,19 @@ def _dumped(schema: Any) -> str:
 
 def _with_read_schemas(text: str) -> str:
     """A Lark grammar with each schema after `%json` as `_read_schema` gives it."""
-    parts, position = [], 0
-    while (found := text.find("%json", position)) >= 0:
-        blanks = _BLANKS.match(text, found + len("%json"))
-        start = blanks.end() if blanks else found
+    parts, position, at = [], 0, 0
+    while found := _LARK_PARTS.search(text, at):
+        at = found.end()
+        if found[0] != "%json":
+            continue
+        blanks = _BLANKS.match(text, at)
+        start = blanks.end() if blanks else at
         try:
-            schema, end = json.JSONDecoder().raw_decode(text, start)
+            schema, at = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
-            raise UsageError("no JSON schema follows %json", value=text[found : found + 80]) from None
+            raise UsageError("no JSON schema follows %json", value=text[found.start() :][:80]) from None
         parts += [text[position:start], _dumped(_read_schema(schema, compact=False))]
-        position = end
+        position = at
     return "".join([*parts, text[position:]])
 
 
@@ -144,7 +159,7 @@ class _Reader:
     """Reads one schema. Recursion ends at MAX_DEPTH, and everything at a count that no short enough text exceeds."""
 
     def __init__(self) -> None:
-        self._left = MAX_BYTES
+        self._left = MAX_BYTES // 2  # each takes two bytes at least, with what stands around it
         self._schemas: dict[Path, Any] = {}
         self._refs: list[tuple[Path, str]] = []
         self._one_ofs: list[dict[str, Any]] = []
@@ -192,7 +207,10 @@ class _Reader:
         if keyword in _NAMED_SCHEMAS:
             if not isinstance(value, Mapping):
                 raise _refused("this is no object", value, path, "names with their schemas")
-            return {self._name(name, keyword, path): self.schema(v, (*path, str(name))) for name, v in value.items()}
+            named = {self._name(name, keyword, path): self.schema(v, (*path, str(name))) for name, v in value.items()}
+            if len(named) < len(value):
+                raise _refused("two of these patterns are the same", list(value), path, "allOf for what both ask for")
+            return named
         if keyword == "const":
             return self._value(value, path)
         if keyword == "enum":
@@ -205,6 +223,7 @@ class _Reader:
         if keyword == "type":
             types = [value] if isinstance(value, str) else _sequence(value, path)
             for kind in types:
+                self._count(path)
                 _checked(kind, path, ", ".join(_TYPES), lambda v: v in _TYPES)
             return value if isinstance(value, str) else list(types)
         if keyword == "required":
@@ -213,7 +232,8 @@ class _Reader:
         if keyword == "format":
             _checked(text, path, ", ".join(_FORMATS), lambda v: v in _FORMATS)
         if keyword == "pattern":
-            _check_pattern(text, path)
+            self._count(path, len(text))
+            return _narrowed(text, path)
         if keyword == "$ref":
             self._refs.append((path, text))
         return text
@@ -230,16 +250,17 @@ class _Reader:
         return _checked(value, path, f"a JSON value; {_EXACT}", _is_exact)
 
     def _name(self, name: object, keyword: str, path: Path) -> str:
+        self._count(path)
         text: str = _checked(name, path, "a name that is a text", lambda v: isinstance(v, str))
         if keyword == "patternProperties":
-            _check_pattern(text, path)
-            return text
+            self._count(path, len(text))
+            return _narrowed(text, path)
         # Such a name has several spellings in JSON, so that it could come twice.
         _checked(text, path, "a name without control characters", lambda v: not _CONTROL_CHARACTER.search(v))
         return text
 
-    def _count(self, path: Path) -> None:
-        self._left -= 1
+    def _count(self, path: Path, bytes_: int = 2) -> None:
+        self._left -= bytes_ // 2
         if self._left < 0:
             raise UsageError("the JSON schema is too long", allowed=f"up to {MAX_BYTES} bytes")
         if len(path) > MAX_DEPTH:
@@ -297,13 +318,29 @@ def _pointed_at(ref: str) -> Path | None:
     return tuple(part.replace("~1", "/").replace("~0", "~") for part in pointer[2:].split("/"))
 
 
-def _check_pattern(text: str, path: Path) -> None:
-    """Refuse what JSON Schema and llguidance (Rust) read differently: brackets and doubled signs inside a class."""
-    inside = False
-    for part in _PATTERN_PARTS.findall(text):
+def _narrowed(pattern: str, path: Path) -> str:
+    """A pattern that matches what every reader of JSON Schema takes it to match, be it ECMAScript, Python or Rust.
+
+    What they read differently to no end is refused: brackets and doubled signs inside a class.
+    """
+    parts, inside, negated = [], False, False
+    for part in _PATTERN_PARTS.findall(pattern):
         if (part[0] == "[" and (inside or part[-1] == "]")) or (inside and part in ("&&", "--", "~~")):
-            raise _refused("a class of characters that is read in two ways", text, path, "\\ before such a character")
-        inside = part[0] == "[" or (inside and part != "]")
+            raise _refused(
+                "a class of characters that is read in two ways", pattern, path, "\\ before such a character"
+            )
+        if part[0] == "[":
+            inside, negated = True, part == "[^"
+        elif part == "]":
+            inside = False
+        elif part == "." and not inside:
+            part = _ANY
+        elif part[1:].lower() in _CLASSES and part[0] == "\\":
+            complement = part[1:].isupper()
+            characters = _CLASSES[part[1:].lower()][complement != (inside and negated)]
+            part = f"[^{characters}]" if complement else characters if inside else f"[{characters}]"
+        parts.append(part)
+    return "".join(parts)
 
 
 def _is_exact(value: Any) -> bool:

@@ -20,6 +20,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,50 +36,58 @@ _STACK_BYTES = 64 << 20  # 64 KiB of grammar need 16 MiB at the most (measured)
 _LIMITS = {
     "initial_lexer_fuel": 250_000,
     "step_lexer_fuel": 100_000,
-    "step_max_items": 50_000,
+    "step_max_items": 500_000,  # 200 optional properties take 70,000 behind a line break
     "max_items_in_row": 2_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
 
+_PRELOADED = ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
 _READY = b"ready\n"
 _starting = threading.Lock()
+_turn = threading.Lock()
 
 
 def compiled(tokenizer: Any, source: str) -> Any:
     """llguidance's matcher at the beginning of a grammar, in an error state where it refuses the grammar.
 
-    Every answer has its own, compiled anew (0.4 to 3 ms): copies would share the states of their lexer, so that one
-    that meets a limit would end the others.
+    Every answer has its own, compiled anew (0.4 to 3 ms, half a second at the most): copies would share the states of
+    their lexer, so that one that meets a limit would end the others.
     """
+    return _deep(lambda: _matcher(tokenizer, source)).result()
+
+
+def compiling(tokenizer: Any, source: str) -> Future[Any]:
+    """The same by another thread, one after the other, so that what runs meanwhile keeps its processors."""
+    return _deep(lambda: _matcher(tokenizer, source), _turn)
+
+
+def _matcher(tokenizer: Any, source: str) -> Any:
     llguidance = importlib.import_module("llguidance")
-    limits = llguidance.LLParserLimits(**_LIMITS)
-    return _deep(lambda: llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits))
+    return llguidance.LLMatcher(tokenizer, source, log_level=0, limits=llguidance.LLParserLimits(**_LIMITS))
 
 
-def _deep(work: Callable[[], T]) -> T:
-    """Run something that recurses, on a thread with a stack for it."""
-    results: list[T] = []
-    errors: list[BaseException] = []
+def _deep(work: Callable[[], T], turn: AbstractContextManager[Any] | None = None) -> Future[T]:
+    """Run something that recurses, on a thread with a stack for it, when it is its turn and nobody cancelled it."""
+    future: Future[T] = Future()
 
     def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
+        with turn or nullcontext():
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
 
     with _starting:  # the size counts for all threads that start meanwhile
         before = threading.stack_size(_STACK_BYTES)
         try:
-            thread = threading.Thread(target=run, name="herd-grammar", daemon=True)
-            thread.start()
+            threading.Thread(target=run, name="herd-grammar", daemon=True).start()
         finally:
             threading.stack_size(before)
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    return future
 
 
 class Trial:
@@ -111,8 +121,10 @@ class Trial:
         package = importlib.util.find_spec("llguidance")
         assert package is not None and package.origin is not None
         command = [sys.executable, "-I", "-S", __file__, str(Path(package.origin).parent.parent)]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        # What is loaded before all else, such as a sanitiser, may want more memory than that process has.
+        environment = {name: value for name, value in os.environ.items() if name not in _PRELOADED}
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment)
         self._owner = os.getpid()
         if self._answer(b"") != _READY:
             from herd.errors import HerdError

@@ -266,6 +266,8 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._leave(sequence)
+        if sequence.row.constraint is not None:
+            sequence.row.constraint.give_up()
         sequence.cut()
 
     def abort(self, error: BaseException) -> None:
@@ -315,9 +317,13 @@ class Scheduler:
         budget = self.prefill_tokens
         rows = LOGIT_ROWS - len(self._running)  # of logits for tokens that are given
         drafts = self._drafts()
+        compiling: list[Constraint] = []
         for sequence in list(self._running):
             if sequence.handle is None:
                 continue  # it gave its place to one before it
+            if unprepared := self._unprepared(sequence):
+                compiling += unprepared
+                continue
             tokens = sequence.tokens[sequence.n_computed :]
             if len(tokens) > 1:
                 tokens = tokens[: min(budget, max(rows, 1)) if sequence.scoring else budget]
@@ -331,6 +337,8 @@ class Scheduler:
                 sequence.n_drafted += len(draft)
                 works.append(_Work(sequence, tokens, draft))
         if not works:
+            if compiling:
+                compiling[0].wait()
             return
         logits_NV = self._backend.step([work.span for work in works])
         self.tokens += sum(len(work.span.tokens) for work in works)
@@ -346,6 +354,13 @@ class Scheduler:
         for leader in [work for work in works if not work.sequence.choices]:
             works += [_Work(follower, [], [], leader.row) for follower in self._fork_followers(leader.sequence)]
         self._choose(works, logits_NV)
+
+    def _unprepared(self, sequence: LiveSequence) -> list[Constraint]:
+        """Before its first token: what is still being compiled for a sequence, or for those that fork from it."""
+        if sequence.choices or sequence.sampling.grammar is None:
+            return []
+        group = [sequence, *(s for s in self._waiting if s.leader is sequence)]
+        return [s.row.constraint for s in group if s.row.constraint is not None and not s.row.constraint.prepare()]
 
     def _choose(self, works: list[_Work], logits_NV: npt.NDArray[np.float32]) -> None:
         """Choose a token for each, and further ones as long as the choices are what was guessed."""
