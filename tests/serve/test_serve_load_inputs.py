@@ -11,17 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herd.cli import main
 from herd.errors import FileFormatError, HerdError, UsageError
 from herd.serve.load.client import EventStream, split
 from herd.serve.load.prompts import Workload, read_prompts
-
-
-def bench(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["bench", "serve", *map(str, arguments)])
-    assert isinstance(end.value.code, int)
-    return end.value.code
+from tests.serve.scripted_server import bench
 
 
 def test_a_server_that_is_not_there() -> None:

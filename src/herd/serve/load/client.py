@@ -175,7 +175,7 @@ class Answer(Exchange):
         self._record = record
         self._start = start
         self._events = EventStream()
-        self._complete = False
+        self.complete = False
 
     def take(self, data: bytes) -> None:
         if self.status != 200 or not self.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
@@ -183,7 +183,7 @@ class Answer(Exchange):
             return
         try:
             for event in self._events.feed(data):
-                if not self._complete:
+                if not self.complete:
                     self._see(event)
         except ValueError as error:
             self.end(str(error))
@@ -194,17 +194,18 @@ class Answer(Exchange):
             if record.finish_reason is None:
                 raise ValueError("[DONE] without a finish_reason")
             record.ended = moment
-            self._complete = True
+            self.complete = True
             asyncio.get_running_loop().call_later(GRACE, self.end)
             return
         try:
             event = json.loads(data)
         except (ValueError, RecursionError):
             raise ValueError("an event is not JSON") from None
-        if not isinstance(event, dict) or event.get("error") or not isinstance(event.get("choices"), list):
+        choices = _choices(event)
+        if choices is None:
             self.body += data
             raise ValueError(f"an event is no piece of an answer: {self.message()}")
-        for choice in event["choices"]:
+        for choice in choices:
             if not isinstance(choice, dict):
                 raise ValueError("a choice is no object")
             if _has_text(choice):
@@ -217,7 +218,7 @@ class Answer(Exchange):
         if isinstance(usage := event.get("usage"), dict):
             details = usage.get("prompt_tokens_details")
             record.tokens_in = _count(usage.get("prompt_tokens"))
-            record.usage_tokens = _count(usage.get("completion_tokens"))
+            record.usage_tokens = _count(usage.get("completion_tokens")) or None  # 0 is said where nobody counted
             record.cached_tokens = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
 
     def judge(self) -> None:
@@ -230,7 +231,7 @@ class Answer(Exchange):
             record.outcome, record.detail = "connection", self.failed or "no answer"
         elif status != 200:
             record.outcome, record.detail = ("refused" if status in REFUSALS else "http_error"), self.message()
-        elif self._complete:  # whatever became of the connection afterwards
+        elif self.complete:  # whatever became of the connection afterwards
             record.outcome = "ok"
             return
         elif self.body and not self.failed:
@@ -238,6 +239,16 @@ class Answer(Exchange):
         else:
             record.outcome, record.detail = "broken", self.failed or "the stream ended without [DONE]"
         record.ended = now() - self._start
+
+
+def _choices(event: object) -> list[Any] | None:
+    """Those of an event, none beside a usage; None where it is no piece of an answer."""
+    if not isinstance(event, dict) or event.get("error"):
+        return None
+    choices = event.get("choices")
+    if choices is None and isinstance(event.get("usage"), dict):
+        return []
+    return choices if isinstance(choices, list) else None
 
 
 def _has_text(choice: dict[str, Any]) -> bool:
@@ -265,8 +276,11 @@ async def ask(target: Target, path: str, body: bytes, record: Record, start: flo
     except asyncio.CancelledError:
         record.ended = now() - start
     except TimeoutError:
-        record.outcome, record.detail, record.status = "timeout", f"no end after {timeout:g} s", answer.status
-        record.ended = now() - start
+        if answer.complete:  # only the connection had no end yet
+            answer.judge()
+        else:
+            record.outcome, record.detail, record.status = "timeout", f"no end after {timeout:g} s", answer.status
+            record.ended = now() - start
     except OSError as error:
         record.outcome, record.detail = "connection", error.strerror or str(error)
         record.ended = now() - start

@@ -34,6 +34,7 @@ from herd.serve.load.prompts import Workload, read_prompts
 _LEAD = 0.05  # seconds from the start of a stage's clock to its zero, so that the first request is not late
 _TICK = 0.02  # seconds between two looks at how late the event loop is
 _PAUSE = 0.1  # seconds that a client of the closed loop waits at least after a refusal
+_MOST = 10_000_000  # requests of a stage
 
 
 class LoadConfig(Config):
@@ -46,7 +47,7 @@ class LoadConfig(Config):
     concurrency: tuple[int, ...] = Field(default=(), description="Closed loop: clients, a stage for each.")
     sweep: bool = Field(default=False, description="Find the highest rate that holds, beginning with the only one.")
     duration: float | None = Field(default=None, gt=0, le=86_400, description="Seconds during which requests are due.")
-    requests: int | None = Field(default=None, ge=1, le=10_000_000, description="Requests of a stage, instead.")
+    requests: int | None = Field(default=None, ge=1, le=_MOST, description="Requests of a stage, instead.")
     warmup: int = Field(default=1, ge=0, le=10_000, description="Requests sent before, one after the other.")
     timeout: float = Field(default=120.0, gt=0, le=86_400, description="Seconds that an answer may take.")
     prompt_tokens: int = Field(default=128, ge=1, le=10_000_000, description="Words of a prompt, each one token.")
@@ -71,6 +72,10 @@ class LoadConfig(Config):
             raise ValueError("a sweep begins with one rate")
         if (self.duration is None) == (self.requests is None):
             raise ValueError("give either a duration or a number of requests")
+        if self.duration is not None and max(self.rates, default=0.0) * self.duration > _MOST:
+            raise ValueError(f"a stage has at most {_MOST} requests: a lower rate or a shorter duration")
+        if self.extra.get("n") not in (None, 1):
+            raise ValueError("each request is for one answer: n is 1")
         if not 1 <= self.max_tokens[0] <= self.max_tokens[1]:
             raise ValueError("max_tokens goes from at least 1 to no less than that")
         if self.prompts is not None and self.shared_prefix:
@@ -349,11 +354,15 @@ class _Generator:
                 raise outcome
 
     async def _watch(self, stage: Stage, last: float | None) -> None:
-        """Note how late the event loop is: by so much at most, answers too were seen late. And show the progress."""
+        """Note how late the event loop is: by so much at most, answers too were seen late. And show the progress.
+
+        Each look that a stall held up counts as one, as requests do: else a long stall would be but one of many looks.
+        """
         for ticks in itertools.count():
             before = now()
             await asyncio.sleep(_TICK)
-            stage.lags.append(max(now() - before - _TICK, 0.0))
+            lag = max(now() - before - _TICK, 0.0)
+            stage.lags += [lag - missed * _TICK for missed in range(1 + int(lag / _TICK))]
             if ticks % 25 == 0:
                 status(stage.progress(self._config, last))
 

@@ -127,7 +127,7 @@ def _of_stage(stage: Figures, settings: Figures) -> Iterator[str]:
             f"the queue was still growing (time to first token {halves[0]:.3g} s in the first half, "
             f"{halves[1]:.3g} s in the second): a longer run would look worse"
         )
-    asked = sum(settings["max_tokens"]) / 2 * requests["ok"]
+    asked = _asked(settings) * requests["ok"]
     if asked and tokens["output"] < _SHORT * asked:
         yield (
             f"answers had {tokens['output'] / requests['ok']:.0f} tokens on average of "
@@ -138,3 +138,12 @@ def _of_stage(stage: Figures, settings: Figures) -> Iterator[str]:
         share = tokens["cached"] / tokens["input"]
         if share > _CACHED:
             yield f"{share:.0%} of the prompts came from the server's cache; another --seed makes new ones"
+
+
+def _asked(settings: Figures) -> float:
+    """Tokens that an answer may have on average; 0 where `extra` leaves that to the server."""
+    extra = settings.get("extra", {})
+    limits = [extra[name] for name in ("max_tokens", "max_completion_tokens") if name in extra]
+    if not limits:
+        return float(sum(settings["max_tokens"])) / 2
+    return min((float(limit) for limit in limits if isinstance(limit, int | float)), default=0.0)
