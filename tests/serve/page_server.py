@@ -1,4 +1,4 @@
-"""A stand-in for `herd serve`, in the standard library: the page's own server for developing it and for its tests.
+"""A stand-in for `herd serve` without a model: the page's own server for developing it and for its tests.
 
 Its model is an echo: it answers with the last message, in small pieces that split characters where it hurts. `{n}` in a
 message becomes the number of answers given so far. A first line of `/delay 0.05` sets the seconds between pieces.
@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).resolve().parents[2] / "src" / "herd" / "serve" / "page.html"
+from herd.serve.page import chat_page
+
 POLICY = (
     "default-src 'none'; connect-src 'self'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_page(self) -> None:
         nonce = secrets.token_urlsafe(16)
-        page = PAGE.read_text("utf-8").replace("__NONCE__", nonce).encode()
+        page = chat_page(nonce).encode()
         self.send_response(200)
         self.send_header("content-type", "text/html; charset=utf-8")
         self.send_header("content-security-policy", POLICY.format(nonce=nonce))

@@ -5,9 +5,8 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { EVERYTHING, ATTEMPTS } from "./texts.mjs";
 
-const PAGE = new URL("../../../src/herd/serve/page.html", import.meta.url);
-const script = readFileSync(PAGE, "utf8").match(/<script[^>]*>([^]*?)<\/script>/)[1];
-const part = script.slice(0, script.indexOf("// ── Conversations"));
+const read = (name) => readFileSync(new URL(`../../../src/herd/serve/page/${name}.js`, import.meta.url), "utf8");
+const part = ["elements", "inline", "blocks", "colours"].map(read).join("\n");
 const source = `${part}\nfunction copyButton(text) { return h("button", { copies: text() }); }\nexport { markdown, highlight, textOf, safeAddress, oneLine };`;
 const { markdown, highlight, textOf, safeAddress, oneLine } = await import(`data:text/javascript;base64,${Buffer.from(source).toString("base64")}`);
 
@@ -140,6 +139,7 @@ check("links", () => {
 check("labels", () => {
   assert.equal(oneLine("a\u202eb\n\u0000c\u2066"), "a b c");
   assert.equal(oneLine("x".repeat(100), 10), `${"x".repeat(9)}…`);
+  assert.equal(oneLine("😀".repeat(100), 10), "😀😀😀😀…", "no half of a character");
 });
 
 check("colours", () => {

@@ -22,7 +22,7 @@ export const keyboard_is_enough = {
     await becomes(() => questions(page), ["first line\nsecond line"]);
     await answered(page);
 
-    await page.keyboard.press("Shift+?");
+    await page.keyboard.press("Alt+h");
     await sees(page, "Keyboard shortcuts");
     await shot("shortcuts");
     for (let i = 0; i < 5; i++) {

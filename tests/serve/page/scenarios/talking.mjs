@@ -11,7 +11,7 @@ export const sends_and_streams = {
     await enter(page, url);
     await shot("empty");
     const bodies = watchRequests(page);
-    await say(page, "/delay 0.005\nThe *first* answer, 漢字 and 😀. " + "More words. ".repeat(60));
+    await say(page, "/delay 0.01\nThe *first* answer, 漢字 and 😀. " + "More words. ".repeat(60));
     await page.waitForFunction(() => document.querySelector("[aria-busy] .prose")?.textContent.length > 40);
     assert.equal(await page.locator("#stop").isVisible(), true, "an answer that is being written can be stopped");
     assert.equal(await page.locator(".prose em").innerText(), "first");
