@@ -11,10 +11,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from herd.progress import status
 if TYPE_CHECKING:
     from herd.checkpoint import Adapter
 
+T = TypeVar("T")
 KvType = Literal["bf16", "f32", "int8"]
 
 
@@ -116,6 +117,15 @@ class Backend(Protocol):
     def embed(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> npt.NDArray[np.float32]:
         """Mean of the final hidden states of each sequence, [len(sequences), D]. Raises CacheFull as `score` does."""
 
+    def embed_in_pieces(
+        self, tokens: Sequence[int], adapter: str | None = None
+    ) -> Generator[None, int, npt.NDArray[np.float32]]:
+        """`embed` of one sequence, [D], a piece at a time: each `send(n)` computes up to n more of its tokens.
+
+        Steps may run in between. Takes room for all of them at once, or raises CacheFull; it is given back at the end,
+        or by `close()`.
+        """
+
     def settle(self) -> None:
         """Return when nothing is done beside the steps any more, for measurements."""
 
@@ -165,7 +175,10 @@ def open_backend(name: str, options: BackendOptions) -> Backend:
     """Load a model with the backend `name`, or with the first that can run here for "auto"."""
     if name != "auto" and name not in BACKENDS:
         raise UsageError("no such backend", value=name, allowed=", ".join(["auto", *BACKENDS]))
-    for candidate in BACKENDS if name == "auto" else [name]:
+    candidates = [name]
+    if name == "auto":
+        candidates = ["torch", "native"] if _suits_gpu(options) and _gpu_is_there() else list(BACKENDS)
+    for candidate in candidates:
         module, needed = BACKENDS[candidate]
         if importlib.util.find_spec(needed) is not None:
             try:
@@ -176,6 +189,26 @@ def open_backend(name: str, options: BackendOptions) -> Backend:
     if name == "native":
         raise HerdError("Herd's compiled part is missing", fix="herd doctor says why")
     raise MissingDependency("torch", extra="train")
+
+
+def _suits_gpu(options: BackendOptions) -> bool:
+    """What was asked for is something that the torch backend has."""
+    return options.quant in (None, "f32", "bf16") and options.kv in ("f32", "bf16") and not options.cpus
+
+
+def _gpu_is_there() -> bool:
+    """Whether torch sees a GPU. It is only imported, which takes seconds, where there is a driver."""
+    if not (Path("/dev/nvidiactl").exists() and importlib.util.find_spec("torch")):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def begun(pieces: Generator[None, int, T]) -> Generator[None, int, T]:
+    """Work in pieces, from where it has what it needs."""
+    next(pieces)
+    return pieces
 
 
 class CacheFull(HerdError):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, checked_cpus, open_backend
 from herd.engine.constraint import Grammars
-from herd.engine.prompts import check_ids, windowed
+from herd.engine.prompts import Prompt, Prompts, check_ids, n_bytes, several_of, windowed
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
 from herd.engine.sampler import BrokenLogits, fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from herd.tokenizer import Message, Tokenizer
 
 T = TypeVar("T")
-Prompt = str | list[int]
-Prompts = list[str] | list[list[int]]
 
 
 class LLM:
@@ -46,11 +44,10 @@ class LLM:
     ctx: tokens of context, at most the model's own (None: all of it).
     threads: CPU threads (None: all that this process may use).
     kv: how the cache is held, "bf16", "f32" or "int8" (not in torch).
-    backend: "native", "torch", or "auto" for the first of them that is installed.
+    backend: "native", "torch", or "auto": torch if it has a GPU and what is asked for, else the first installed.
     draft: what guesses the next tokens, for the model to check several at once: "ngram" (what followed the same tokens
         before), or a smaller model of the same vocabulary. On the native backend results do not change.
     cpus: processors to bind the native backend's threads to, one each; the calling thread, their first, is left alone.
-
     page_tokens: tokens of a page of the native backend's cache, a multiple of 16: prompts share whole pages.
 
     Raises UsageError for a wrong argument, HerdError for a path that is no model, ResourceError before loading when
@@ -294,7 +291,7 @@ class LLM:
         for (i, skip), result in zip(owners, results, strict=True):
             logprobs[i] += result[skip:].tolist()
         scores = [
-            Score(ids[1:], logprobs_i, self._n_bytes(text, ids))
+            Score(ids[1:], logprobs_i, n_bytes(self.tokenizer, text, ids))
             for ids, logprobs_i, text in zip(sequences, logprobs, [texts] if single else texts, strict=True)
         ]
         return scores[0] if single else scores
@@ -307,10 +304,7 @@ class LLM:
         With `normalise` every vector has length 1. `adapter`: the name of one that is loaded. Raises
         ContextLengthExceeded for a text that does not fit.
         """
-        sequences, single = self._prompts(texts)
-        for ids in sequences:
-            if len(ids) > self.context:
-                raise self._too_long(len(ids))
+        sequences, single = self._fitting(texts)
         with self._lock:
             if adapter is not None:
                 self._check_adapter(adapter)
@@ -318,6 +312,16 @@ class LLM:
         if normalise:
             vectors_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return cast("npt.NDArray[np.float32]", vectors_ND[0] if single else vectors_ND)
+
+    def embed_in_pieces(self, ids: Sequence[int]) -> Generator[None, int, npt.NDArray[np.float32]]:
+        """`embed` of one prompt of token ids, bit for bit, for a caller that drives the batch itself with `step`.
+
+        Each `send(n)` computes up to n more tokens, and may come between steps; the last returns the vector. Room for
+        all of it is held until then, or until `close()`; so only one at a time is sure to have it.
+        """
+        (prompt,) = self._fitting([list(ids)])[0]
+        with self._lock:
+            return self._with_room(lambda backend: backend.embed_in_pieces(prompt))
 
     def _with_room(self, work: Callable[[Backend], T]) -> T:
         """Run something that needs room in the cache; where streams hold it all, they give way and go on later."""
@@ -369,8 +373,7 @@ class LLM:
         return sequences
 
     def step(self) -> None:
-        """One step of the shared batch; nothing when it is empty. What goes wrong ends all its sequences, and is
-        raised."""
+        """One step of the shared batch, if there is any. What goes wrong ends all its sequences, and is raised."""
         with self._lock:
             self._open()
             if not self._scheduler.idle:
@@ -452,14 +455,16 @@ class LLM:
 
     def _prompts(self, prompt: Prompt | Prompts) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, and whether it was a single one."""
-        if isinstance(prompt, str):
-            return [self._encode(prompt)], True
-        if not isinstance(prompt, Sequence | np.ndarray):
-            raise UsageError("not a prompt", value=prompt, allowed="a text, a list of token ids, or a list of those")
-        if len(prompt) and not isinstance(prompt[0], str | Sequence | np.ndarray):
-            return [self._check_ids(cast("Sequence[int]", prompt))], True
-        several = cast("Sequence[Prompt]", prompt)
-        return [self._encode(p) if isinstance(p, str) else self._check_ids(p) for p in several], False
+        several, single = several_of(prompt)
+        return [self._encode(p) if isinstance(p, str) else self._check_ids(p) for p in several], single
+
+    def _fitting(self, texts: Prompt | Prompts) -> tuple[list[list[int]], bool]:
+        """The same, of prompts that fit in the context."""
+        sequences, single = self._prompts(texts)
+        for ids in sequences:
+            if len(ids) > self.context:
+                raise self._too_long(len(ids))
+        return sequences, single
 
     def _encode(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_id
@@ -493,8 +498,3 @@ class LLM:
         if not isinstance(name, str) or name not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none is loaded"
             raise UsageError("no such adapter", value=name, allowed=known)
-
-    def _n_bytes(self, text: object, ids: list[int]) -> int:
-        if isinstance(text, str):
-            return len(text.encode("utf-8", "surrogatepass"))  # a lone surrogate has 3 bytes, as U+FFFD in its place
-        return sum(len(self.tokenizer.token_bytes(token_id)) for token_id in ids[1:])

@@ -7,7 +7,7 @@ in paged_cache.py. Letters: T rows of a step, V vocabulary, D model width, K hea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -18,7 +18,7 @@ from herd import _native
 from herd.architecture import LlamaConfig, attention_scale, rope_frequencies
 from herd.checkpoint import open_checkpoint
 from herd.checkpoint.mixes import activations_of
-from herd.engine.backend import BackendOptions, CacheFull, Span, context_of, thread_count
+from herd.engine.backend import BackendOptions, CacheFull, Span, begun, context_of, thread_count
 from herd.engine.memory import require_memory
 from herd.engine.native_weights import Need, load_weights, make_engine, plan_native, smaller_plans, weight_formats
 from herd.engine.paged_cache import CachedSequence, PagedCache
@@ -159,12 +159,36 @@ class NativeBackend:
     def embed(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> npt.NDArray[np.float32]:
         vectors_ND = np.empty((len(sequences), self.config.dim), np.float32)
         for vector_D, tokens in zip(vectors_ND, sequences, strict=True):
-            states_SD = np.empty((len(tokens), self.config.dim), np.float32)
-            for start, part in self._passes(tokens, adapter):
-                wanted = np.arange(len(part.tokens), dtype=np.int32)
-                self._run([part], wanted, states=states_SD[start : start + len(wanted)])
-            vector_D[:] = states_SD.mean(0)
+            pieces = self.embed_in_pieces(tokens, adapter)
+            try:
+                while True:
+                    pieces.send(ROWS)
+            except StopIteration as end:
+                vector_D[:] = end.value
         return vectors_ND
+
+    def embed_in_pieces(
+        self, tokens: Sequence[int], adapter: str | None = None
+    ) -> Generator[None, int, npt.NDArray[np.float32]]:
+        return begun(self._embed(tokens, adapter))
+
+    def _embed(self, tokens: Sequence[int], adapter: str | None) -> Generator[None, int, npt.NDArray[np.float32]]:
+        states_SD = np.empty((len(tokens), self.config.dim), np.float32)
+        handle = self._unremembered(adapter)
+        try:
+            if not self.grow(handle, len(tokens)):
+                raise CacheFull()
+            end = 0
+            while end < len(tokens):
+                start, end = end, min(len(tokens), end + (yield))
+                for part in _parts([Span(handle, tokens[start:end], outputs=end - start)]):
+                    wanted = _wanted(part)
+                    self._run(part, wanted, states=states_SD[start : start + len(wanted)])
+                    start += len(wanted)
+        finally:
+            self.release(handle)
+        vector_D: npt.NDArray[np.float32] = states_SD.mean(0)
+        return vector_D
 
     def settle(self) -> None:
         assert self._engine is not None
@@ -196,13 +220,16 @@ class NativeBackend:
         """A sequence of its own for `tokens`, appended to piece by piece: (start, span to run next)."""
         if not tokens:
             return
-        # Without the prefix cache: every token's output is wanted, and what is scored is no prompt to come.
-        handle = self._add(CachedSequence(self._variant(adapter), remembered=False))
+        handle = self._unremembered(adapter)
         try:
             for start in range(0, len(tokens), ROWS):
                 yield start, Span(handle, tokens[start : start + ROWS])
         finally:
             self.release(handle)
+
+    def _unremembered(self, adapter: str | None) -> int:
+        """A sequence without the prefix cache: every token's output is wanted, and it is no prompt to come."""
+        return self._add(CachedSequence(self._variant(adapter), remembered=False))
 
     def _run(self, spans: Sequence[Span], wanted: npt.NDArray[np.int32], **outputs: Any) -> None:
         """One native call: append the spans, and fill `outputs` for the wanted rows."""

@@ -1,4 +1,6 @@
-"""The torch backend: `herd.model.Llama` behind the engine's protocol, in float32 or bfloat16 on the CPU.
+"""The torch backend: `herd.model.Llama` behind the engine's protocol, in float32 or bfloat16.
+
+It runs on a GPU where torch sees one, in bfloat16 unless asked otherwise, else on the CPU, in float32.
 
 Live sequences occupy the first rows of one cache, without gaps: a decode step then works on a plain slice of it and
 copies nothing. A released row is filled with the last one. The cache is shaped anew only when the batch outgrows it.
@@ -7,7 +9,7 @@ Letters: B rows, S tokens, D model width, V vocabulary, T tokens that are scored
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from torch.nn import functional
 
 from herd.architecture import LlamaConfig
 from herd.checkpoint import open_checkpoint
-from herd.engine.backend import BackendOptions, Span, context_of, thread_count
+from herd.engine.backend import BackendOptions, Span, begun, context_of, thread_count
 from herd.engine.memory import MemoryPlan, plan_memory, require_memory, smaller_contexts
 from herd.engine.scheduler import PREFILL_TOKENS
 from herd.errors import UsageError
@@ -37,7 +39,8 @@ _ROUND = 64  # cache capacity is a multiple of this
 
 def open_backend(options: BackendOptions) -> TorchBackend:
     """Check that the model fits into memory, then load it. Raises UsageError, ResourceError, HerdError."""
-    weights = options.quant or "f32"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = options.quant or ("bf16" if device.type == "cuda" else "f32")
     if weights not in _DTYPES:
         raise UsageError("the torch backend cannot hold weights like this", value=weights, allowed=", ".join(_DTYPES))
     if options.kv not in _DTYPES:
@@ -45,21 +48,22 @@ def open_backend(options: BackendOptions) -> TorchBackend:
     with open_checkpoint(options.path) as checkpoint:
         config = checkpoint.config
         context = context_of(config, options)
-        plan = _plan(config, weights, options, context)
-        halved = [('quant="bf16", which halves the weights', _plan(config, "bf16", options, context))]
+        plan = _plan(config, weights, options, context, device)
+        halved = [('quant="bf16", which halves the weights', _plan(config, "bf16", options, context, device))]
         others = [*smaller_contexts(plan), *(halved if weights == "f32" else [])]
         require_memory(plan, name=options.path.name, alternatives=others)
         torch.set_num_threads(thread_count(options.threads or torch.get_num_threads()))
-        model = from_arrays(config, checkpoint, dtype=_DTYPES[weights])
+        model = from_arrays(config, checkpoint, dtype=_DTYPES[weights], device=device)
     return TorchBackend(model.eval(), context, plan, _DTYPES[options.kv])
 
 
-def _plan(config: LlamaConfig, weights: str, options: BackendOptions, context: int) -> MemoryPlan:
+def _plan(config: LlamaConfig, weights: str, options: BackendOptions, context: int, device: torch.device) -> MemoryPlan:
     tokens = max(PREFILL_TOKENS, _SCORE_TOKENS)
     plan = plan_memory(
         config, weights=weights, kv=options.kv, context=context, prefill_tokens=tokens, rows=MAX_SEQUENCES
     )
-    return replace(plan, free=None if plan.free is None else max(0, plan.free - options.promised))
+    free = plan.free if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    return replace(plan, free=None if free is None else max(0, free - options.promised))
 
 
 class TorchBackend:
@@ -71,6 +75,7 @@ class TorchBackend:
         self.max_sequences = MAX_SEQUENCES
         self.threads = torch.get_num_threads()
         self._model = model
+        self._device = model.output_weight.device
         self._cache: KVCache | None = None
         self._cache_dtype = cache_dtype
         # Half of what is spare: while the cache is shaped anew, the old one is still there.
@@ -149,10 +154,10 @@ class TorchBackend:
         lengths = [len(sequence) for sequence in sequences]
         several = [i for i, length in enumerate(lengths) if length > 1]
         for group in _groups(several, lengths, _SCORE_TOKENS):
-            x_BSD = self._model.hidden(_padded([sequences[i] for i in group]))
+            x_BSD = self._model.hidden(self._padded([sequences[i] for i in group]))
             x_TD = torch.cat([x_BSD[b, : lengths[i] - 1] for b, i in enumerate(group)])
-            targets_T = torch.tensor([token for i in group for token in sequences[i][1:]])
-            logprobs_T = self._logprobs(x_TD, targets_T, vocabulary).numpy()
+            targets_T = torch.tensor([token for i in group for token in sequences[i][1:]], device=self._device)
+            logprobs_T = self._logprobs(x_TD, targets_T, vocabulary).numpy(force=True)
             ends = np.cumsum([lengths[i] - 1 for i in group])
             for i, logprobs in zip(group, np.split(logprobs_T, ends[:-1]), strict=True):
                 results[i] = logprobs
@@ -163,10 +168,20 @@ class TorchBackend:
         vectors_ND = np.empty((len(sequences), self.config.dim), np.float32)
         lengths = [len(sequence) for sequence in sequences]
         for group in _groups(range(len(sequences)), lengths, _SCORE_TOKENS):
-            x_BSD = self._model.hidden(_padded([sequences[i] for i in group])).float()
+            x_BSD = self._model.hidden(self._padded([sequences[i] for i in group])).float()
             for b, i in enumerate(group):
-                vectors_ND[i] = x_BSD[b, : lengths[i]].mean(0).numpy()
+                vectors_ND[i] = x_BSD[b, : lengths[i]].mean(0).numpy(force=True)
         return vectors_ND
+
+    def embed_in_pieces(
+        self, tokens: Sequence[int], adapter: str | None = None
+    ) -> Generator[None, int, npt.NDArray[np.float32]]:
+        def all_at_once() -> Generator[None, int, npt.NDArray[np.float32]]:
+            yield  # attention over a part that is cached would round in another way
+            vector_D: npt.NDArray[np.float32] = self.embed([tokens], adapter)[0]
+            return vector_D
+
+        return begun(all_at_once())
 
     def settle(self) -> None:
         pass
@@ -183,19 +198,23 @@ class TorchBackend:
         for row, token in zip(rows, tokens, strict=True):
             lengths[row], padded[row] = 1, token
         first_rows = cache.select(range(width))
-        x_BSD = self._model.hidden(torch.tensor(padded).unsqueeze(1), cache=first_rows, lengths=lengths)
+        tokens_B1 = torch.tensor(padded, device=self._device).unsqueeze(1)
+        x_BSD = self._model.hidden(tokens_B1, cache=first_rows, lengths=lengths)
         return self._logits(x_BSD[rows, 0])
 
     def _enter(self, cache: KVCache, rows: list[int], spans: list[Span]) -> npt.NDArray[np.float32]:
         """Several tokens for each of `rows`; logits after the last `outputs` of each."""
         lengths = [len(span.tokens) for span in spans]
-        x_BSD = self._model.hidden(_padded([span.tokens for span in spans]), cache=cache.select(rows), lengths=lengths)
+        x_BSD = self._model.hidden(
+            self._padded([span.tokens for span in spans]), cache=cache.select(rows), lengths=lengths
+        )
         wanted = [x_SD[n - span.outputs : n] for x_SD, n, span in zip(x_BSD, lengths, spans, strict=True)]
         return self._logits(torch.cat(wanted))
 
     def _logits(self, x_BD: Tensor) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = functional.linear(x_BD, self._model.output_weight).float().numpy()
-        return logits
+        logits_BV = functional.linear(x_BD, self._model.output_weight).float()
+        found: npt.NDArray[np.float32] = logits_BV.numpy(force=True)
+        return found
 
     def _logprobs(self, x_TD: Tensor, targets_T: Tensor, vocabulary: int | None) -> Tensor:
         """ln P of each target; the [T, V] logits exist only a few rows at a time."""
@@ -205,6 +224,14 @@ class TorchBackend:
             logits_RV = functional.linear(x_RD, self._model.output_weight[:vocabulary]).float()
             parts.append(logits_RV.gather(1, targets_R[:, None])[:, 0] - logits_RV.logsumexp(1))
         return torch.cat(parts)
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """[B, S] token ids, padded at the end, where no causal query sees it."""
+        width = max(map(len, sequences))
+        tokens_BS = np.zeros((len(sequences), width), np.int64)
+        for b, sequence in enumerate(sequences):
+            tokens_BS[b, : len(sequence)] = sequence
+        return torch.from_numpy(tokens_BS).to(self._device)
 
     def _fitting_cache(self) -> KVCache:
         """The cache, with a row for every live sequence and as long as the longest may become."""
@@ -216,7 +243,7 @@ class TorchBackend:
         batch = max(len(self._rows), min(batch, self._max_tokens // capacity))
         if cache is None or not any(cache.lengths):
             self._cache = cache = None  # give the memory back before taking more
-        self._cache = KVCache(self.config, batch, capacity, self._cache_dtype)
+        self._cache = KVCache(self.config, batch, capacity, self._cache_dtype, self._device)
         if cache is not None:
             _copy(cache, self._cache)
         return self._cache
@@ -234,15 +261,6 @@ def _copy(source: KVCache, target: KVCache) -> None:
 
 def _rounded(capacity: int) -> int:
     return -(-capacity // _ROUND) * _ROUND
-
-
-def _padded(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """[B, S] token ids, padded at the end, where no causal query sees it."""
-    width = max(map(len, sequences))
-    tokens_BS = np.zeros((len(sequences), width), np.int64)
-    for b, sequence in enumerate(sequences):
-        tokens_BS[b, : len(sequence)] = sequence
-    return torch.from_numpy(tokens_BS)
 
 
 def _groups(items: Sequence[int], lengths: Sequence[int], budget: int | None = None) -> Iterator[list[int]]:
