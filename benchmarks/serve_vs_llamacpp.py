@@ -1,14 +1,17 @@
-"""`herd serve` against llama.cpp's server: the same file and threads, the same clients with a shared system prompt.
+"""`herd serve` against llama.cpp's servers: the same file and threads, the same clients with a shared system prompt.
 
-    python benchmarks/serve_vs_llamacpp.py --llama-server PROGRAM [--folder FOLDER] [--layers 16] [--dtype q4_0]
-        [--clients 16] [--requests 48] [--rounds 3] [--threads N] [--json]
+    python benchmarks/serve_vs_llamacpp.py [--llama-server PROGRAM] [--llama-python PYTHON] [--folder FOLDER]
+        [--layers 16] [--dtype q4_0] [--clients 16] [--requests 48] [--rounds 3] [--threads N] [--json]
+
+`--llama-server` is llama.cpp's own, in C++; `--llama-python` a Python with llama-cpp-python and its extra `server`.
 
 The model has random weights in the shape of Llama 3.2 1B (or fewer layers) with a small vocabulary that is trained on
 the spot, since a server needs one. Every round starts each server anew, one after the other, who goes first changes,
 sends the requests of a closed loop (each client asks again when it has its answer), and stops it. Answers go on to
-their full length. llama.cpp gets a slot with a cache of its own for each client (one cache for all was slower),
-continuous batching and prompt caching. Figures are medians of rounds; above 1, a ratio says that Herd is better. For
-Linux.
+their full length. llama-server gets a slot with a cache of its own for each client (one cache for all was slower),
+continuous batching and prompt caching. llama-cpp-python answers one request at a time, beginning from what its prompt
+shares with the last one; it is told not to break off an answer when the next request comes. Figures are medians of
+rounds; above 1, a ratio says that Herd is better. For Linux.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from herd.progress import status
 from herd.serve.load.generator import LoadConfig, run
 
 VOCABULARY = 4096
-READY = {"herd": "/ready", "llama.cpp": "/health"}
+READY = {"herd": "/ready", "llama.cpp": "/health", "llama-cpp-python": "/v1/models"}
 PROMPT, PREFIX, ANSWER = 48, 400, 64  # tokens: a client's own, those that all share, of an answer
 
 
@@ -107,6 +110,7 @@ def measure(url: str, options: argparse.Namespace, seed: int) -> dict[str, float
     return {
         "tokens_per_s": stage["throughput"]["output_tokens_per_second"],
         "ttft_p50": first[len(first) // 2],
+        "ttft_p99": statistics.quantiles(first, n=100, method="inclusive")[-1],
         "ttft_max": first[-1],
         "tpot_p50": statistics.median(record.tpot for record in good if record.tpot is not None),
     }
@@ -117,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/models"), help="where the model is kept")
     parser.add_argument("--llama-server", metavar="PROGRAM")
+    parser.add_argument("--llama-python", metavar="PYTHON")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--dtype", default="q4_0")
     parser.add_argument("--clients", type=int, default=16)
@@ -135,6 +140,11 @@ def main() -> None:
         commands["llama.cpp"] = [
             options.llama_server, "-m", str(path), "-t", str(options.threads), "-np", str(options.clients),
             "-c", str(context * options.clients), "--jinja", "--no-kv-unified", "--no-webui",
+        ]  # fmt: skip
+    if options.llama_python:
+        commands["llama-cpp-python"] = [
+            options.llama_python, "-m", "llama_cpp.server", "--model", str(path), "--n_threads", str(options.threads),
+            "--n_threads_batch", str(options.threads), "--n_ctx", str(context), "--interrupt_requests", "false",
         ]  # fmt: skip
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for turn in range(options.rounds):
@@ -158,17 +168,21 @@ def report(
         print(json.dumps({"file": path.name, "medians": medians, "rounds": rounds}, indent=2))
         return
     print(f"\n### {path.name}: {options.clients} clients, {options.requests} requests, threads: {options.threads}\n")
-    print("| what | herd | llama.cpp | ratio |\n|---|---|---|---|")
+    peers = [name for name in medians if name != "herd"]
+    print("| what | herd |" + "".join(f" {name} | ratio |" for name in peers) + "\n|---|---|" + "---|---|" * len(peers))
     names = {
         "tokens_per_s": "output tokens a second",
         "ttft_p50": "first token, median, s",
+        "ttft_p99": "first token, 99th percentile, s",
         "ttft_max": "first token, slowest, s",
         "tpot_p50": "each further token, median, s",
     }
     for key, text in names.items():
-        ours, theirs = medians["herd"][key], medians.get("llama.cpp", {}).get(key)
-        ratio = "" if theirs is None else f"{(ours / theirs if key == 'tokens_per_s' else theirs / ours):.2f}×"
-        print(f"| {text} | {ours:.3g} | {'' if theirs is None else f'{theirs:.3g}'} | {ratio} |")
+        ours, row = medians["herd"][key], f"| {text} | {medians['herd'][key]:.3g} |"
+        for name in peers:
+            theirs = medians[name][key]
+            row += f" {theirs:.3g} | {(ours / theirs if key == 'tokens_per_s' else theirs / ours):.2f}× |"
+        print(row)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,8 @@
-"""A real server on a real socket, with a tiny model, in a thread of the test's process."""
+"""Tiny models, and servers that have one."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,25 +10,14 @@ from typing import Any
 import pytest
 
 pytest.importorskip("herd._native")
-uvicorn = pytest.importorskip("uvicorn")
-httpx = pytest.importorskip("httpx2")
+pytest.importorskip("uvicorn")
+pytest.importorskip("httpx2")
 pytest.importorskip("starlette")
+pytest.register_assert_rewrite("tests.serve.response_checks", "tests.serve.scripted_server")
 
-from herd.serve import Keys, Registry, ServeConfig, create_app  # noqa: E402
-from herd.serve.server import settings_for  # noqa: E402
-
-
-@dataclasses.dataclass
-class Served:
-    """A running server."""
-
-    url: str
-    registry: Registry
-    app: Any
-
-    def client(self, **more: Any) -> Any:
-        return httpx.Client(base_url=self.url, timeout=60, **more)
-
+from herd.serve import Keys, ServeConfig  # noqa: E402
+from tests.serve import live_server  # noqa: E402
+from tests.serve.live_server import Served  # noqa: E402
 
 Serving = Callable[..., contextlib.AbstractContextManager[Served]]
 
@@ -46,40 +32,10 @@ def other_path(make_model: Callable[..., Path]) -> Path:
     return make_model(talkative=True, context_length=512, seed=1)
 
 
-@contextlib.contextmanager
-def _serving(
-    paths: dict[str, Path], config: ServeConfig | None = None, keys: Keys | None = None, **loading: Any
-) -> Iterator[Served]:
-    """Serve for the time of a block; the first model is ready."""
-    config = config or ServeConfig(port=0)
-    registry = Registry(paths, config, {"threads": 1, **loading})
-    app = create_app(registry, config, keys or Keys())
-    server = uvicorn.Server(settings_for(app))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        served = Served(f"http://127.0.0.1:{port}", registry, app)
-        until(lambda: bool(registry.loaded))
-        yield served
-    finally:
-        server.should_exit = True
-        thread.join(30)
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for something that must come."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
-
-
 @pytest.fixture(scope="session")
 def serving() -> Serving:
     """Starts a server for the time of a `with` block: paths by name, a ServeConfig, Keys, arguments of LLM."""
-    return _serving
+    return live_server.serving
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +43,23 @@ def served(serving: Serving, model_path: Path) -> Iterator[Served]:
     """One server for all tests that need nothing special."""
     with serving({"tiny": model_path}) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def storing(serving: Serving, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server that keeps responses, for two keys."""
+    config = ServeConfig(port=0, store=tmp_path_factory.mktemp("store") / "responses.db")
+    with serving({"tiny": model_path}, config, Keys(["key-of-alice", "key-of-bob"])) as found:
+        yield found
+
+
+@pytest.fixture
+def alice(storing: Served) -> Any:
+    """OpenAI's client with the first key of the server that keeps responses."""
+    return storing.openai("key-of-alice")
+
+
+@pytest.fixture
+def bob(storing: Served) -> Any:
+    """The same with the other key."""
+    return storing.openai("key-of-bob")

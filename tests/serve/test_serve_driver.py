@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,73 +14,25 @@ from typing import Any
 import pytest
 
 from herd.serve import Keys, ServeConfig
+from tests.serve.live_server import until
 
 LONG = {"messages": [{"role": "user", "content": "tell me all"}], "max_tokens": 400, "ignore_eos": True, "seed": 1}
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
-
-
-def driver_of(served: Any) -> Any:
-    return served.registry.loaded[0].driver
-
-
-def all_free(served: Any) -> bool:
-    """No request is left anywhere, and every page of the cache can be given out again."""
-    driver = driver_of(served)
-    pages = driver.llm.backend._pages
-    return driver.idle and not driver.llm.backend._sequences and pages.available == pages.n_pages
-
-
-@contextlib.contextmanager
-def paused(served: Any) -> Iterator[None]:
-    """The model takes no step for the time of the block."""
-    backend, go = driver_of(served).llm.backend, threading.Event()
-    step = backend.step
-
-    def wait(spans: Any) -> Any:
-        go.wait(60)
-        return step(spans)
-
-    backend.step = wait
-    try:
-        yield
-    finally:
-        del backend.step
-        go.set()
-
-
-def post(served: Any, path: str, body: dict[str, Any], key: str = "none") -> socket.socket:
-    """Send a request and leave the answer unread."""
-    host, port = served.url.removeprefix("http://").split(":")
-    data = json.dumps(body).encode()
-    raw = socket.create_connection((host, int(port)), timeout=60)
-    raw.sendall(
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {key}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-        + data
-    )
-    return raw
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_whoever_goes_away_stops_the_work(serving: Any, model_path: Path, stream: bool) -> None:
     """While answers are generated, and while a request waits in the queue."""
     with serving({"tiny": model_path}, ServeConfig(port=0, max_running=1)) as served:
-        first = post(served, "/v1/chat/completions", {**LONG, "stream": stream})
-        until(lambda: driver_of(served).running == 1)
-        second = post(served, "/v1/chat/completions", {**LONG, "stream": stream})
-        until(lambda: driver_of(served).waiting == 1)
+        first = served.post("/v1/chat/completions", {**LONG, "stream": stream})
+        until(lambda: served.driver.running == 1)
+        second = served.post("/v1/chat/completions", {**LONG, "stream": stream})
+        until(lambda: served.driver.waiting == 1)
         second.close()
-        until(lambda: driver_of(served).waiting == 0)
-        tokens = driver_of(served).llm.scheduler.tokens
+        until(lambda: served.driver.waiting == 0)
+        tokens = served.llm.scheduler.tokens
         first.close()
-        until(lambda: all_free(served))
-        assert driver_of(served).llm.scheduler.tokens - tokens < 400
+        until(served.is_free)
+        assert served.llm.scheduler.tokens - tokens < 400
         with served.client() as client:
             assert client.post("/v1/chat/completions", json={**LONG, "max_tokens": 2}).status_code == 200
 
@@ -95,7 +45,7 @@ def disconnects(served: Any, count: int) -> None:
         rng = random.Random(seed)
         chat = {**LONG, "stream": rng.random() < 0.5, "n": rng.choice([1, 1, 3]), "seed": seed}
         text = {"prompt": "def " * rng.randrange(1, 90), "max_tokens": 50, "stream": chat["stream"], "ignore_eos": True}
-        raw = post(served, *rng.choice([("/v1/chat/completions", chat), ("/v1/completions", text)]))
+        raw = served.post(*rng.choice([("/v1/chat/completions", chat), ("/v1/completions", text)]))
         time.sleep(rng.expovariate(20))
         if rng.random() < 0.3:
             raw.settimeout(0.2)
@@ -105,7 +55,7 @@ def disconnects(served: Any, count: int) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(one, [rng.randrange(1 << 30) for _ in range(count)]))
-    until(lambda: all_free(served))
+    until(served.is_free)
 
 
 def test_disconnects_at_random_moments(serving: Any, model_path: Path) -> None:
@@ -121,37 +71,37 @@ def test_a_thousand_disconnects(serving: Any, model_path: Path) -> None:
 
 def test_a_full_queue_says_when_to_come_again(serving: Any, model_path: Path) -> None:
     with serving({"tiny": model_path}, ServeConfig(port=0, max_running=1, max_queue=2)) as served:
-        held = [post(served, "/v1/chat/completions", LONG)]
-        until(lambda: driver_of(served).running == 1)
-        held += [post(served, "/v1/chat/completions", LONG) for _ in range(2)]
-        until(lambda: driver_of(served).waiting == 2)
-        with served.client() as client:
+        with served.paused(), served.client() as client:
+            held = [served.post("/v1/chat/completions", LONG)]
+            until(lambda: served.driver.running == 1)
+            held += [served.post("/v1/chat/completions", LONG) for _ in range(2)]
+            until(lambda: served.driver.waiting == 2)
             refused = client.post("/v1/chat/completions", json=LONG)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
             assert client.get("/health").status_code == 200
         for raw in held:
             raw.close()
-        until(lambda: all_free(served))
+        until(served.is_free)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_deadlines(serving: Any, model_path: Path, stream: bool) -> None:
     """In the queue, where a status is still possible, and in the middle of a stream."""
     with serving({"tiny": model_path}, ServeConfig(port=0, max_running=1)) as served, served.client() as client:
-        held = post(served, "/v1/chat/completions", LONG)
-        until(lambda: driver_of(served).running == 1)
+        held = served.post("/v1/chat/completions", LONG)
+        until(lambda: served.driver.running == 1)
         late = client.post("/v1/chat/completions", json={**LONG, "timeout": 0.01, "stream": stream})
         assert late.status_code == 503 and late.json()["error"]["code"] == "deadline_exceeded"
         held.close()
-        until(lambda: all_free(served))
+        until(served.is_free)
         cut = client.post("/v1/chat/completions", json={**LONG, "timeout": 0.05, "stream": stream})
         if stream and cut.status_code == 200:
             *_, last = [line for line in cut.text.split("\n\n") if line]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
         else:
             assert cut.status_code == 503
-        until(lambda: all_free(served))
+        until(served.is_free)
 
 
 def test_keys_share_the_model(serving: Any, model_path: Path) -> None:
@@ -166,14 +116,14 @@ def test_keys_share_the_model(serving: Any, model_path: Path) -> None:
                 assert client.post("/v1/chat/completions", json=body).status_code == 200
                 done.append(name)
 
-        with paused(served):
-            held = post(served, "/v1/chat/completions", LONG, "greedy-greedy")
-            until(lambda: driver_of(served).running == 1)
+        with served.paused():
+            held = served.post("/v1/chat/completions", LONG, "greedy-greedy")
+            until(lambda: served.driver.running == 1)
             crowd = [threading.Thread(target=ask, args=("greedy-greedy", "greedy")) for _ in range(10)]
             crowd.append(threading.Thread(target=ask, args=("modest-modest", "modest")))
             for waiting, thread in enumerate(crowd, 1):
                 thread.start()
-                until(lambda waiting=waiting: driver_of(served).waiting == waiting)  # type: ignore[misc]
+                until(lambda waiting=waiting: served.driver.waiting == waiting)  # type: ignore[misc]
         held.close()
         for thread in crowd:
             thread.join()
@@ -209,13 +159,13 @@ def test_models_come_and_go(serving: Any, model_path: Path, other_path: Path) ->
         assert [model.name for model in served.registry.loaded] == ["other"]
         assert ask("tiny", temperature=0).json()["choices"][0]["text"] == texts["tiny"]
         assert [m["loaded"] for m in client.get("/v1/models").json()["data"]] == [True, False]
-        with paused(served):
-            busy = post(served, "/v1/completions", {"prompt": "x", "max_tokens": 2, "model": "tiny"})
-            until(lambda: driver_of(served).running == 1)
+        with served.paused():
+            busy = served.post("/v1/completions", {"prompt": "x", "max_tokens": 2, "model": "tiny"})
+            until(lambda: served.driver.running == 1)
             refused = ask("other")
             assert refused.status_code == 503 and "retry-after" in refused.headers
         busy.close()
-        until(lambda: all_free(served))
+        until(served.is_free)
         assert ask("other").status_code == 200
 
 
@@ -223,7 +173,7 @@ def test_an_unexpected_failure_ends_one_step_and_not_the_server(
     serving: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving({"tiny": model_path}) as served, served.client() as client:
-        backend = driver_of(served).llm.backend
+        backend = served.llm.backend
         step = backend.step
 
         def broken(spans: Any) -> Any:
@@ -234,15 +184,15 @@ def test_an_unexpected_failure_ends_one_step_and_not_the_server(
         failed = client.post("/v1/chat/completions", json={**LONG, "max_tokens": 2})
         assert failed.status_code == 500 and "secret" not in failed.text
         assert client.post("/v1/chat/completions", json={**LONG, "max_tokens": 2}).status_code == 200
-        until(lambda: all_free(served))
+        until(served.is_free)
 
 
 def test_silence_is_filled(serving: Any, model_path: Path) -> None:
     """A stream that waits says that the server lives."""
     config = ServeConfig(port=0, max_running=1, ping_seconds=0.05)
     with serving({"tiny": model_path}, config) as served, served.client() as client:
-        held = post(served, "/v1/chat/completions", LONG)
-        until(lambda: driver_of(served).running == 1)
+        held = served.post("/v1/chat/completions", LONG)
+        until(lambda: served.driver.running == 1)
         body = {**LONG, "max_tokens": 2, "stream": True}
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
             assert response.status_code == 200

@@ -122,8 +122,8 @@ def send(address: tuple[str, int], asked: tuple[str, str, dict[str, str], bytes]
 
 def attack(served: Any, count: int) -> dict[int | None, int]:
     """Statuses by how often they came."""
-    host, port = served.url.removeprefix("http://").split(":")
-    address, statuses, lock = (host, int(port)), {}, threading.Lock()  # type: ignore[var-annotated]
+    statuses: dict[int | None, int] = {}
+    lock = threading.Lock()
     slowest, over = [0.0], threading.Event()
 
     def watch() -> None:
@@ -137,7 +137,7 @@ def attack(served: Any, count: int) -> dict[int | None, int]:
         rng = random.Random(seed)
         for _ in range(count // 4):
             asked = request(rng)
-            status = send(address, asked, rng)
+            status = send(served.address, asked, rng)
             with lock:
                 statuses[status] = statuses.get(status, 0) + 1
             assert status is None or status < 500 or status == 503, (status, asked)

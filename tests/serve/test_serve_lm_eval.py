@@ -30,7 +30,7 @@ def measured(served: Any, model_path: Path) -> Any:
 
 
 def test_scores(measured: Any, served: Any) -> None:
-    llm = served.registry.loaded[0].llm
+    llm = served.llm
     found = measured.loglikelihood(requests("loglikelihood", PAIRS))
     for (context, continuation), (logprob, greedy) in zip(PAIRS, found, strict=True):
         ids, kept = measured._encode_pair(context, continuation)
@@ -45,7 +45,7 @@ def test_scores(measured: Any, served: Any) -> None:
 
 
 def test_texts(measured: Any, served: Any) -> None:
-    llm = served.registry.loaded[0].llm
+    llm = served.llm
     options = {"until": ["\n\n\n"], "max_gen_toks": 12, "temperature": 0}
     (text,) = measured.generate_until(requests("generate_until", [("def f(", options)]))
     ids = measured.tok_encode("def f(")

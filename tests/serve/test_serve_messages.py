@@ -9,17 +9,9 @@ import pytest
 
 anthropic = pytest.importorskip("anthropic")
 
+from tests.serve.tools import MESSAGES_TOOL  # noqa: E402
+
 USER = [{"role": "user", "content": "Who are you?"}]
-TOOL = {
-    "name": "switch",
-    "description": "Turn the light on or off.",
-    "input_schema": {
-        "type": "object",
-        "properties": {"on": {"type": "boolean"}},
-        "required": ["on"],
-        "additionalProperties": False,
-    },
-}
 OPTIONS: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "extra_body": {"seed": 4}}
 
 
@@ -59,7 +51,7 @@ def test_stop_sequences(client: Any) -> None:
 
 
 def test_tools(client: Any) -> None:
-    options: dict[str, Any] = {**OPTIONS, "max_tokens": 60, "tools": [TOOL], "messages": USER}
+    options: dict[str, Any] = {**OPTIONS, "max_tokens": 60, "tools": [MESSAGES_TOOL], "messages": USER}
     for choice in ({"type": "any"}, {"type": "tool", "name": "switch"}):
         whole = client.messages.create(tool_choice=choice, **options)
         assert whole.stop_reason == "tool_use"

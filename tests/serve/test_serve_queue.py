@@ -95,6 +95,20 @@ def test_nothing_is_lost_or_doubled(steps: list[tuple[str, int, int]]) -> None:
     assert Counter(map(id, drain(queue))) == Counter(map(id, inside))
 
 
+def test_what_was_taken_back_is_not_charged() -> None:
+    queue: Any = FairQueue()
+    for _ in range(20):
+        queue.put(Job("other", 10))
+    taken = [Job("mine", 100) for _ in range(50)]
+    for job in taken:
+        queue.put(job)
+    for job in taken:
+        queue.remove(job)
+    mine = Job("mine", 10)
+    queue.put(mine)
+    assert mine in (queue.pop(), queue.pop())
+
+
 def test_who_comes_and_goes_leaves_nothing() -> None:
     queue: Any = FairQueue()
     queue.put(Job("stays"))

@@ -104,7 +104,7 @@ def test_what_is_dropped(made: list[tuple[str, int]], limit: int) -> None:
     ],
 )  # fmt: skip
 def test_errors_name_the_field(served: Any, change: dict[str, Any], param: str | None, code: str | None) -> None:
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    client = served.openai()
     for stream in ({}, {"stream": True}):  # before the first token an error is a status in a stream as well
         if stream and "stream_options" in change:
             continue
@@ -142,7 +142,7 @@ def test_truncation(served: Any) -> None:
             {"role": "assistant", "content": f"Answer {i}.", "id": f"msg_a{i}"},
         ]
     items.append({"role": "user", "content": "The last one."})
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    client = served.openai()
     options: dict[str, Any] = {"model": "tiny", "max_output_tokens": 20, "extra_body": {"seed": 4}}
     with pytest.raises(openai.BadRequestError, match=r"512 tokens.* needs \d{3,4}.*truncation") as caught:
         client.responses.create(input=items, **options)

@@ -78,8 +78,7 @@ def test_a_browser_asks_for_the_key_by_itself(locked: Any) -> None:
 )  # fmt: skip
 def test_a_page_cannot_call_this_machine_by_its_own_name(locked: Any, host: str, good: bool) -> None:
     """DNS rebinding. By hand, as clients do not send such headers."""
-    address = locked.url.removeprefix("http://").split(":")
-    with socket.create_connection((address[0], int(address[1])), timeout=20) as raw:
+    with socket.create_connection(locked.address, timeout=20) as raw:
         raw.sendall(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         status = raw.makefile("rb").readline().split()[1]
     assert status == (b"200" if good else b"403")
@@ -144,8 +143,7 @@ def test_sizes(serving: Any, model_path: Path) -> None:
         assert client.post("/tokenize", content=b"[]", headers=headers).json()["error"]["code"] == "invalid_json"
         assert client.post("/tokenize", json={"content": "x"}, headers={"content-encoding": "gzip"}).status_code == 415
         assert client.get("/health", headers={f"x-{i}": "y" * 500 for i in range(40)}).status_code in (400, 431)
-        host, port = found.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as raw:  # a body that never ends
+        with socket.create_connection(found.address, timeout=20) as raw:  # a body that never ends
             raw.sendall(
                 b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 100\r\nConnection: close\r\n\r\n{"
@@ -158,7 +156,7 @@ def test_sizes(serving: Any, model_path: Path) -> None:
 )
 def test_content_never_becomes_control(served: Any, content: str) -> None:
     """Through every place where text goes in."""
-    llm = served.registry.loaded[0].llm
+    llm = served.llm
     controls = set(llm.tokenizer.specials.values())
     tool = {"type": "function", "function": {"name": "f", "description": content, "parameters": {"title": content}}}
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": content})}}

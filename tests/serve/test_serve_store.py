@@ -6,7 +6,6 @@ import asyncio
 import json
 import sqlite3
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,13 @@ from herd.serve.errors import ApiError  # noqa: E402
 from herd.serve.store import Store  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def storing(serving: Any, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server that keeps responses, for two keys."""
-    config = ServeConfig(port=0, store=tmp_path_factory.mktemp("store") / "responses.db")
-    with serving({"tiny": model_path}, config, Keys(["key-of-alice", "key-of-bob"])) as found:
-        yield found
-
-
-def client_of(served: Any, key: str = "key-of-alice") -> Any:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0)
-
-
 def make(client: Any, **body: Any) -> Any:
     """A response, as it came."""
     create = client.responses.with_raw_response.create
     return json.loads(create(model="tiny", max_output_tokens=3, **body).http_response.content)
 
 
-def test_what_is_kept(storing: Any) -> None:
+def test_what_is_kept(storing: Any, alice: Any) -> None:
     items: list[Any] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Light!", "id": "msg_mine"},
@@ -49,30 +36,29 @@ def test_what_is_kept(storing: Any) -> None:
         {"role": "assistant", "content": "It is on."},
         {"role": "user", "content": [{"type": "input_text", "text": "Thanks."}]},
     ]
-    client = client_of(storing)
-    answer = make(client, input=items)
-    listing = client.responses.input_items.with_raw_response.list(answer["id"], order="asc").http_response.content
+    answer = make(alice, input=items)
+    listing = alice.responses.input_items.with_raw_response.list(answer["id"], order="asc").http_response.content
     found = ResponseItemList.model_validate_json(listing, strict=True)
     assert not any(item.model_extra for item in found.data)
     kinds = ["message", "message", "function_call", "function_call_output", "message", "message"]
     assert [item.type for item in found.data] == kinds
     assert found.data[1].id == "msg_mine" == json.loads(listing)["data"][1]["id"] and not found.has_more
-    pages = list(client.responses.input_items.list(answer["id"], limit=2))  # the client turns the pages by itself
+    pages = list(alice.responses.input_items.list(answer["id"], limit=2))  # the client turns the pages by itself
     assert [item.id for item in pages] == [item.id for item in found.data][::-1]
     for query in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "msg_other"}, {"include": ["x"]}):
         with pytest.raises(openai.BadRequestError):
-            client.responses.input_items.list(answer["id"], **query)
+            alice.responses.input_items.list(answer["id"], **query)
     with pytest.raises(openai.BadRequestError):
-        list(client.responses.retrieve(answer["id"], stream=True))
+        list(alice.responses.retrieve(answer["id"], stream=True))
 
-    gone = make(client, input="x", store=False)
+    gone = make(alice, input="x", store=False)
     assert gone["store"] is False
     with pytest.raises(openai.NotFoundError):
-        client.responses.retrieve(gone["id"])
+        alice.responses.retrieve(gone["id"])
     with storing.client(headers={"authorization": "Bearer key-of-alice"}) as http:
         deleted = http.delete(f"/v1/responses/{answer['id']}")
         assert deleted.json() == {"id": answer["id"], "object": "response", "deleted": True}
-    for call in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
+    for call in (alice.responses.retrieve, alice.responses.delete, alice.responses.input_items.list):
         with pytest.raises(openai.NotFoundError) as caught:
             call(answer["id"])
         assert caught.value.code == "response_not_found"
@@ -92,17 +78,15 @@ def test_asynchronously(storing: Any) -> None:
     assert len(asyncio.run(several())) > 1
 
 
-def test_another_key_finds_nothing(storing: Any) -> None:
-    client = client_of(storing)
-    answer = make(client, input="A secret.")
-    other = client_of(storing, "key-of-bob")
-    for call in (other.responses.retrieve, other.responses.delete, other.responses.input_items.list):
+def test_another_key_finds_nothing(storing: Any, alice: Any, bob: Any) -> None:
+    answer = make(alice, input="A secret.")
+    for call in (bob.responses.retrieve, bob.responses.delete, bob.responses.input_items.list):
         with pytest.raises(openai.NotFoundError):
             call(answer["id"])
     with pytest.raises(openai.BadRequestError) as caught:
-        make(other, input="x", previous_response_id=answer["id"])
+        make(bob, input="x", previous_response_id=answer["id"])
     assert caught.value.code == "previous_response_not_found" and caught.value.param == "previous_response_id"
-    assert client.responses.retrieve(answer["id"]).id == answer["id"]
+    assert alice.responses.retrieve(answer["id"]).id == answer["id"]
     with storing.client(headers={"x-api-key": "key-of-alice"}) as http:  # the same key, said in another way
         assert http.get(f"/v1/responses/{answer['id']}").json() == answer
 
@@ -113,20 +97,20 @@ def test_it_is_there_after_a_restart_for_the_key_and_not_for_its_place(
     """Keys on the command line have no names but their places, and these change."""
     config = ServeConfig(port=0, store=tmp_path / "kept.db")
     with serving({"tiny": model_path}, config, Keys(["first-key"])) as served:
-        answer = make(client_of(served, "first-key"), input="x")
+        answer = make(served.openai("first-key"), input="x")
     assert [path.name for path in tmp_path.iterdir()] == ["kept.db"]
     assert stat.S_IMODE((tmp_path / "kept.db").stat().st_mode) == 0o600
     with serving({"tiny": model_path}, config, Keys(["second-key", "first-key"])) as served:
         with pytest.raises(openai.NotFoundError):
-            client_of(served, "second-key").responses.retrieve(answer["id"])
-        client = client_of(served, "first-key")
+            served.openai("second-key").responses.retrieve(answer["id"])
+        client = served.openai("first-key")
         kept = client.responses.with_raw_response.retrieve(answer["id"]).http_response.content
         assert json.loads(kept) == answer
         assert make(client, input="y", previous_response_id=answer["id"])["output"]
 
 
 def test_without_a_store(served: Any) -> None:
-    client = client_of(served, "anything")
+    client = served.openai("anything")
     answer = make(client, input="Who are you?")
     assert answer["store"] is False
     for change in ({"store": True}, {"previous_response_id": answer["id"]}):

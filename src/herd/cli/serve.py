@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,11 +35,17 @@ def command(
     grace: Annotated[float, typer.Option(help="Seconds that running answers have when the server stops.")] = 30.0,
     deadline: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; further ones are refused.")] = 256,
+    max_wait: Annotated[
+        float | None, typer.Option(help="Seconds a request may wait for its turn; longer is refused at once.")
+    ] = None,
     max_running: Annotated[int, typer.Option(help="Answers that are generated together.")] = 64,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="For all models, such as 16GiB.")] = None,
     store: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep responses here (SQLite), for previous_response_id.")
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(metavar="N", help="Processes that have the models, through Ray Serve (1: this one, without).")
+    ] = 1,
     loading: Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
 ) -> None:
@@ -56,6 +63,8 @@ def command(
         herd serve small=a.gguf large=b.gguf --memory 16GiB
 
         HERD_API_KEY=$(openssl rand -hex 24) herd serve model.gguf --host 0.0.0.0
+
+        herd serve model.gguf --replicas 2 --threads 16
 
         curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
           -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
@@ -84,6 +93,7 @@ def command(
             "deadline": deadline,
             "max_queue": max_queue,
             "max_running": max_running,
+            "max_wait": max_wait,
             "memory": None if memory is None else _bytes(memory),
             "store": store,
         },
@@ -91,15 +101,21 @@ def command(
     )
     given = api_key or ([os.environ["HERD_API_KEY"]] if os.environ.get("HERD_API_KEY") else [])
     keys = Keys(given, None if api_keys is None else read_keys(api_keys))
-    registry = Registry(_paths(models), config, loading.arguments())
+    paths = _paths(models)
     write_log()
 
     def started(url: str) -> None:
-        data: dict[str, Any] = {"url": url, "models": list(registry.paths), "key": keys.needed}
-        emit(data, as_json, lambda: speak(f"{url}  serves {', '.join(registry.paths)}; Ctrl-C stops\n"))
+        data: dict[str, Any] = {"url": url, "models": list(paths), "key": keys.needed}
+        emit(data, as_json, lambda: speak(f"{url}  serves {', '.join(paths)}; Ctrl-C stops\n"))
         sys.stdout.flush()
 
-    serve(registry, config, keys, on_start=started)
+    if replicas == 1:
+        serve(Registry(paths, config, loading.arguments()), config, keys, on_start=started)
+        return
+    from herd.serve.replicas import serve_replicas
+
+    arguments = replace(loading, threads=None).arguments() | {"threads": loading.threads}  # of machines that may differ
+    serve_replicas(paths, config, keys, arguments, replicas, on_start=started)
 
 
 def _paths(models: list[str]) -> dict[str, Path]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import importlib.resources
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import orjson
 from starlette.applications import Starlette
@@ -27,9 +27,10 @@ from herd.serve.config import ServeConfig
 from herd.serve.errors import ApiError, as_api_error, error_response
 from herd.serve.keys import Keys
 from herd.serve.metrics import Metrics
+from herd.serve.page import chat_page
 from herd.serve.registry import Registry
 from herd.serve.security import Gate
-from herd.serve.sse import ClientGone
+from herd.serve.sse import ClientGone, EventStream
 from herd.serve.store import Store
 
 log = logging.getLogger("herd.serve")
@@ -48,7 +49,12 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Requests are answered; 503 while a model is loaded, and once the server is about to stop."""
-    registry: Registry = request.app.state.registry
+    models = models_ready(request.app.state.registry)
+    return Response(orjson.dumps({"status": "ready", "models": models}), media_type="application/json")
+
+
+def models_ready(registry: Registry) -> list[str]:
+    """The models that are loaded. Raises ApiError when requests are not answered."""
     if registry.draining:
         raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
     if not registry.loaded:
@@ -56,8 +62,7 @@ async def ready(request: Request) -> Response:
     dead = [model.name for model in registry.loaded if not model.driver.alive]
     if dead:
         raise ApiError(503, f"the model {dead[0]} has stopped", code="stopped")
-    names = [model.name for model in registry.loaded]
-    return Response(orjson.dumps({"status": "ready", "models": names}), media_type="application/json")
+    return [model.name for model in registry.loaded]
 
 
 async def description(request: Request) -> Response:
@@ -72,11 +77,10 @@ async def metrics(request: Request) -> Response:
 
 
 async def page(request: Request) -> Response:
-    """The chat page: one file, which may run its own script and fetch from here, and nothing else."""
+    """The chat page, which may run its own script and fetch from here, and nothing else."""
     nonce = secrets.token_urlsafe(16)
-    text = importlib.resources.files("herd.serve").joinpath("page.html").read_text("utf-8")
-    policy = _PAGE_POLICY.format(nonce=nonce)
-    return Response(text.replace("__NONCE__", nonce), 200, {"content-security-policy": policy}, "text/html")
+    headers = {"content-security-policy": _PAGE_POLICY.format(nonce=nonce)}
+    return Response(chat_page(nonce), 200, headers, "text/html")
 
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
@@ -102,7 +106,12 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
 
 
 def create_app(registry: Registry, config: ServeConfig, keys: Keys) -> ASGIApp:
-    """The application. Models are loaded when it starts, and closed when it ends."""
+    """The whole application, behind its gate."""
+    return Gate(create_api(registry, config), config, keys)
+
+
+def create_api(registry: Registry, config: ServeConfig) -> Starlette:
+    """All routes, without the gate. Models are loaded when it starts, and closed when it ends."""
     counts = Metrics(lambda: registry.loaded)
     store = None if config.store is None else Store(config.store)
 
@@ -114,13 +123,26 @@ def create_app(registry: Registry, config: ServeConfig, keys: Keys) -> ASGIApp:
         if store is not None:
             store.close()
 
+    app = application(ROUTES, config, counts, lifespan)
+    app.state.registry, app.state.store = registry, store
+    return app
+
+
+def application(
+    routes: Sequence[tuple[str, str, Handler]],
+    config: ServeConfig,
+    counts: Metrics,
+    lifespan: Callable[[Starlette], contextlib.AbstractAsyncContextManager[None]],
+) -> Starlette:
+    """An application of these routes, whose responses are counted and whose errors have the usual form."""
     app = Starlette(
-        routes=[Route(path, _endpoint(handler, path, counts), methods=[method]) for method, path, handler in ROUTES],
+        routes=[Route(path, _endpoint(handler, path, counts), methods=[method]) for method, path, handler in routes],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )
-    app.state.registry, app.state.config, app.state.metrics, app.state.store = registry, config, counts, store
-    return Gate(app, config, keys)
+    app.state.config, app.state.metrics = config, counts
+    app.state.parsing = asyncio.Lock()  # of large bodies
+    return app
 
 
 def _endpoint(handler: Handler, path: str, counts: Metrics) -> Handler:
@@ -142,7 +164,8 @@ def _endpoint(handler: Handler, path: str, counts: Metrics) -> Handler:
             counts.response(path, told.status)
             # Anthropic's clients look for the type of the whole.
             return error_response(told, **({"type": "error"} if path.startswith("/v1/messages") else {}))
-        counts.response(path, getattr(response, "status_code", 200))
+        if not isinstance(response, EventStream):  # which counts itself, at its end
+            counts.response(path, response.status_code)
         return response
 
     answer.__name__ = handler.__name__

@@ -29,6 +29,13 @@ class ServeConfig(Config):
     max_queue: int = Field(default=256, ge=0, le=100_000, description="Requests that may wait, over all keys.")
     max_running: int = Field(default=64, ge=1, le=256, description="Answers that are generated together.")
     max_n: int = Field(default=16, ge=1, le=128, description="Answers to one request.")
+    max_wait: float | None = Field(
+        default=None,
+        gt=0,
+        le=86_400,
+        description="Seconds that a request may wait for its turn; one that would wait longer is refused at once. "
+        "None: as long as it takes.",
+    )
     deadline: float = Field(default=600.0, gt=0, le=86_400, description="Seconds after which a request is given up.")
     grace: float = Field(default=30.0, ge=0, le=3600, description="Seconds that running answers have at the end.")
     memory: int | None = Field(

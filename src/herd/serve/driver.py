@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from herd.engine import LLM, Chunk, Sampling
 from herd.engine.prompts import check_ids
@@ -21,12 +23,13 @@ from herd.engine.scheduler import PREFILL_TOKENS, LiveSequence
 from herd.errors import ContextLengthExceeded
 from herd.serve.errors import ApiError
 from herd.serve.keys import Client
+from herd.serve.pace import Pace
+from herd.serve.piecework import Pieces, Piecework
 from herd.serve.queue import FairQueue
 
 T = TypeVar("T")
 log = logging.getLogger("herd.serve")
 
-_MEMORY = 0.9  # how slowly the estimates of speed follow what is measured
 # Prompts enter in pieces that take about so long: answers beside them wait for each, and who gives up does too.
 _STEP_SECONDS = 0.25
 _PIECES = (64, PREFILL_TOKENS)  # fewer tokens are slower one by one
@@ -47,6 +50,7 @@ class Ticket:
     deadline: float
     """By time.monotonic()."""
     loop: asyncio.AbstractEventLoop
+    arrived: float = field(default_factory=time.monotonic)
     events: asyncio.Queue[tuple[int, Chunk] | BaseException] = field(default_factory=asyncio.Queue)
     sequences: list[LiveSequence] = field(default_factory=list)
     """In the engine's batch; empty while the request waits."""
@@ -78,23 +82,33 @@ class Ticket:
 
 
 class Driver:
-    """See above. `max_queue` requests may wait, and `max_running` answers are generated together."""
+    """See above. `max_queue` requests may wait, for `max_wait` seconds; `max_running` answers go on together."""
 
-    def __init__(self, llm: LLM, *, max_queue: int, max_running: int, deadline: float, name: str = "model") -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        max_queue: int,
+        max_running: int,
+        deadline: float,
+        max_wait: float | None = None,
+        name: str = "model",
+    ) -> None:
         self.llm = llm
         self._max_queue = max_queue
         self._max_running = max_running
+        self._max_wait = max_wait
         self._deadline = deadline
         self._state = threading.Condition()  # guards all that follows
         self._queue: FairQueue[Ticket] = FairQueue()
         self._running: list[Ticket] = []
         self._cancelled: list[Ticket] = []
-        self._errands: list[Callable[[BaseException | None], None]] = []
-        self._busy = False  # with errands
+        self._works: deque[Piecework[Any]] = deque()  # beside the batch; the first one has begun
         self._stopping: BaseException | None = None
         self._queued_cost = 0
-        self._speed = 0.0  # of all answers and prompts together, tokens a second
+        self._pace = Pace()
         self._prompt_speed = _FIRST_PIECE / _STEP_SECONDS
+        llm.scheduler.prefill_tokens = self._piece
         self._events: list[tuple[Ticket, int, Chunk]] = []  # of the step that runs
         self._thread = threading.Thread(target=self._run, name=f"herd-{name}", daemon=True)
         self._thread.start()
@@ -147,6 +161,18 @@ class Driver:
             crowd_out.events.put_nowait(self._full())
         return ticket
 
+    def check_wait(self, client: Client) -> None:
+        """Raises ApiError when a request of this client would wait longer than one may.
+
+        That costs nothing. So a server that is asked for three times what it can do goes on doing what it can, in time.
+        """
+        if self._max_wait is None:
+            return
+        with self._state:
+            wait = self._pace.seconds(self._queue.ahead_of(client.name))
+        if wait > self._max_wait:
+            raise _too_slow(wait - self._max_wait)
+
     def cancel(self, ticket: Ticket) -> None:
         """Give up a request, wherever it is; nothing when it is over. One that runs ends before the next step."""
         with self._state:
@@ -159,33 +185,22 @@ class Driver:
                 self._cancelled.append(ticket)
                 self._state.notify()
 
-    async def between_steps(self, work: Callable[[], T]) -> T:
-        """Run `work`, which uses the model in another way than the batch, when no step runs; its result."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+    async def between_steps(self, begin: Callable[[], Pieces[T]]) -> T:
+        """The result of work that uses the model in another way than the batch: a piece of it before each step.
 
-        def errand(why: BaseException | None) -> None:
-            if future.cancelled():
-                return
-            try:
-                if why is not None:
-                    raise why
-                result = work()
-            except BaseException as error:
-                loop.call_soon_threadsafe(_fail, future, error)
-            else:
-                loop.call_soon_threadsafe(_resolve, future, result)
-
+        Works are done one after the other, so that no two of them wait for each other's room in the cache.
+        """
+        work = Piecework(begin)
         with self._state:
             if self._stopping is not None:
                 raise self._stopping
-            if len(self._errands) >= max(1, self._max_queue):
+            if len(self._works) >= max(1, self._max_queue):
                 raise self._full()
-            self._errands.append(errand)
+            self._works.append(work)
             self._state.notify()
         try:
             async with asyncio.timeout(self._deadline):
-                return await future
+                return await work.result
         except TimeoutError:
             raise too_late() from None
 
@@ -202,7 +217,7 @@ class Driver:
     @property
     def idle(self) -> bool:
         with self._state:
-            return not (self._queue or self._running or self._errands or self._busy)
+            return not (self._queue or self._running or self._works)
 
     @property
     def alive(self) -> bool:
@@ -221,7 +236,7 @@ class Driver:
 
     def _wait_estimate(self) -> float:
         """Seconds until what waits now has been done, at the speed of late."""
-        return min(60.0, max(1.0, self._queued_cost / self._speed if self._speed else 1.0))
+        return min(60.0, max(1.0, self._pace.seconds(self._queued_cost)))
 
     # --- the thread -----------------------------------------------------------------------------------------------
 
@@ -243,24 +258,33 @@ class Driver:
             why = self._stopping
             if why is None:
                 cancelled, self._cancelled = self._cancelled, []
-                errands, self._errands = self._errands, []
-                self._busy = bool(errands)
         if why is not None:
             self._end_all(why)
             return False
         for ticket in cancelled:
             self._leave(ticket)
         self._expire()
-        for errand in errands:
-            errand(None)
-        self._busy = False
+        self._work()
         self._admit()
         if self._running:
             self._step()
         return True
 
     def _has_work(self) -> bool:
-        return bool(self._queue or self._running or self._cancelled or self._errands or self._stopping)
+        return bool(self._queue or self._running or self._cancelled or self._works or self._stopping)
+
+    def _work(self) -> None:
+        """A piece of the work beside the batch, as long as a piece of a prompt."""
+        with self._state:
+            work = self._works[0] if self._works else None
+        if work is None:
+            return
+        tokens, start = self._piece, time.perf_counter()
+        if work.advance(tokens):
+            self._learn(tokens, time.perf_counter() - start)
+        else:
+            with self._state:
+                self._works.popleft()
 
     def _admit(self) -> None:
         """Requests whose turn it is enter the batch, as long as all that is in it has room."""
@@ -309,11 +333,16 @@ class Driver:
     def _learn(self, tokens: int, seconds: float) -> None:
         """What a step took says how much of the prompts to take in the next one."""
         speed = tokens / max(seconds, 1e-6)
-        self._speed = speed if not self._speed else _MEMORY * self._speed + (1 - _MEMORY) * speed
+        self._pace.worked(seconds)
         if tokens >= _PIECES[0] // 2:
             self._prompt_speed = (self._prompt_speed + speed) / 2
+        self.llm.scheduler.prefill_tokens = self._piece
+
+    @property
+    def _piece(self) -> int:
+        """Tokens of prompts to compute in one go."""
         low, high = _PIECES
-        self.llm.scheduler.prefill_tokens = max(low, min(high, int(self._prompt_speed * _STEP_SECONDS)))
+        return max(low, min(high, int(self._prompt_speed * _STEP_SECONDS)))
 
     def _leave(self, ticket: Ticket, error: BaseException | None = None) -> None:
         """A request is over: its answers end where they are, and `error` is what its reader meets."""
@@ -322,6 +351,7 @@ class Driver:
             ticket.over = True
             if ticket in self._running:
                 self._running.remove(ticket)
+                self._pace.finished(ticket.cost)
         if error is not None:
             ticket.loop.call_soon_threadsafe(ticket.events.put_nowait, error)
 
@@ -329,22 +359,28 @@ class Driver:
         """Requests whose time is up."""
         now = time.monotonic()
         with self._state:
-            late = [ticket for ticket in self._queue.jobs() if ticket.deadline < now]
-            for ticket in late:
+            waiting = self._queue.jobs()
+            late = [ticket for ticket in waiting if ticket.deadline < now]
+            patience = self._max_wait or math.inf
+            tired = [ticket for ticket in waiting if now - ticket.arrived > patience and ticket.deadline >= now]
+            for ticket in late + tired:
                 self._queue.remove(ticket)
                 self._queued_cost -= ticket.cost
             late += [ticket for ticket in self._running if ticket.deadline < now]
         for ticket in late:
             self._leave(ticket, too_late())
+        for ticket in tired:
+            self._leave(ticket, _too_slow(1.0))
 
     def _end_all(self, why: BaseException) -> None:
         with self._state:
             tickets = [*self._queue.jobs(), *self._running]
             for ticket in tickets:
                 self._queue.remove(ticket)
-            errands, self._errands = self._errands, []
-        for errand in errands:
-            errand(why)
+            works = list(self._works)
+            self._works.clear()
+        for work in works:
+            work.give_up(why)
         for ticket in tickets:
             self._leave(ticket, why)
 
@@ -354,16 +390,11 @@ def too_late() -> ApiError:
     return ApiError(503, "the request took too long", code="deadline_exceeded", retry_after=5)
 
 
+def _too_slow(retry_after: float) -> ApiError:
+    message = "requests wait longer now than this server lets them"
+    return ApiError(429, message, code="queue_too_slow", retry_after=min(60.0, retry_after))
+
+
 def _hand_out(events: list[tuple[Ticket, int, Chunk]]) -> None:
     for ticket, j, chunk in events:
         ticket.events.put_nowait((j, chunk))
-
-
-def _resolve(future: asyncio.Future[T], result: T) -> None:
-    if not future.cancelled():
-        future.set_result(result)
-
-
-def _fail(future: asyncio.Future[T], error: BaseException) -> None:
-    if not future.cancelled():
-        future.set_exception(error)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,9 @@ class KeyLimits(Config):
     """What the holder of a key may do; None: as much as the server can."""
 
     concurrent: int | None = Field(default=None, ge=1, le=100_000, description="Requests at a time.")
-    requests_per_minute: float | None = Field(default=None, gt=0, description="Requests, averaged over a minute.")
+    requests_per_minute: float | None = Field(
+        default=None, gt=0, description="Requests, averaged over a minute; one of several prompts or texts counts each."
+    )
     tokens_per_minute: float | None = Field(default=None, gt=0, description="Tokens of prompts and answers, the same.")
     weight: float = Field(default=1.0, gt=0, le=1000, description="Share of the model where all want all of it.")
 
@@ -69,25 +72,35 @@ class Bucket:
 class Client:
     """The holder of a key, while the server runs."""
 
-    def __init__(self, name: str, limits: KeyLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, name: str, limits: KeyLimits, clock: Callable[[], float] = time.monotonic, *, owner: str = ""
+    ) -> None:
         self.name = name
+        self.owner = owner
+        """The key's hash, as names of keys may change: whose kept responses are theirs. Empty for `NOBODY`."""
         self.limits = limits
         self.running = 0
         self._requests = None if limits.requests_per_minute is None else Bucket(limits.requests_per_minute, clock)
         self._tokens = None if limits.tokens_per_minute is None else Bucket(limits.tokens_per_minute, clock)
 
-    def wait(self) -> float:
-        """Seconds until another request is welcome; 0 now."""
+    @property
+    def most(self) -> float:
+        """Prompts of one request at most: more than a minute's worth is never there."""
+        per_minute = self.limits.requests_per_minute
+        return math.inf if per_minute is None else max(1.0, per_minute)
+
+    def wait(self, prompts: int = 1) -> float:
+        """Seconds until another request, of so many prompts, is welcome; 0 now."""
         if self.limits.concurrent is not None and self.running >= self.limits.concurrent:
             return 1.0
-        requests = 0.0 if self._requests is None else self._requests.wait_for(1.0)
+        requests = 0.0 if self._requests is None else self._requests.wait_for(prompts)
         tokens = 0.0 if self._tokens is None else self._tokens.wait_for(1.0)
         return max(requests, tokens)
 
-    def enter(self) -> None:
+    def enter(self, prompts: int = 1) -> None:
         self.running += 1
         if self._requests is not None:
-            self._requests.take(1.0)
+            self._requests.take(prompts)
 
     def leave(self, tokens: int) -> None:
         self.running -= 1
@@ -109,9 +122,10 @@ class Keys:
                     fix='python -c "import secrets; print(secrets.token_urlsafe(24))" makes one',
                 )
             name = "key" if len(given) == 1 else f"key-{number}"
-            self._clients.append((hashlib.sha256(key.encode()).digest(), Client(name, KeyLimits())))
+            digest = hashlib.sha256(key.encode())
+            self._clients.append((digest.digest(), Client(name, KeyLimits(), owner=digest.hexdigest())))
         for name, entry in (stored or {}).items():
-            self._clients.append((bytes.fromhex(entry.sha256), Client(name, entry)))
+            self._clients.append((bytes.fromhex(entry.sha256), Client(name, entry, owner=entry.sha256)))
         self._nobody = Client(NOBODY, KeyLimits())
 
     @property

@@ -25,6 +25,9 @@ class Metrics:
         self._responses = Counter(
             "herd_responses", "Responses by path and status.", ["path", "status"], registry=self._registry
         )
+        self._streams = Counter(
+            "herd_streams", "Streams that began, by path and how they ended.", ["path", "end"], registry=self._registry
+        )
         self._time = Histogram(
             "herd_request_seconds", "From arrival to the end.", ["path"], buckets=_SECONDS, registry=self._registry
         )
@@ -48,6 +51,9 @@ class Metrics:
 
     def response(self, path: str, status: int) -> None:
         self._responses.labels(path, str(status)).inc()
+
+    def stream(self, path: str, end: str) -> None:
+        self._streams.labels(path, end).inc()
 
     def seconds(self, path: str, seconds: float) -> None:
         self._time.labels(path).observe(seconds)

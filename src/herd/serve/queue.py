@@ -88,6 +88,11 @@ class FairQueue(Generic[J]):
             return None
         return max(waiting[longest], key=lambda entry: entry[0])[1]
 
+    def ahead_of(self, owner: str) -> int:
+        """Cost of the jobs that would leave before a new one of this owner."""
+        start = max(self._now, self._end_of.get(owner, 0.0))
+        return sum(job.cost for begin, number, job in self._heap if begin <= start and number not in self._gone)
+
     def jobs(self) -> list[J]:
         """All that wait, in no order."""
         return [job for _, number, job in self._heap if number not in self._gone]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import time
@@ -157,8 +158,16 @@ class Registry:
                 raise
             config = self._config
             driver = Driver(
-                llm, max_queue=config.max_queue, max_running=config.max_running, deadline=config.deadline, name=name
+                llm,
+                max_queue=config.max_queue,
+                max_running=config.max_running,
+                max_wait=config.max_wait,
+                deadline=config.deadline,
+                name=name,
             )
+            gc.unfreeze()  # models that were unloaded since lie in reference cycles, and would stay for ever
+            gc.collect()
+            gc.freeze()  # what is there now stays: looking through it again and again stops everybody for 50 ms
             model = self._models[name] = Model(name, llm, driver, fingerprint, size)
             log.info("loaded %s from %s, %d tokens of context", name, path, llm.context)
             return model

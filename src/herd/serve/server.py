@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -21,8 +22,10 @@ from herd.serve.registry import Registry
 from herd.serve.security import is_local
 
 log = logging.getLogger("herd.serve")
+Drain = Callable[[float], Awaitable[None]]
 _BACKLOG = 512
 _FIRST_REQUEST = 30.0  # seconds
+_MOST_CONNECTIONS = 512  # half the files that a process may usually have open
 
 
 def check_exposure(config: ServeConfig, keys: Keys) -> None:
@@ -39,7 +42,8 @@ def check_exposure(config: ServeConfig, keys: Keys) -> None:
 def listen(config: ServeConfig) -> socket.socket:
     """A bound socket. Raises ResourceError when the address cannot be had."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio switches Nagle's algorithm off where it sees that this is TCP; else a token may wait 40 ms for another.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((config.host.strip("[]"), config.port))
@@ -54,14 +58,23 @@ def listen(config: ServeConfig) -> socket.socket:
 
 
 class Connection(H11Protocol):
-    """A connection that must bring a request soon, or is cut."""
+    """A connection that must bring a request soon, or is cut; of too many, one that brings none makes way."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.loop.call_later(_FIRST_REQUEST, self._cut_if_silent)
+        if len(self.connections) > _MOST_CONNECTIONS:
+            others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
+            next((each for each in others if each.silent), self).transport.abort()
+
+    @property
+    def silent(self) -> bool:
+        """Open, and nobody waits for an answer on it."""
+        waits = self.cycle is not None and not self.cycle.response_complete
+        return not (waits or self.transport.is_closing())
 
     def _cut_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        if self.cycle is None:
             self.transport.abort()
 
 
@@ -71,6 +84,7 @@ def settings_for(app: ASGIApp) -> uvicorn.Config:
         app,
         host="127.0.0.1",
         port=0,
+        loop="asyncio",  # also where another package has brought another one
         http=Connection,
         ws="none",
         lifespan="on",
@@ -88,9 +102,9 @@ def settings_for(app: ASGIApp) -> uvicorn.Config:
 class Server(uvicorn.Server):
     """uvicorn, which on the first signal lets answers end, and on the second one does not."""
 
-    def __init__(self, config: uvicorn.Config, registry: Registry, grace: float, on_start: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Drain, grace: float, on_start: Callable[[], None]) -> None:
         super().__init__(config)
-        self._registry = registry
+        self._until_drained = drain
         self._grace = grace
         self._on_start = on_start
         self._draining: asyncio.Task[None] | None = None
@@ -114,7 +128,7 @@ class Server(uvicorn.Server):
     async def _finish(self) -> None:
         log.info("stopping: running answers have %g s", self._grace)
         try:
-            await self._registry.drain(self._grace)
+            await self._until_drained(self._grace)
         finally:
             self.should_exit = True
 
@@ -127,13 +141,24 @@ def serve(
     on_start: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until a signal comes. `on_start` gets the address, once requests are taken."""
+    with listening(config, keys) as bound:
+        run(create_app(registry, config, keys), registry.drain, config.grace, bound, on_start)
+
+
+@contextlib.contextmanager
+def listening(config: ServeConfig, keys: Keys) -> Iterator[socket.socket]:
+    """The socket, for the time of a block. Raises UsageError or ResourceError when there cannot be one."""
     check_exposure(config, keys)
     bound = listen(config)
-    host, port = bound.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    settings = settings_for(create_app(registry, config, keys))
-    server = Server(settings, registry, config.grace, lambda: on_start(f"http://{shown}:{port}"))
     try:
-        server.run(sockets=[bound])
+        yield bound
     finally:
         bound.close()
+
+
+def run(app: ASGIApp, drain: Drain, grace: float, bound: socket.socket, on_start: Callable[[str], None]) -> None:
+    """Serve an application until a signal comes; `drain` gets the seconds that running answers have then."""
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    server = Server(settings_for(app), drain, grace, lambda: on_start(f"http://{shown}:{port}"))
+    server.run(sockets=[bound])

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from herd.serve.config import ServeConfig
-from herd.serve.errors import as_api_error, error_body, error_response
+from herd.serve.errors import ApiError, as_api_error, error_body, error_response
 
 T = TypeVar("T")
 log = logging.getLogger("herd.serve")
@@ -24,11 +24,21 @@ log = logging.getLogger("herd.serve")
 DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
 
+End = Literal["done", "error", "deadline", "stopped", "disconnected", "unread"]
+"""How a stream ended: whole; with an error event, for want of time or as the model stopped, or for another reason; the
+client had gone, or did not read what it was sent."""
+
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One event. JSON has no line breaks of its own, so it is one line."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def end_with(error: ApiError) -> End:
+    """How a stream ended of which this error was the last event."""
+    ends: dict[str | None, End] = {"deadline_exceeded": "deadline", "stopped": "stopped"}
+    return ends.get(error.code, "error")
 
 
 class ClientGone(Exception):
@@ -56,9 +66,14 @@ async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """A response whose events come from a generator; `on_close` is called at the end, whatever happens."""
+    """A response whose events come from a generator.
 
-    def __init__(self, events: AsyncGenerator[bytes, None], config: ServeConfig, on_close: Callable[[], None]) -> None:
+    `on_close` is called at the end, whatever happens, with the status, and how the stream ended if one began.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], config: ServeConfig, on_close: Callable[[int, End | None], None]
+    ) -> None:
         super().__init__()
         self._events = events
         self._config = config
@@ -67,7 +82,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.ensure_future(gone(receive))
         following = asyncio.ensure_future(anext(self._events))
-        started = False
+        started, status = False, 499
+        end: End = "disconnected"
         try:
             while True:
                 await asyncio.wait(
@@ -81,30 +97,33 @@ class EventStream(Response):
                         part = following.result()
                         following = asyncio.ensure_future(anext(self._events))
                     except StopAsyncIteration:
-                        part, last = b"", True
+                        part, last, end = b"", True, "done"
                     except Exception as error:
                         told = as_api_error(error)
                         if told.code == "internal_error":
                             log.error("a stream failed", exc_info=error)
                         if not started:
+                            status = told.status
                             await error_response(told)(scope, receive, send)
                             return
-                        part, last = event(error_body(told)), True
+                        part, last, end = event(error_body(told)), True, end_with(told)
                 if not started:
-                    started = True
+                    started, status = True, 200
                     await send(_START)
                 async with asyncio.timeout(self._config.write_timeout):
                     await send({"type": "http.response.body", "body": part, "more_body": not last})
                 if last:
                     return
-        except (TimeoutError, OSError):
-            return  # the client does not read, or has gone
+        except TimeoutError:
+            end = "unread"
+        except OSError:
+            end = "disconnected"
         finally:
             for task in (following, leaving):
                 task.cancel()
             await asyncio.gather(following, leaving, return_exceptions=True)
             await self._events.aclose()
-            self._on_close()
+            self._on_close(status, end if started else None)
 
 
 _START = {

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import orjson
 import pydantic
+from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect, Request
 
+from herd._native import json_size
 from herd.config import Config
 from herd.errors import near
 from herd.serve.config import ServeConfig
@@ -27,9 +30,29 @@ class Body(Config):
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {}
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _known_names_only(cls, data: Any) -> Any:
+        """The first unknown name ends the check; pydantic would keep an error for each of 50,000."""
+        if isinstance(data, dict):
+            for name in data:
+                if name not in cls.names():
+                    raise PydanticCustomError(_UNKNOWN, "there is no such field", {"name": name})
+        return data
 
-_MEMBERS = 20_000  # of all objects, and lists; ids in lists do not count
+    @classmethod
+    @functools.cache
+    def names(cls) -> frozenset[str]:
+        """Of the fields, as JSON has them."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
+
+
+_UNKNOWN = "unknown_name"
+_MEMBERS = 50_000  # lists, objects, names and strings: 4,096 messages have 20,000
+_BYTES_PER_ELEMENT = 16  # of the largest body: token ids are what a request may have half a million of
+_LARGE = 1 << 16  # bytes that are parsed in a millisecond at most
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Any])
 
 
@@ -45,11 +68,16 @@ def takes(kind: type[Body]) -> Callable[[H], H]:
 
 async def read_body(request: Request, config: ServeConfig, kind: type[B]) -> B:
     """The body as `kind`. Raises ApiError with the field at fault."""
-    return parse_body(await read_json(request, config), kind)
+    return await read_json(request, config, lambda data: parse_body(data, kind))
 
 
-async def read_json(request: Request, config: ServeConfig) -> dict[str, Any]:
-    """The object that a body is."""
+async def read_json(request: Request, config: ServeConfig, check: Callable[[dict[str, Any]], T]) -> T:
+    """What `check` makes of the object that a body is."""
+    return await parse_json(request, await read_bytes(request, config), config, check)
+
+
+async def read_bytes(request: Request, config: ServeConfig) -> bytes:
+    """The body, within its bounds of size and time."""
     raw = bytearray()
     try:
         async with asyncio.timeout(config.body_timeout):
@@ -61,31 +89,48 @@ async def read_json(request: Request, config: ServeConfig) -> dict[str, Any]:
         raise ApiError(408, "the request did not arrive in time", code="request_timeout") from None
     except ClientDisconnect:
         raise ApiError(400, "the client went away", code="disconnected") from None
+    return bytes(raw)
+
+
+async def parse_json(request: Request, body: bytes, config: ServeConfig, check: Callable[[dict[str, Any]], T]) -> T:
+    """What `check` makes of the object that `body` is."""
+    if len(body) <= _LARGE:
+        check_size(body, config)
+        return _parsed(body, check)
+    # The parser holds Python's lock, in a thread as well as here. One at a time, with a turn of the loop for all others
+    # after each, none of them waits for more than one.
+    lock: asyncio.Lock = request.app.state.parsing
+    async with lock:
+        await asyncio.to_thread(check_size, body, config)
+        try:
+            return _parsed(body, check)
+        finally:
+            await asyncio.sleep(0)
+
+
+def _parsed(body: bytes, check: Callable[[dict[str, Any]], T]) -> T:
     try:
-        data = orjson.loads(bytes(raw))
+        data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    check_shape(data, config.max_json_depth)
-    return data
+    return check(data)
 
 
-def check_shape(data: object, max_depth: int) -> None:
-    """Refuse what lies too deep in each other, and more members than any request has: each could be an error."""
-    level: list[Any] = [data]
-    members = 0
-    for _ in range(max_depth):
-        inside: list[Any] = []
-        for value in level:
-            members += len(value) if isinstance(value, dict) else 1
-            inside += [v for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, dict | list)]
-        if members > _MEMBERS:
-            raise ApiError(400, f"a request has {_MEMBERS:,} members at most", code="too_many_members")
-        level = inside
-        if not level:
-            return
-    raise ApiError(400, f"lists and objects lie in each other {max_depth} deep at most", code="too_deep")
+def check_size(body: bytes, config: ServeConfig) -> None:
+    """Refuse what lies too deep in each other, and more than any request has: parsed, it is many times its size, and
+    each member could be an error."""
+    depth, members, elements = json_size(body)
+    if depth > config.max_json_depth:
+        message = f"lists and objects lie in each other {config.max_json_depth} deep at most"
+        raise ApiError(400, message, code="too_deep")
+    if members > _MEMBERS:
+        message = f"a request has {_MEMBERS:,} lists, objects, names and strings at most"
+        raise ApiError(400, message, code="too_many_members")
+    most = config.max_body_bytes // _BYTES_PER_ELEMENT
+    if elements > most:
+        raise ApiError(400, f"the lists of a request have {most:,} elements at most", code="too_many_members")
 
 
 def parse_body(data: Mapping[str, Any], kind: type[B], where: str = "") -> B:
@@ -102,12 +147,14 @@ def parse_body(data: Mapping[str, Any], kind: type[B], where: str = "") -> B:
 
 
 def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> ApiError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     # Of a union all members complain, each under a name of its own in the path, which is none of the request's.
     path = [part for part in first["loc"] if not isinstance(part, str) or (part.isidentifier() and part != "str")]
+    unknown = first["type"] == _UNKNOWN
+    path += [first["ctx"]["name"]] if unknown else []
     param = (where + ".".join(str(part) for part in path))[:200]
-    if first["type"] == "extra_forbidden":
-        known = f"; {near(str(first['loc'][-1])[:100], kind.model_fields)}" if len(first["loc"]) == 1 else ""
+    if unknown:
+        known = f"; {near(param[:100], kind.names())}" if not first["loc"] else ""
         return ApiError(400, f"there is no field {param[:200]!r}{known}", param=param, code="unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing", param=param, code="missing_parameter")

@@ -9,11 +9,11 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from herd.engine import Completion, Sampling
+from herd.engine import Completion, Grammar, Sampling
 from herd.serve.api.answers import chat_logprob, new_id, usage_of
 from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
-from herd.serve.api.conversation import ChatMessage, dialogue
+from herd.serve.api.conversation import ChatMessage, characters_of, dialogue
 from herd.serve.api.fields import Generation
 from herd.serve.api.formats import ResponseFormat, grammar_of
 from herd.serve.api.tools import Plan, Tool, ToolChoice, plan_tools
@@ -35,19 +35,19 @@ class ChatRequest(Generation):
         "web_search_options": "there is no search",
         "moderation": "there is no moderation",
     }
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 30, description="The same as max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
 
-    def plan(self) -> tuple[Sampling, Plan]:
-        """How tokens are chosen, and what tools may be called."""
+    def plan(self) -> tuple[Sampling, Plan, dict[str, Grammar]]:
+        """How tokens are chosen, what tools may be called, and the grammars that must be possible, by their fields."""
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise bad("max_completion_tokens", "differs from max_tokens, which means the same")
         if self.top_logprobs is not None and not self.logprobs:
@@ -55,21 +55,25 @@ class ChatRequest(Generation):
         if self.stream_options is not None and not self.stream:
             raise bad("stream_options", "needs stream to be true")
         plan = plan_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
-        grammar = plan.grammar if plan.grammar is not None else grammar_of(self.response_format)
+        grammars = plan.grammars(grammar_of(self.response_format), "response_format")
+        grammar = next(iter(grammars.values()), None)
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         # A call may begin with a control token; elsewhere they are no part of what is said.
-        return self.sampling(max_tokens=limit, grammar=grammar, skip_specials=not plan.functions), plan
+        return self.sampling(max_tokens=limit, grammar=grammar, skip_specials=not plan.functions), plan, grammars
 
 
 @takes(ChatRequest)
 async def chat_completions(request: Request) -> Response:
     """Answer a dialogue, at once or as it comes."""
     call, body = await begin(request, lambda config: read_body(request, config, ChatRequest))
-    sampling, plan = body.plan()
+    sampling, plan, grammars = await text_work(body.plan)
     messages = dialogue(body.messages)
+    call.check_room(characters_of(messages), "messages")
     tools = [tool.described for tool in body.tools or ()] if plan.described else None
     prompt = await text_work(lambda: call.model.llm.chat_ids(messages, tools))
-    ticket = await call.submit(prompt, sampling, n=body.n, continues_text=False, timeout=body.timeout)
+    ticket = await call.submit(
+        prompt, sampling, n=body.n, continues_text=False, timeout=body.timeout, grammars=grammars
+    )
     answer = _Answer(call, ticket, body, plan)
     if body.stream:
         return stream_response(call, answer.events())

@@ -3,7 +3,7 @@ with `echo` and `logprobs` the answer has a log-probability for each token of th
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -14,7 +14,7 @@ from herd.engine import Chunk, Completion
 from herd.serve.api.answers import finite, new_id, token_text, usage_of
 from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
-from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, SeveralIds, Texts
+from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, SeveralIds, Texts, each_of
 from herd.serve.api.formats import ResponseFormat, grammar_of
 from herd.serve.driver import Ticket
 from herd.serve.errors import bad
@@ -39,23 +39,26 @@ class CompletionRequest(Generation):
 @takes(CompletionRequest)
 async def completions(request: Request) -> Response:
     """Continue texts."""
-    call, body = await begin(request, lambda config: read_body(request, config, CompletionRequest))
+    call, body = await begin(request, lambda config: read_body(request, config, CompletionRequest), "prompt")
     if body.max_tokens == 0 and not (body.echo and body.logprobs is not None):
         raise bad("max_tokens", "0 is for scoring a prompt, with echo and logprobs")
     if body.stream and body.echo:
         raise bad("echo", "is not there for streams")
+    grammar = grammar_of(body.response_format)
+    grammars = {} if grammar is None else {"response_format": grammar}
     sampling = body.sampling(
         max_tokens=body.max_tokens or (1 if body.max_tokens == 0 else None),
         logprobs=body.logprobs is not None or None,
         top_logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo and body.logprobs is not None) or None,
-        grammar=grammar_of(body.response_format),
+        grammar=grammar,
     )
     n, config = body.n or 1, call.config
     prompts = await text_work(lambda: _prompts(call, body))
     if n > config.max_n or n * len(prompts) > MOST_PROMPTS:
         raise bad("n", f"{n} answers to {len(prompts)} prompts are too many for one request")
-    tickets = [await call.submit(prompt, sampling, n=n, timeout=body.timeout) for prompt in prompts]
+    how: dict[str, Any] = {"n": n, "timeout": body.timeout, "grammars": grammars}
+    tickets = [await call.submit(prompt, sampling, **how) for prompt in prompts]
     answer = _Answer(call, tickets, body)
     if body.stream:
         if len(tickets) > 1:
@@ -66,11 +69,10 @@ async def completions(request: Request) -> Response:
 
 def _prompts(call: Call, body: CompletionRequest) -> list[list[int]]:
     """Token ids of each prompt; texts get BOS in front."""
-    prompt: Any = body.prompt
-    given: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     bos, tokenizer = call.tokenizer.bos_id, call.tokenizer
     head = [] if bos is None else [bos]
-    ids = [head + tokenizer.encode(each) if isinstance(each, str) else each for each in given]
+    call.check_room(max(len(each) for each in each_of(body.prompt)), "prompt")
+    ids = [head + tokenizer.encode(each) if isinstance(each, str) else each for each in each_of(body.prompt)]
     for i, each in enumerate(ids):
         if not each:
             raise bad(f"prompt.{i}", "an empty prompt has no next token")
@@ -119,9 +121,10 @@ class _Answer:
             async for j, chunk in ticket:
                 if chunk.completion is not None:
                     done[j] = chunk.completion
-            for j in range(ticket.n):
-                choices.append({"index": i * ticket.n + j, **self._choice(ticket, done[j])})
             ordered = [done[j] for j in range(ticket.n)]
+            # A scored prompt can have a hundred thousand tokens, with twenty others for each.
+            made = await text_work(lambda t=ticket, each=ordered: [self._choice(t, one) for one in each])  # type: ignore[misc]
+            choices += [{"index": i * ticket.n + j, **choice} for j, choice in enumerate(made)]
             self._call.done(ordered, len(ticket.prompt))
             everything += ordered
             prompt_tokens += len(ticket.prompt)

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from herd.engine import Completion, Sampling
+from herd.engine import Completion, Grammar, Sampling
+from herd.errors import UsageError
 from herd.serve.api.body import Body
+from herd.serve.api.fields import each_of
 from herd.serve.config import ServeConfig
 from herd.serve.driver import Ticket
-from herd.serve.errors import ApiError, bad
+from herd.serve.errors import ApiError, as_api_error, bad
 from herd.serve.keys import Client
 from herd.serve.metrics import Metrics
 from herd.serve.registry import Model, Registry
-from herd.serve.sse import EventStream, while_connected
+from herd.serve.sse import End, EventStream, end_with, while_connected
 from herd.tokenizer import Tokenizer
 
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
+log = logging.getLogger("herd.serve")
+
+_CHARACTERS_PER_TOKEN = 16  # no text of any language has more than 6
+# Who sends one grammar after the other waits for them alone; who loads a model is in asyncio's own threads.
+_TEXTS = ThreadPoolExecutor(4, "herd-texts")
+_GRAMMARS = ThreadPoolExecutor(2, "herd-grammars")
 
 
 class Call:
@@ -42,18 +54,27 @@ class Call:
         self._tokens = 0  # of what has no ticket
         self._inside = False
         self._open = True
+        self._failure: End | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.model.llm.tokenizer
 
-    def enter(self) -> None:
-        """Count the request for its key. Raises ApiError when the key has no more."""
-        wait = self.client.wait()
-        if wait > 0:
-            raise ApiError(429, "this key's limit is reached", code="rate_limit_exceeded", retry_after=wait)
-        self.client.enter()
+    def enter(self, prompts: int = 1, field: str | None = None) -> None:
+        """Count the request for its key, as `admit` does."""
+        admit(self.client, prompts, field)
         self._inside = True
+
+    def check_room(self, characters: int, param: str) -> None:
+        """Refuse a text whose turn would come too late, or that cannot fit, before it is made into tokens.
+
+        That takes seconds where it is a thousand times too long.
+        """
+        self.model.driver.check_wait(self.client)
+        context = self.model.llm.context
+        if characters > _CHARACTERS_PER_TOKEN * context:
+            message = f"This model's context is {context} tokens; the request has {characters} characters"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     async def submit(
         self,
@@ -63,12 +84,20 @@ class Call:
         n: int | None = None,
         continues_text: bool = True,
         timeout: float | None = None,
+        grammars: Mapping[str, Grammar],
     ) -> Ticket:
-        """Queue answers to a prompt; they are given up when the call is closed."""
+        """Queue answers to a prompt; they are given up when the call is closed.
+
+        `grammars`: those that must be possible, by the fields of the request where they are, with that of `sampling`.
+        """
         if n is not None and n > self.config.max_n:
             raise bad("n", f"{n} is more than the {self.config.max_n} answers that a request may have")
-        if sampling.grammar is not None:  # it is compiled once, which may take a second
-            await text_work(lambda: self.model.llm.max_tokens(prompt, sampling))
+        self.model.llm.max_tokens(prompt, replace(sampling, grammar=None))
+        for field, grammar in grammars.items():  # each is compiled once, which may take a second
+            try:
+                await _within(_GRAMMARS, partial(self.model.llm.max_tokens, prompt, replace(sampling, grammar=grammar)))
+            except UsageError as error:
+                raise bad(field, str(error)) from None
         ticket = self.model.driver.submit(
             prompt, sampling, self.client, n=n or 1, continues_text=continues_text, deadline=timeout
         )
@@ -94,31 +123,71 @@ class Call:
             self.client.leave(self._tokens + sum(ticket.tokens for ticket in self._tickets))
             self._metrics.seconds(self.request.scope["path"], time.perf_counter() - self._start)
 
+    def fail(self, error: Exception) -> ApiError:
+        """What the last event of an answer says that ends with this error."""
+        told = as_api_error(error)
+        if told.code == "internal_error":
+            log.error("an answer failed", exc_info=error)
+        self._failure = end_with(told)
+        return told
 
-async def begin(request: Request, read: Callable[[ServeConfig], Awaitable[B]]) -> tuple[Call, B]:
-    """The call that a request is, and its body. The body comes first: without it there is no model."""
+    def close_stream(self, status: int, end: End | None) -> None:
+        """`close`, of a response whose status is known only now; `end` is None where no stream began."""
+        self.close()
+        path = self.request.scope["path"]
+        self._metrics.response(path, status)
+        if end is not None:
+            self._metrics.stream(path, self._failure or end)
+
+
+def admit(client: Client, prompts: int = 1, field: str | None = None) -> None:
+    """Count a request for its key, as many times as it has prompts, which are in `field`.
+
+    Raises ApiError when the key has no more now, or never has so many at once.
+    """
+    most = client.most
+    if prompts > most:
+        allowed = f"this key may send {most:g} a minute, so at most {int(most)} in one request"
+        raise ApiError(400, f"{field}: {prompts} are too many; {allowed}", param=field, code="rate_limit_exceeded")
+    wait = client.wait(prompts)
+    if wait > 0:
+        raise ApiError(429, "this key's limit is reached", code="rate_limit_exceeded", retry_after=wait)
+    client.enter(prompts)
+
+
+async def begin(
+    request: Request, read: Callable[[ServeConfig], Awaitable[B]], prompts_in: str | None = None
+) -> tuple[Call, B]:
+    """The call that a request is, and its body. The body comes first: without it there is no model.
+
+    `prompts_in`: the field that may have several prompts or texts, each of which counts as a request.
+    """
     registry: Registry = request.app.state.registry
     body = await read(request.app.state.config)
     model = await registry.get(getattr(body, "model", None))  # which has one user more from here on
     call = request.state.call = Call(request, model)  # closed with the response, or by the application without one
-    call.enter()
+    call.enter(1 if prompts_in is None else len(each_of(getattr(body, prompts_in))), prompts_in)
     return call, body
 
 
 async def text_work(work: Callable[[], T]) -> T:
     """Run what may take long with long texts beside the event loop."""
-    return await asyncio.to_thread(work)
+    return await _within(_TEXTS, work)
+
+
+async def _within(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 def stream_response(call: Call, events: AsyncGenerator[bytes, None]) -> Response:
     """A response of events that closes the call at its end."""
-    return EventStream(events, call.config, call.close)
+    return EventStream(events, call.config, call.close_stream)
 
 
-async def json_response(call: Call, work: Awaitable[dict[str, Any]]) -> Response:
-    """A response of one object; the work ends when the client goes."""
+async def json_response(call: Call, work: Awaitable[dict[str, Any] | bytes]) -> Response:
+    """A response of one object, or of its JSON; the work ends when the client goes."""
     try:
         data = await while_connected(call.request.receive, work)
     finally:
         call.close()
-    return Response(orjson.dumps(data), media_type="application/json")
+    return Response(data if isinstance(data, bytes) else orjson.dumps(data), media_type="application/json")

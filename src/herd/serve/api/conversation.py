@@ -39,8 +39,8 @@ class ChatMessage(Body):
     """One message. Fields that clients send back from answers are taken where they are empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -59,6 +59,15 @@ class ChatMessage(Body):
         if self.tool_calls:
             message["tool_calls"] = [{"function": call.function.model_dump()} for call in self.tool_calls]
         return message
+
+
+def characters_of(messages: list[Message]) -> int:
+    """How long a dialogue is before it is tokens."""
+    total = 0
+    for message in messages:
+        total += len(message.get("content") or "")
+        total += sum(len(str(call["function"]["arguments"])) for call in message.get("tool_calls") or ())
+    return total
 
 
 def dialogue(messages: list[ChatMessage]) -> list[Message]:

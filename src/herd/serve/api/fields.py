@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
@@ -20,6 +20,12 @@ Ids = Annotated[list[Whole], Field(min_length=1, fail_fast=True)]
 MOST_PROMPTS = 256
 Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 SeveralIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+
+
+def each_of(given: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
+    """The prompts or texts that a request has: one is as good as a list of it."""
+    several: Any = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    return cast("list[str] | list[list[int]]", several)
 
 
 class StreamOptions(Body):

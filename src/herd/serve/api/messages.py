@@ -14,7 +14,7 @@ from herd.engine import Chunk
 from herd.serve.api.answers import new_id
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
-from herd.serve.api.conversation import MOST_PARTS
+from herd.serve.api.conversation import MOST_PARTS, characters_of
 from herd.serve.api.fields import Id, Text, checked_sampling
 from herd.serve.api.tools import (
     FunctionName,
@@ -27,7 +27,7 @@ from herd.serve.api.tools import (
     plan_tools,
 )
 from herd.serve.driver import Ticket
-from herd.serve.errors import as_api_error, bad, error_body
+from herd.serve.errors import bad, error_body
 from herd.serve.sse import event
 from herd.tokenizer import Message
 
@@ -38,7 +38,7 @@ class TextBlock(Body):
     cache_control: dict[str, Any] | None = Field(default=None, description="Taken; beginnings are always shared.")
 
 
-TextBlocks = Annotated[list[TextBlock], Field(max_length=MOST_PARTS)]
+TextBlocks = Annotated[list[TextBlock], Field(max_length=MOST_PARTS, fail_fast=True)]
 
 
 class ToolUseBlock(Body):
@@ -60,13 +60,14 @@ Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminato
 
 class Turn(Body):
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[Block], Field(max_length=MOST_PARTS)]
+    content: str | Annotated[list[Block], Field(max_length=MOST_PARTS, fail_fast=True)]
 
 
 class AnthropicTool(Body):
     name: FunctionName
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = Field(default=None, description="Calls are held to the schema, in any case.")
     type: Literal["custom"] | None = None
     cache_control: dict[str, Any] | None = None
 
@@ -86,9 +87,9 @@ class CountRequest(Body):
 
     UNSUPPORTED: ClassVar = {"thinking": "no Llama has it", "mcp_servers": "there are none"}
     model: str | None = Field(default=None, max_length=200)
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=4096, fail_fast=True)]
     system: str | TextBlocks | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: AnthropicChoice | None = None
 
     def plan(self) -> Plan:
@@ -102,15 +103,17 @@ class CountRequest(Body):
             wanted = NamedTool(type="function", function=NamedFunction(name=choice.name))
         elif choice is not None:
             wanted = names[choice.type]
-        parallel = choice is not None and choice.disable_parallel_tool_use is False
-        return plan_tools(self.functions, wanted, parallel or None)
+        single = None if choice is None else choice.disable_parallel_tool_use
+        return plan_tools(self.functions, wanted, None if single is None else not single, "input_schema")
 
     @property
     def functions(self) -> list[Tool]:
         return [
             Tool(
                 type="function",
-                function=FunctionTool(name=tool.name, description=tool.description, parameters=tool.input_schema),
+                function=FunctionTool(
+                    name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+                ),
             )
             for tool in self.tools or ()
         ]
@@ -144,12 +147,12 @@ class MessagesRequest(CountRequest):
 async def messages(request: Request) -> Response:
     """Answer a dialogue."""
     call, body = await begin(request, lambda config: read_body(request, config, MessagesRequest))
-    plan = body.plan()
+    plan = await text_work(body.plan)
     given = {name: getattr(body, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
     given |= {"stop": body.stop_sequences, "grammar": plan.grammar, "skip_specials": not plan.functions}
     sampling = checked_sampling(given)
     prompt = await _prompt(call, body, plan)
-    ticket = await call.submit(prompt, sampling, continues_text=False)
+    ticket = await call.submit(prompt, sampling, continues_text=False, grammars=plan.grammars(None, "tools"))
     answer = _Answer(call, ticket, plan)
     if body.stream:
         return stream_response(call, answer.events())
@@ -160,7 +163,7 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How long the prompt would be."""
     call, body = await begin(request, lambda config: read_body(request, config, CountRequest))
-    prompt = await _prompt(call, body, body.plan())
+    prompt = await _prompt(call, body, await text_work(body.plan))
 
     async def count() -> dict[str, Any]:
         return {"input_tokens": len(prompt)}
@@ -171,6 +174,7 @@ async def count_tokens(request: Request) -> Response:
 async def _prompt(call: Call, body: CountRequest, plan: Plan) -> list[int]:
     tools = [tool.described for tool in body.functions] if plan.described else None
     dialogue = body.dialogue()
+    call.check_room(characters_of(dialogue), "messages")
     return await text_work(lambda: call.model.llm.chat_ids(dialogue, tools))
 
 
@@ -223,7 +227,7 @@ class _Answer:
         except Exception as error:
             if not begun:
                 raise
-            yield event({"type": "error", **error_body(as_api_error(error))}, "error")
+            yield event({"type": "error", **error_body(self._call.fail(error))}, "error")
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         begun = False

@@ -15,7 +15,6 @@ from herd.serve.api.context import Call
 from herd.serve.api.response_items import new_item_id
 from herd.serve.api.tools import Plan
 from herd.serve.driver import Ticket
-from herd.serve.errors import as_api_error
 from herd.serve.sse import event
 
 log = logging.getLogger("herd.serve")
@@ -42,6 +41,7 @@ class Answer:
         self._logprobs = logprobs
         self._pending: list[dict[str, Any]] = []  # of tokens whose text has not come yet
         self._item: dict[str, Any] | None = None  # what is being written
+        self._pieces: list[str] = []  # of its text or arguments; put together at its end
         self._streams = False
         self._told: list[bytes] = []
         self._number = 0
@@ -93,9 +93,8 @@ class Answer:
                 self._pending = _last(self._pending, len(text))  # those of the call have no place
             self._begin_message()
         assert self._item is not None
-        part = self._item["content"][0]
-        part["text"] += text
-        part["logprobs"] += self._pending
+        self._pieces.append(text)
+        self._item["content"][0]["logprobs"] += self._pending
         self._tell_item("response.output_text.delta", content_index=0, delta=text, logprobs=_brief(self._pending))
         self._pending = []
 
@@ -104,8 +103,7 @@ class Answer:
             item = {"type": "function_call", "id": new_item_id("fc"), "call_id": call["id"]}
             self._begin({**item, "name": call["function"]["name"], "arguments": "", "status": "in_progress"})
         elif call["function"]["arguments"]:
-            assert self._item is not None
-            self._item["arguments"] += call["function"]["arguments"]
+            self._pieces.append(call["function"]["arguments"])
             self._tell_item("response.function_call_arguments.delta", delta=call["function"]["arguments"])
 
     def _begin_message(self) -> None:
@@ -118,7 +116,7 @@ class Answer:
     def _begin(self, item: dict[str, Any]) -> None:
         self._close()
         self._response["output"].append(item)
-        self._item = item
+        self._item, self._pieces = item, []
         self._tell("response.output_item.added", output_index=len(self._response["output"]) - 1, item=item)
 
     def _close(self, broke_off: bool = False) -> None:
@@ -126,15 +124,18 @@ class Answer:
         item = self._item
         if item is None:
             return
+        written = "".join(self._pieces)
         if item["type"] == "message":
             item["status"] = "incomplete" if broke_off else "completed"
             (part,) = item["content"]
+            part["text"] = written
             logprobs = _brief(part["logprobs"])
-            self._tell_item("response.output_text.done", content_index=0, text=part["text"], logprobs=logprobs)
+            self._tell_item("response.output_text.done", content_index=0, text=written, logprobs=logprobs)
             self._tell_item("response.content_part.done", content_index=0, part=part)
         else:
-            item["status"] = "completed" if _is_object(item["arguments"]) else "incomplete"
-            self._tell_item("response.function_call_arguments.done", arguments=item["arguments"])
+            item["arguments"] = written
+            item["status"] = "completed" if _is_object(written) else "incomplete"
+            self._tell_item("response.function_call_arguments.done", arguments=written)
         self._tell("response.output_item.done", output_index=len(self._response["output"]) - 1, item=item)
         self._item = None
 
@@ -164,9 +165,7 @@ class Answer:
 
     async def _fail(self, error: Exception) -> None:
         """After the first event, an error is a response too."""
-        told = as_api_error(error)
-        if told.code == "internal_error":
-            log.error("a response failed", exc_info=error)
+        told = self._call.fail(error)
         self._close(broke_off=True)
         self._response |= {
             "status": "failed",

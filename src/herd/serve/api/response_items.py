@@ -63,7 +63,7 @@ class MessageItem(Body):
     type: Literal["message"] = "message"
     id: Name = Field(default_factory=lambda: new_item_id("msg"))
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Annotated[list[InputText | OutputText], Field(max_length=MOST_PARTS)]
+    content: str | Annotated[list[InputText | OutputText], Field(max_length=MOST_PARTS, fail_fast=True)]
     status: Status = "completed"
 
     @property
@@ -107,7 +107,7 @@ class OutputItem(Body):
     type: Literal["function_call_output"]
     id: Name = Field(default_factory=lambda: new_item_id("fco"))
     call_id: Name
-    output: str | Annotated[list[InputText], Field(max_length=MOST_PARTS)]
+    output: str | Annotated[list[InputText], Field(max_length=MOST_PARTS, fail_fast=True)]
     status: Status = "completed"
 
     @property
@@ -149,6 +149,15 @@ def _read_part(data: object, where: str, kind: type[InputText | OutputText]) -> 
     if data.get("type") != _PART_OF[kind]:
         raise unsupported(f"{where}.type", data.get("type"), f"here it is {_PART_OF[kind]}")
     return parse_body({name: value for name, value in data.items() if value is not None}, kind, f"{where}.")
+
+
+def check_ids(items: Iterable[Item]) -> None:
+    """Raises ApiError where two items of a request have one id: a listing that goes on after it would never end."""
+    seen: set[str] = set()
+    for i, item in enumerate(items):
+        if item.id in seen:
+            raise bad(f"input.{i}.id", f"{item.id[:100]!r} is there twice")
+        seen.add(item.id)
 
 
 def check_calls(items: Iterable[Item]) -> None:

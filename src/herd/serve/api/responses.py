@@ -6,7 +6,6 @@ be `"store": false` is kept, as OpenAI does it, for the key that asked.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -21,6 +20,7 @@ from herd.engine.request import DEFAULT_MAX_TOKENS
 from herd.errors import ContextLengthExceeded
 from herd.serve.api.body import Body, parse_body, read_json, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
+from herd.serve.api.conversation import characters_of
 from herd.serve.api.fields import Generation, Id
 from herd.serve.api.formats import JsonObject, JsonSchema, PlainText, grammar_of
 from herd.serve.api.response_answer import Answer
@@ -28,6 +28,7 @@ from herd.serve.api.response_items import (
     Item,
     MessageItem,
     check_calls,
+    check_ids,
     dialogue,
     fit,
     new_item_id,
@@ -46,7 +47,6 @@ from herd.serve.api.tools import (
 )
 from herd.serve.config import ServeConfig
 from herd.serve.errors import ApiError, bad
-from herd.serve.keys import NOBODY, key_in
 from herd.serve.store import Store
 
 _MAX_ITEMS = 4096  # in a request
@@ -106,7 +106,7 @@ class ResponsesRequest(Generation):
     include: list[Literal["message.output_text.logprobs"]] | None = Field(default=None, max_length=16)
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     text: TextConfig | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = Field(default=None, description="Keep the response. Without a store false, with one true.")
@@ -122,17 +122,18 @@ class ResponsesRequest(Generation):
     def wants_logprobs(self) -> bool:
         return bool(self.include)
 
-    def plan(self) -> tuple[Sampling, Plan]:
-        """How tokens are chosen, and what tools may be called."""
+    def plan(self) -> tuple[Sampling, Plan, dict[str, Grammar]]:
+        """How tokens are chosen, what tools may be called, and the grammars that must be possible, by their fields."""
         if self.top_logprobs and not self.wants_logprobs:
             raise bad("top_logprobs", f"needs include to have {_LOGPROBS}")
         if self.stream_options is not None and not self.stream:
             raise bad("stream_options", "needs stream to be true")
-        plan = plan_tools(self.functions(), self._choice(), self.parallel_tool_calls)
-        grammar = plan.grammar if plan.grammar is not None else self._grammar()
+        plan = plan_tools(self.functions(), self._choice(), self.parallel_tool_calls, "parameters")
+        grammars = plan.grammars(self._grammar(), "text.format")
+        grammar = next(iter(grammars.values()), None)
         # A call may begin with a control token; elsewhere they are no part of what is said.
         how = {"grammar": grammar, "logprobs": self.wants_logprobs, "skip_specials": not plan.functions}
-        return self.sampling(max_tokens=self.max_output_tokens, **how), plan
+        return self.sampling(max_tokens=self.max_output_tokens, **how), plan, grammars
 
     def functions(self) -> list[Tool]:
         """The tools as chat has them."""
@@ -198,8 +199,7 @@ def _given(body: Body) -> dict[str, Any]:
 
 
 async def _read(request: Request, config: ServeConfig) -> ResponsesRequest:
-    data = await read_json(request, config)
-    return await text_work(lambda: _parsed(data))
+    return await read_json(request, config, _parsed)
 
 
 def _parsed(data: dict[str, Any]) -> ResponsesRequest:
@@ -235,12 +235,13 @@ def _read_function(data: Any, where: str, kind: type[ResponseTool | NamedChoice]
 async def responses(request: Request) -> Response:
     """Answer a conversation, at once or as it comes."""
     call, body = await begin(request, lambda config: _read(request, config))
-    sampling, plan = body.plan()
+    sampling, plan, grammars = await text_work(body.plan)
     store: Store | None = request.app.state.store
     if store is None and body.store:
         raise ApiError(400, f"store: {_NO_STORE}", param="store", code="unsupported_parameter")
-    owner, own = _owner(request), body.items
+    owner, own = call.client.owner, body.items
     items = [*await _earlier(store, owner, body.previous_response_id, call.config.max_body_bytes), *own]
+    check_ids(own)
     check_calls(items)
 
     llm = call.model.llm
@@ -250,11 +251,13 @@ async def responses(request: Request) -> Response:
     def encode(kept: Sequence[Item]) -> list[int]:
         return llm.chat_ids(dialogue(kept, body.instructions, one_call=one_call), tools)
 
+    cut = body.truncation == "auto"
+    call.check_room(0 if cut else characters_of(dialogue(items, body.instructions, one_call=one_call)), "input")
     room = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, llm.context // 4)
-    limit = max(0, llm.context - room) if body.truncation == "auto" else 1 << 62
+    limit = max(0, llm.context - room) if cut else 1 << 62
     prompt, dropped = await text_work(lambda: fit(items, encode, limit))
     try:
-        ticket = await call.submit(prompt, sampling, continues_text=False, timeout=body.timeout)
+        ticket = await call.submit(prompt, sampling, continues_text=False, timeout=body.timeout, grammars=grammars)
     except ContextLengthExceeded as error:
         raise _too_long(error) from None
     kept = store is not None and body.store is not False
@@ -324,7 +327,7 @@ def _kept(request: Request) -> tuple[Store, str, str]:
     store: Store | None = request.app.state.store
     if store is None:
         raise ApiError(404, f"there is no response {name[:100]!r}: {_NO_STORE}", param="id", code="response_not_found")
-    return store, _owner(request), name
+    return store, request.scope["state"]["client"].owner, name
 
 
 def _not_found(name: str) -> ApiError:
@@ -349,13 +352,6 @@ async def _earlier(store: Store | None, owner: str, name: str | None, max_bytes:
         raise ApiError(400, _NO_STORE, param="previous_response_id", code="previous_response_not_found")
     found = await store.conversation(owner, name, max_bytes)
     return await text_work(lambda: [read_item(item, "previous_response_id") for item in found])
-
-
-def _owner(request: Request) -> str:
-    """Whose responses these are: the key's hash, as keys given by --api-key have no names that last."""
-    if request.scope["state"]["client"].name == NOBODY:
-        return ""
-    return hashlib.sha256(key_in(dict(request.scope["headers"]))).hexdigest()
 
 
 def _too_long(error: ContextLengthExceeded) -> ApiError:

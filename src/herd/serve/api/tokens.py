@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import orjson
 from pydantic import Field
 from starlette.requests import Request
@@ -14,7 +16,7 @@ from herd.errors import ContextLengthExceeded
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response, text_work
 from herd.serve.api.conversation import ChatMessage, dialogue
-from herd.serve.api.fields import Id, Ids, SeveralIds, Texts, Whole
+from herd.serve.api.fields import Id, Ids, SeveralIds, Texts, Whole, each_of
 from herd.serve.api.tools import Tool
 from herd.serve.errors import bad
 from herd.serve.registry import Registry
@@ -24,9 +26,9 @@ class TokenizeRequest(Body):
     """A text, or a dialogue as chat would send it."""
 
     model: str | None = Field(default=None, max_length=200)
-    content: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    content: str | None = Field(default=None, max_length=1 << 20)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     add_special: bool = Field(default=False, description="Put the beginning of a text in front.")
     with_pieces: bool = Field(default=False, description="Each token with its text.")
 
@@ -53,7 +55,7 @@ async def tokenize(request: Request) -> Response:
     if (body.content is None) == (body.messages is None):
         raise bad("content", "give either content or messages")
 
-    def work() -> dict[str, Any]:
+    def work() -> bytes:
         tokenizer = call.tokenizer
         if body.messages is not None:
             tools = [tool.described for tool in body.tools or ()] or None
@@ -63,8 +65,10 @@ async def tokenize(request: Request) -> Response:
             if body.add_special and tokenizer.bos_id is not None:
                 ids = [tokenizer.bos_id, *ids]
         if not body.with_pieces:
-            return {"tokens": ids}
-        return {"tokens": [{"id": i, "piece": tokenizer.token_bytes(i).decode("utf-8", "replace")} for i in ids]}
+            return orjson.dumps({"tokens": ids})
+        # A million objects at a time would be more than their text by far, and all wait while they are made.
+        pieces = (orjson.dumps({"id": i, "piece": tokenizer.token_bytes(i).decode("utf-8", "replace")}) for i in ids)
+        return b'{"tokens":[' + b",".join(pieces) + b"]}"
 
     return await json_response(call, text_work(work))
 
@@ -79,15 +83,15 @@ async def detokenize(request: Request) -> Response:
 @takes(EmbeddingRequest)
 async def embeddings(request: Request) -> Response:
     """Vectors of texts: the mean of the last layer's states, of length 1."""
-    call, body = await begin(request, lambda config: read_body(request, config, EmbeddingRequest))
+    call, body = await begin(request, lambda config: read_body(request, config, EmbeddingRequest), "input")
     return await json_response(call, _embed(call, body))
 
 
 async def _embed(call: Call, body: EmbeddingRequest) -> dict[str, Any]:
-    llm, given = call.model.llm, body.input
-    texts: Any = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    llm, texts = call.model.llm, each_of(body.input)
     bos = llm.tokenizer.bos_id
     head = [] if bos is None else [bos]
+    call.check_room(max(map(len, texts)), "input")
     encoded = await text_work(lambda: [head + llm.tokenizer.encode(t) if isinstance(t, str) else t for t in texts])
     if any(not ids for ids in encoded):
         raise bad("input", "an empty text has no vector")
@@ -95,8 +99,9 @@ async def _embed(call: Call, body: EmbeddingRequest) -> dict[str, Any]:
     if longest > llm.context:
         raise ContextLengthExceeded(longest, llm.context)
     vectors = []
-    for ids in encoded:  # one at a time: answers go on between them
-        vectors.append(await call.model.driver.between_steps(lambda ids=ids: llm.embed([ids], normalise=True)[0]))  # type: ignore[misc]
+    for ids in encoded:
+        vector_D = await call.model.driver.between_steps(partial(llm.embed_in_pieces, ids))
+        vectors.append(vector_D / np.linalg.norm(vector_D[None], axis=1))  # rounded as LLM.embed does it
     tokens = sum(map(len, encoded))
     call.done([], tokens)
     packed = body.encoding_format == "base64"

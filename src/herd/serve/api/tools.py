@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from herd.engine import Grammar
+from herd.errors import UsageError
 from herd.serve.api.body import Body
+from herd.serve.api.tool_grammar import Held, answers, read_schema
 from herd.serve.errors import bad
 from herd.tokenizer import ArgumentsDelta, CallParser, CallStart, TextDelta
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.\-]+$")]
-_MOST_CALLS = 16  # in one answer that must consist of calls
 
 
 class FunctionTool(Body):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema of an object.")
-    strict: bool | None = Field(default=None, description="Held to where a call is asked for; else the model's word.")
+    strict: bool | None = Field(default=None, description="Calls are held to the parameters, in any case.")
 
 
 class Tool(Body):
@@ -59,14 +60,38 @@ class Plan:
     described: bool = False
     """The model is told of the tools."""
     grammar: Grammar | None = None
-    """What an answer must be, where it must be a call."""
+    """What an answer must be, where calls are held to schemas."""
+    free: bool = True
+    """An answer may be text."""
+
+    schemas: dict[str, Grammar] = dataclasses.field(default_factory=dict)
+    """Those that calls are held to, by the fields of the request where they are."""
+
+    def grammars(self, wanted: Grammar | None, field: str) -> dict[str, Grammar]:
+        """What must be possible, by the fields that ask for it; the first one is what an answer must be.
+
+        `wanted` is what `field` asks of texts. The bounds on what it takes to compile the first are on all schemas
+        together; the others are looked at by themselves as no call of a function may be possible.
+        """
+        if self.grammar is None:
+            return {} if wanted is None else {field: wanted}
+        if self.free and wanted is not None:
+            raise bad(field, "is not there together with strict functions, unless tool_choice is required or none")
+        return {"tools": self.grammar, **self.schemas}
 
     def voice(self) -> Voice:
-        return Voice(self.functions)
+        # Under a grammar, calls are what an answer begins with, and text holds none.
+        return Voice(self.functions, anywhere=self.grammar is None)
 
 
-def plan_tools(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> Plan:
-    """Raises ApiError for choices that contradict the tools."""
+def plan_tools(
+    tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool | None, schemas_in: str = "function.parameters"
+) -> Plan:
+    """Raises ApiError for choices that contradict the tools, and schemas that cannot be held to.
+
+    `schemas_in`: where a tool of the request has its schema, for errors. Without a word on `parallel` an answer that
+    must be a call is one, and another one may be several.
+    """
     by_name: dict[str, FunctionTool] = {}
     for i, tool in enumerate(tools or ()):
         if tool.function.name in by_name:
@@ -78,35 +103,39 @@ def plan_tools(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bo
         return Plan()
     if choice == "none":
         return Plan(described=False)
-    names = frozenset(by_name)
-    if choice in (None, "auto"):
+    if isinstance(choice, NamedTool) and choice.function.name not in by_name:
+        raise bad("tool_choice.function.name", f"{choice.function.name!r} is not among the tools")
+    names = frozenset({choice.function.name} if isinstance(choice, NamedTool) else by_name)
+    free = choice in (None, "auto")
+    if free and not any(function.strict for function in by_name.values()):
         return Plan(names, described=True)
-    if isinstance(choice, NamedTool):
-        if choice.function.name not in by_name:
-            raise bad("tool_choice.function.name", f"{choice.function.name!r} is not among the tools")
-        names = frozenset({choice.function.name})
-    schema: dict[str, Any] = {"anyOf": [_call_schema(by_name[name]) for name in sorted(names)]}
-    if parallel and not isinstance(choice, NamedTool):
-        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": _MOST_CALLS}
-    return Plan(names, described=True, grammar=Grammar.json_schema(schema))
-
-
-def _call_schema(function: FunctionTool) -> dict[str, Any]:
-    """A call in the form of Llama 3.1, which is read from every generation."""
-    parameters: Mapping[str, Any] = function.parameters or {"type": "object", "properties": {}}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function.name}, "parameters": dict(parameters)},
-        "required": ["name", "parameters"],
-        "additionalProperties": False,
+    schemas = {
+        name: (f"tools.{i}.{schemas_in}", function.parameters or {"type": "object", "properties": {}})
+        for i, (name, function) in enumerate(by_name.items())
+        if name in names and (function.strict or not free)
     }
+    held = [Held(name, _read(*schemas[name]) if name in schemas else None) for name in by_name if name in names]
+    several = parallel is not False if free else bool(parallel) and not isinstance(choice, NamedTool)
+    try:
+        grammar = answers(held, several=several, text=free)
+    except UsageError as error:
+        raise bad("tools", str(error)) from None
+    alone = {where: Grammar.json_schema(schema) for where, schema in schemas.values()}
+    return Plan(names, described=True, grammar=grammar, free=free, schemas=alone)
+
+
+def _read(where: str, schema: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read_schema(schema)
+    except UsageError as error:
+        raise bad(where, str(error)) from None
 
 
 class Voice:
     """One answer on its way out: text and calls, in pieces and as a whole. The pieces add up to the whole."""
 
-    def __init__(self, functions: frozenset[str]) -> None:
-        self._parser = CallParser(functions) if functions else None
+    def __init__(self, functions: frozenset[str], *, anywhere: bool) -> None:
+        self._parser = CallParser(functions, anywhere=anywhere) if functions else None
         self._content: list[str] = []
         self._calls: list[dict[str, Any]] = []
 

@@ -14,7 +14,7 @@ Models mix the forms of the generations, so all are looked for. Sources: prompt_
 Python's form is calls only if every item is one; an array of JSON is calls up to the first item that is none. What a
 well-formed call of another name holds is not searched. What follows a mark and is no call is code, if the interpreter
 is offered: to the end of the message, or from <|python_start|> to <|python_end|>. White space and ";" are dropped where
-only calls stand beside them.
+only calls stand beside them. With `anywhere=False` a call begins at the beginning or after another one only.
 
 **What is held back.** Text that can still become a call; all other text is passed on at once. <function=…> and JSON
 objects are calls for certain once an offered name and the brace of the arguments are read. From there the arguments are
@@ -108,9 +108,11 @@ class CallParser(Reader):
     ----------
     functions : names that may be called.
     built_in : of Meta's tools `brave_search`, `wolfram_alpha` and `code_interpreter`, those that may be called.
+    anywhere : if False, only what a message begins with, and what follows that, is a call: the rest is text.
     """
 
-    def __init__(self, functions: Collection[str], built_in: Collection[str] = ()) -> None:
+    def __init__(self, functions: Collection[str], built_in: Collection[str] = (), *, anywhere: bool = True) -> None:
+        self._anywhere = anywhere
         names = {f"{name}.call": name for name in built_in} | {name: name for name in (*built_in, *functions)}
         self._names = _Words({word: name for word, name in names.items() if word})
         self._interprets = CODE_INTERPRETER in built_in
@@ -130,6 +132,9 @@ class CallParser(Reader):
 
     def _content(self) -> Steps[bool]:
         """Ordinary text up to where a call may begin; whether there is such a place."""
+        if not self._anywhere:
+            yield from self._run(_ALL)
+            return False
         while True:
             if self._at == 0 and self._text[:1] in ("{", "[") and self._before.isspace():
                 return True
