@@ -347,6 +347,8 @@ class Driver:
     def _leave(self, ticket: Ticket, error: BaseException | None = None) -> None:
         """A request is over: its answers end where they are, and `error` is what its reader meets."""
         self.llm.cancel(ticket.sequences)
+        for sequence in ticket.sequences:  # they lead back to it: a circle of a hundred thousand tokens' objects
+            sequence.on_chunk = None
         with self._state:
             ticket.over = True
             if ticket in self._running:

@@ -62,10 +62,14 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(_FIRST_REQUEST, self._cut_if_silent)
+        self._patience = self.loop.call_later(_FIRST_REQUEST, self._cut_if_silent)
         if len(self.connections) > _MOST_CONNECTIONS:
             others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
             next((each for each in others if each.silent), self).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._patience.cancel()
 
     @property
     def silent(self) -> bool:

@@ -49,7 +49,7 @@ class Body(Config):
 
 _UNKNOWN = "unknown_name"
 _MEMBERS = 50_000  # lists, objects, names and strings: 4,096 messages have 20,000
-_BYTES_PER_ELEMENT = 16  # of the largest body: token ids are what a request may have half a million of
+_BYTES_PER_ELEMENT = 32  # of the largest body: token ids are what a request may have a quarter of a million of
 _LARGE = 1 << 16  # bytes that are parsed in a millisecond at most
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, ClassVar, Literal
 
+import orjson
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -68,8 +69,8 @@ async def chat_completions(request: Request) -> Response:
     call, body = await begin(request, lambda config: read_body(request, config, ChatRequest))
     sampling, plan, grammars = await text_work(body.plan)
     messages = dialogue(body.messages)
-    call.check_room(characters_of(messages), "messages")
     tools = [tool.described for tool in body.tools or ()] if plan.described else None
+    call.check_room(characters_of(messages, tools), "messages")
     prompt = await text_work(lambda: call.model.llm.chat_ids(messages, tools))
     ticket = await call.submit(
         prompt, sampling, n=body.n, continues_text=False, timeout=body.timeout, grammars=grammars
@@ -126,12 +127,13 @@ class _Answer:
         yield DONE
 
     async def whole(self) -> dict[str, Any]:
-        logprobs: list[list[dict[str, Any]]] = [[] for _ in self._voices]
+        logprobs: list[list[orjson.Fragment]] = [[] for _ in self._voices]
         completions: dict[int, Completion] = {}
         async for j, chunk in self._ticket:
             self._voices[j].push(chunk.text)
             if self._body.logprobs:
-                logprobs[j].append(chat_logprob(self._call.tokenizer, chunk))
+                # As JSON it is one object; as it stands it would be sixty, for Python to look through until the end.
+                logprobs[j].append(orjson.Fragment(orjson.dumps(chat_logprob(self._call.tokenizer, chunk))))
             if chunk.completion is not None:
                 self._voices[j].finish()
                 completions[j] = chunk.completion

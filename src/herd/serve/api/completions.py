@@ -4,8 +4,10 @@ with `echo` and `logprobs` the answer has a log-probability for each token of th
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any, ClassVar, Literal
 
+import orjson
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -122,15 +124,15 @@ class _Answer:
                 if chunk.completion is not None:
                     done[j] = chunk.completion
             ordered = [done[j] for j in range(ticket.n)]
-            # A scored prompt can have a hundred thousand tokens, with twenty others for each.
-            made = await text_work(lambda t=ticket, each=ordered: [self._choice(t, one) for one in each])  # type: ignore[misc]
-            choices += [{"index": i * ticket.n + j, **choice} for j, choice in enumerate(made)]
+            for j, completion in enumerate(ordered):
+                # A scored prompt can have a hundred thousand tokens, with twenty others for each.
+                choices.append(await text_work(partial(self._choice, i * ticket.n + j, ticket, completion)))
             self._call.done(ordered, len(ticket.prompt))
             everything += ordered
             prompt_tokens += len(ticket.prompt)
         return {**self._head, "choices": choices, "usage": usage_of(prompt_tokens, everything)}
 
-    def _choice(self, ticket: Ticket, completion: Completion) -> dict[str, Any]:
+    def _choice(self, index: int, ticket: Ticket, completion: Completion) -> orjson.Fragment:
         generated = self._body.max_tokens != 0
         text = completion.text if generated else ""
         tokens: list[_Token] = []
@@ -146,7 +148,9 @@ class _Answer:
             text = self._call.tokenizer.decode(ticket.prompt[self._skipped(ticket) :]) + text
         hidden = self._skipped(ticket) if self._body.echo else 0
         logprobs = self._logprobs(tokens, 0, hidden) if self._body.logprobs is not None else None
-        return {"text": text, "logprobs": logprobs, "finish_reason": _reason(completion) if generated else "length"}
+        reason = _reason(completion) if generated else "length"
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return orjson.Fragment(orjson.dumps(choice))
 
     def _skipped(self, ticket: Ticket) -> int:
         """BOS is put in front of texts here, and is none of theirs."""

@@ -122,6 +122,7 @@ class Call:
             # What was computed counts, also where nobody waited for the end of it.
             self.client.leave(self._tokens + sum(ticket.tokens for ticket in self._tickets))
             self._metrics.seconds(self.request.scope["path"], time.perf_counter() - self._start)
+        self._tickets.clear()  # a connection keeps its last call, and so would all that was computed for it
 
     def fail(self, error: Exception) -> ApiError:
         """What the last event of an answer says that ends with this error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import Field
 
 from herd.serve.api.body import Body
@@ -61,9 +62,9 @@ class ChatMessage(Body):
         return message
 
 
-def characters_of(messages: list[Message]) -> int:
+def characters_of(messages: list[Message], tools: list[dict[str, Any]] | None) -> int:
     """How long a dialogue is before it is tokens."""
-    total = 0
+    total = len(orjson.dumps(tools)) if tools else 0
     for message in messages:
         total += len(message.get("content") or "")
         total += sum(len(str(call["function"]["arguments"])) for call in message.get("tool_calls") or ())

@@ -174,7 +174,7 @@ async def count_tokens(request: Request) -> Response:
 async def _prompt(call: Call, body: CountRequest, plan: Plan) -> list[int]:
     tools = [tool.described for tool in body.functions] if plan.described else None
     dialogue = body.dialogue()
-    call.check_room(characters_of(dialogue), "messages")
+    call.check_room(characters_of(dialogue, tools), "messages")
     return await text_work(lambda: call.model.llm.chat_ids(dialogue, tools))
 
 

@@ -252,7 +252,8 @@ async def responses(request: Request) -> Response:
         return llm.chat_ids(dialogue(kept, body.instructions, one_call=one_call), tools)
 
     cut = body.truncation == "auto"
-    call.check_room(0 if cut else characters_of(dialogue(items, body.instructions, one_call=one_call)), "input")
+    messages = dialogue(items, body.instructions, one_call=one_call)
+    call.check_room(0 if cut else characters_of(messages, tools), "input")
     room = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, llm.context // 4)
     limit = max(0, llm.context - room) if cut else 1 << 62
     prompt, dropped = await text_work(lambda: fit(items, encode, limit))

@@ -21,6 +21,8 @@ from herd.serve.api.tools import Tool
 from herd.serve.errors import bad
 from herd.serve.registry import Registry
 
+_PIECES = 1 << 16  # each is an object of its own
+
 
 class TokenizeRequest(Body):
     """A text, or a dialogue as chat would send it."""
@@ -54,6 +56,8 @@ async def tokenize(request: Request) -> Response:
     call, body = await begin(request, lambda config: read_body(request, config, TokenizeRequest))
     if (body.content is None) == (body.messages is None):
         raise bad("content", "give either content or messages")
+    if body.with_pieces and len(body.content or "") > _PIECES:
+        raise bad("with_pieces", f"is there for texts of up to {_PIECES:,} characters")
 
     def work() -> bytes:
         tokenizer = call.tokenizer
@@ -66,9 +70,8 @@ async def tokenize(request: Request) -> Response:
                 ids = [tokenizer.bos_id, *ids]
         if not body.with_pieces:
             return orjson.dumps({"tokens": ids})
-        # A million objects at a time would be more than their text by far, and all wait while they are made.
-        pieces = (orjson.dumps({"id": i, "piece": tokenizer.token_bytes(i).decode("utf-8", "replace")}) for i in ids)
-        return b'{"tokens":[' + b",".join(pieces) + b"]}"
+        pieces = [{"id": i, "piece": tokenizer.token_bytes(i).decode("utf-8", "replace")} for i in ids]
+        return orjson.dumps({"tokens": pieces})
 
     return await json_response(call, text_work(work))
 
