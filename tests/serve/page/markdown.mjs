@@ -7,8 +7,8 @@ import { EVERYTHING, ATTEMPTS } from "./texts.mjs";
 
 const read = (name) => readFileSync(new URL(`../../../src/herd/serve/page/${name}.js`, import.meta.url), "utf8");
 const part = ["elements", "inline", "blocks", "colours"].map(read).join("\n");
-const source = `${part}\nfunction copyButton(text) { return h("button", { copies: text() }); }\nexport { markdown, highlight, textOf, safeAddress, oneLine };`;
-const { markdown, highlight, textOf, safeAddress, oneLine } = await import(`data:text/javascript;base64,${Buffer.from(source).toString("base64")}`);
+const source = `${part}\nfunction copyButton(text) { return h("button", { copies: text() }); }\nexport { markdown, typed, highlight, textOf, safeAddress, oneLine };`;
+const { markdown, typed, highlight, textOf, safeAddress, oneLine } = await import(`data:text/javascript;base64,${Buffer.from(source).toString("base64")}`);
 
 /** Nodes as HTML, to compare with what is expected. Only for tests: what it gives is not escaped. */
 function html(nodes) {
@@ -60,6 +60,7 @@ check("blocks", () => {
   const cases = {
     "# a\n## b ##\n###### c\n#d": "<h3>a</h3><h4>b</h4><h6>c</h6><p>#d</p>",
     "a\n\nb\n***\nc": "<p>a</p><p>b</p><hr><p>c</p>",
+    " a  \n    b\n\n    c\n\td": "<p>a<br>    b</p><p>    c<br>    d</p>",
     "> a\nb\n>\n> > c": "<blockquote><p>a<br>b</p><blockquote><p>c</p></blockquote></blockquote>",
     "- a\n- b\n  - c\n\n    d\n- e": "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p><p>d</p></li></ul></li><li><p>e</p></li></ul>",
     "1. a\n2. b": "<ol><li><p>a</p></li><li><p>b</p></li></ol>",
@@ -80,6 +81,17 @@ check("blocks", () => {
     "1986. A year\nmore": "<ol start=1986><li><p>A year<br>more</p></li></ol>",
   };
   for (const [text, expected] of Object.entries(cases)) assert.equal(show(text), expected, text);
+});
+
+check("typed text", () => {
+  const cases = {
+    "  *a* `b`\n\n# c": "  *a* <code>b</code>\n\n# c",
+    "a `b\nc` ``": "a `b\nc` ``",
+    "a\n```py\n  b\n```\nc": "a\n<pre py>  b</pre>c",
+    "```\nopen": "<pre text>open</pre>",
+    "": "",
+  };
+  for (const [text, expected] of Object.entries(cases)) assert.equal(html(typed(text)), expected, text);
 });
 
 check("what is open is shown closed while an answer grows", () => {
@@ -167,6 +179,7 @@ check("no text is lost, and none fails", () => {
     const text = Array.from({ length: 1 + random(30) }, () => SCRAPS[random(SCRAPS.length)]).join("");
     const nodes = markdown(text);
     markdown(text.slice(0, random(text.length + 1)), true);
+    typed(text);
     walk(nodes, ({ properties }) => properties.href && assert.match(properties.href, /^(?:https?:\/\/|mailto:)/));
     // Links hide their target, fences say the language elsewhere, &amp; is a sign: elsewhere every letter is still there.
     if (!/\(|```|~~~|&/.test(text)) assert.equal(letters(textOf(nodes)), letters(text), JSON.stringify(text));
@@ -183,6 +196,7 @@ check("no text takes long", () => {
       for (const partial of [false, true]) {
         const started = performance.now();
         markdown(text, partial);
+        typed(text);
         const took = performance.now() - started;
         assert.ok(took < 1000, `${JSON.stringify(before + unit)}… takes ${took} ms`);
       }

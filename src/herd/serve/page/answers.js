@@ -101,6 +101,7 @@ async function retryServer() {
 
 const MOST_TRIES = 8; // when the server is busy
 const TIME_TO_SAVE = 1000; // ms between two savings of an answer that grows
+const LEAST_FOR_SPEED = { tokens: 16, time: 200 }; // ms; of less, which may come in one piece, there is no speed to tell
 
 function send(content) {
   const { chat } = state;
@@ -192,12 +193,12 @@ function grow(run, piece) {
 function statsOf(usage, { started, first, last }) {
   const tokens = (value) => (Number.isFinite(value) && value >= 0 ? value : null);
   const completion = tokens(usage?.completion_tokens);
-  const hasSpeed = completion > 1 && last > first; // the first token is the wait before it
+  const hasSpeed = completion >= LEAST_FOR_SPEED.tokens && last - first >= LEAST_FOR_SPEED.time;
   return {
     prompt: tokens(usage?.prompt_tokens),
     completion,
     first: first === null ? null : (first - started) / 1000,
-    speed: hasSpeed ? (1000 * (completion - 1)) / (last - first) : null,
+    speed: hasSpeed ? (1000 * (completion - 1)) / (last - first) : null, // the first token is the wait before it
   };
 }
 

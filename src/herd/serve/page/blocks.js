@@ -171,8 +171,22 @@ function cells(line) {
 function paragraph(lines, at) {
   let end = at + 1;
   while (end < lines.length && lines[end].trim() && !startsBlock(lines, end)) end++;
-  const text = lines.slice(at, end).join("\n").trim();
+  // A single blank is how some models begin a text; more are an indent.
+  const text = lines.slice(at, end).join("\n").trimEnd().replace(/^ (?! )/, "");
   return { end, make: (partial) => h("p", { dir: "auto" }, inline(text, partial)) };
+}
+
+/** The nodes of a text that stays as it was typed, but for its code: fences, and spans within a line. */
+function typed(text) {
+  const lines = text.split("\n");
+  const nodes = [];
+  for (let at = 0, end; at < lines.length; at = end) {
+    const block = fence(lines, at);
+    end = block?.end ?? at + 1;
+    nodes.push(...(block ? [block.make()] : inline(lines[at], false, CODE_ONLY)));
+    if (!block && end < lines.length) nodes.push("\n");
+  }
+  return nodes;
 }
 
 function startsBlock(lines, at) {

@@ -11,7 +11,7 @@ function announce(text) {
 }
 
 function announceAnswer(version) {
-  const text = textOf(proseOf(version, false)).trim();
+  const text = textOf(nodesOf(version, false, markdown)).trim();
   const read = text.length > MOST_READ ? `${text.slice(0, MOST_READ)} … The answer goes on.` : text;
   if (version.error) announce(`${read} ${version.error.message}`);
   else announce(version.finish === "stopped" ? "Stopped." : `Answer: ${read}`);

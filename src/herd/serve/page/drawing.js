@@ -191,7 +191,7 @@ function question(chat, message) {
   if (message === state.editing) return editor(chat, message);
   return h("li", { class: "message user", key: keyOf(message) },
     h("h2", { class: "unseen" }, "You"),
-    h("div", { class: "bubble", dir: "auto" }, message.text),
+    h("div", { class: "bubble", dir: "auto" }, nodesOf(message, false, typed)),
     h("div", { class: "foot" },
       message === last(chat.messages) ? tool("again", "Answer this", () => answer(chat)) : null,
       tool("edit", "Edit", () => startEditing(message)),
@@ -230,14 +230,15 @@ function stopEditing() {
   $("messages").querySelectorAll(".message")[at]?.querySelector('[aria-label="Edit"]')?.focus();
 }
 
-const trees = new WeakMap(); // version → { text, partial, cache, nodes }: Markdown is read again only when it changed
+const trees = new WeakMap(); // what has a text → { text, partial, cache, nodes }: a text is read again only when it changed
 
-function proseOf(version, partial) {
-  const known = trees.get(version);
-  if (known?.text === version.text && known.partial === partial) return known.nodes;
+function nodesOf(owner, partial, read) {
+  const { text } = owner;
+  const known = trees.get(owner);
+  if (known?.text === text && known.partial === partial) return known.nodes;
   const cache = known?.cache ?? new Map();
-  const nodes = markdown(version.text, partial, cache);
-  trees.set(version, { text: version.text, partial, cache, nodes });
+  const nodes = read(text, partial, cache);
+  trees.set(owner, { text, partial, cache, nodes });
   return nodes;
 }
 
@@ -248,7 +249,7 @@ function reply(chat, message) {
   const waiting = h("div", { class: "foot", key: "busy" }, isWritten && !run.wait ? h("span", { class: "waiting" }) : null);
   return h("li", { class: "message assistant", key: keyOf(message), "aria-busy": isWritten ? "true" : null },
     h("h2", { class: "unseen" }, `Answer${version.model ? ` of ${oneLine(version.model)}` : ""}`),
-    h("div", { class: "prose" }, proseOf(version, isWritten)),
+    h("div", { class: "prose" }, nodesOf(version, isWritten, markdown)),
     isWritten && run.wait ? waitingNote(chat, run.wait) : null,
     isWritten ? null : endNote(version),
     version.error ? problem(chat, message, version.error) : null,

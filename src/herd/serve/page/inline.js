@@ -30,13 +30,13 @@ function withoutDirection(node) {
   return h(node.tag, node.properties, node.children.map(withoutDirection));
 }
 
-function inline(source, partial = false) {
+function inline(source, partial = false, rules = INLINE) {
   const text = partial ? withoutTail(source, "*_`~![\\<") : source;
   const state = { text, at: 0, partial, open: [{ mark: "", children: [] }], unpaired: new Set() };
   while (state.at < text.length) {
     const plain = match(PLAIN, state);
     if (plain) take(state, plain[0].length, plain[0]);
-    else if (!INLINE.get(text[state.at])?.(state)) take(state, 1, text[state.at]);
+    else if (!rules.get(text[state.at])?.(state)) take(state, 1, text[state.at]);
   }
   while (state.open.length > 1) closeAtEnd(state);
   return state.open[0].children;
@@ -47,6 +47,7 @@ const INLINE = new Map(Object.entries({
   "\\": escapedSign, "`": codeSpan, "*": emphasis, _: emphasis, "~": emphasis, "[": openBracket, "!": openBracket,
   "]": closeBracket, "<": angle, "\n": lineBreak, h: bareLink,
 }));
+const CODE_ONLY = new Map([["`", codeSpan]]);
 
 function match(pattern, state, at = state.at) {
   pattern.lastIndex = at;
@@ -205,10 +206,11 @@ function bareLink(state) {
   return address && take(state, text.length, isGrowing ? h("span", { class: "link" }, text) : link(address, [text]));
 }
 
+/** Blanks before the break go; those after it stay, as the style shows them: code is not always in a fence. */
 function lineBreak(state) {
   const { children } = last(state.open);
   if (typeof last(children) === "string") children.push(children.pop().trimEnd());
-  return take(state, 1 + /^ */.exec(state.text.slice(state.at + 1, state.at + 50))[0].length, h("br"));
+  return take(state, 1, h("br"));
 }
 
 /** Code as nodes in which characters that turn the direction of text can be seen. */
