@@ -8,7 +8,7 @@ from herd.architecture.config import (
     RopeScaling,
     ffn_width,
 )
-from herd.architecture.frequencies import attention_scale, rope_frequencies
+from herd.architecture.frequencies import attention_scale, law_theta, ntk_theta, rope_frequencies
 from herd.architecture.releases import Release, releases
 from herd.architecture.size import (
     active_parameter_count,
@@ -18,6 +18,7 @@ from herd.architecture.size import (
     training_flops_per_token,
     weight_bytes,
 )
+from herd.architecture.stretch import StretchMethod, stretched
 from herd.architecture.tensors import IGNORED, Rule, shard_axis, stored_tensors, tensor_shapes
 
 __all__ = [
@@ -29,16 +30,20 @@ __all__ = [
     "Release",
     "RopeScaling",
     "Rule",
+    "StretchMethod",
     "active_parameter_count",
     "attention_scale",
     "ffn_width",
     "kv_cache_bytes",
+    "law_theta",
     "multiplying_parameter_count",
+    "ntk_theta",
     "parameter_count",
     "releases",
     "rope_frequencies",
     "shard_axis",
     "stored_tensors",
+    "stretched",
     "tensor_shapes",
     "training_flops_per_token",
     "weight_bytes",

@@ -163,6 +163,7 @@ def _scaling(
         return _scaling_of_divisors(top, base, stated, divisors)
     if stated is not None:
         top.fail("herd.config", "says llama3 RoPE scaling, but the tensor rope_freqs.weight is missing", value=stated)
+    _check_scaling(fields)
     kind = fields.data.get("rope.scaling.type", "none")
     if kind == "none":
         if fields.has("rope.scale_linear"):  # files of 2023
@@ -174,6 +175,17 @@ def _scaling(
         original = fields.integer("rope.scaling.original_context_length", context)
         return _positive_scaling(fields, "rope.scaling.factor", kind="yarn", original_context=original)
     fields.fail("rope.scaling.type", "is not known", value=kind, allowed="none, linear, yarn")
+
+
+def _check_scaling(fields: Fields) -> None:
+    """Variants of YaRN that llama.cpp can read from a file: only the paper's own values for Llama are supported."""
+    for name in ("attn_factor", "yarn_attn_factor"):
+        fields.must_be(f"rope.scaling.{name}", 1.0)
+    fields.must_be("rope.scaling.yarn_ext_factor", 1.0, -1.0)  # -1 leaves it to the type of scaling
+    fields.must_be("rope.scaling.yarn_beta_fast", 32.0)
+    fields.must_be("rope.scaling.yarn_beta_slow", 1.0)
+    for name in ("alpha", "yarn_log_multiplier"):
+        fields.must_be(f"rope.scaling.{name}", 0.0)
 
 
 def _positive_scaling(fields: Fields, name: str, **values: Any) -> RopeScaling | None:

@@ -1,0 +1,111 @@
+"""The stages that take a short-context Llama to a long one, by the pattern of Gradient's Llama 3 8B with 4M tokens.
+
+Its card extends 8,192 tokens to 4,194,304 in five stages, each from the last, with a larger RoPE base and few tokens.
+A plan for another model keeps the card's steps relative to the trained context: x8, x32, x64, x128, x512.
+Source: model card of gradientai/Llama-3-8B-Instruct-Gradient-4194k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from herd.architecture import LlamaConfig, RopeScaling, StretchMethod, law_theta, stretched
+from herd.errors import UsageError
+
+PlanMethod = Literal["card"] | StretchMethod
+
+
+@dataclass(frozen=True)
+class CardStage:
+    """One column of the card's table. `batch` sequences a forward pass over all GPUs, `accumulation` of them a step."""
+
+    name: str
+    context: int
+    theta: float
+    batch: int
+    accumulation: int
+    steps: int
+    tokens: int
+    lr: float
+    gpus: int
+    minutes: int
+
+
+CARD_CONTEXT, CARD_THETA = 8192, 500_000.0  # of Llama 3 8B Instruct, where the card begins
+CARD = (
+    CardStage("65K", 1 << 16, 15.3e6, 1, 32, 30, 62_914_560, 2e-5, 8, 202),
+    CardStage("262K", 1 << 18, 207.1e6, 1, 16, 24, 100_663_296, 2e-5, 32, 555),
+    CardStage("524K", 1 << 19, 1.06e9, 16, 1, 50, 419_430_400, 2e-5, 512, 61),
+    CardStage("1048K", 1 << 20, 2.80e9, 16, 1, 50, 838_860_800, 2e-5, 512, 87),
+    CardStage("4194K", 1 << 22, 45.2e9, 2, 2, 11, 184_549_376, 2e-5, 512, 433),
+)
+"""As published; GPUs are L40S."""
+
+
+@dataclass(frozen=True)
+class ExtensionStage:
+    """One stage of a plan: continue from the last one at `context` tokens with this theta and scaling.
+
+    card: the card's stage whose batch, steps and learning rate are taken. law_theta: what the theta law says here.
+    """
+
+    context: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    law_theta: float
+    batch: int
+    accumulation: int
+    steps: int
+    tokens: int
+    lr: float
+    card: str
+
+
+def plan_extension(config: LlamaConfig, to: int, method: PlanMethod = "law") -> list[ExtensionStage]:
+    """The stages from the model's context to `to` tokens; the last takes what the card does at or above its length.
+
+    method: how RoPE is stretched, see `stretched`; "card" takes the published bases, and so only goes from Llama 3's
+    8,192 tokens and theta 5e5 to lengths of the card.
+    Raises UsageError for what cannot be stretched, and beyond 512 times the context, where the card ends.
+    """
+    methods = ("card", *get_args(StretchMethod))
+    if method not in methods:
+        raise UsageError("unknown way to stretch RoPE", value=method, allowed=", ".join(methods))
+    trained = config.context_length
+    ratios = [stage.context // CARD_CONTEXT for stage in CARD]
+    if to > trained * ratios[-1]:
+        raise UsageError("the card's pattern ends before", value=to, allowed=f"up to {trained * ratios[-1]} tokens")
+    contexts = [trained * ratio for ratio in ratios if trained * ratio < to] + [to]
+    return [_stage(config, context, CARD[i], method) for i, context in enumerate(contexts)]
+
+
+def _stage(config: LlamaConfig, context: int, card: CardStage, method: PlanMethod) -> ExtensionStage:
+    longer = stretched(config, context, "law" if method == "card" else method)
+    theta = _card_theta(config, context) if method == "card" else longer.rope_theta
+    return ExtensionStage(
+        context=context,
+        rope_theta=theta,
+        rope_scaling=longer.rope_scaling,
+        law_theta=law_theta(config.rope_theta, config.context_length, context),
+        batch=card.batch,
+        accumulation=card.accumulation,
+        steps=card.steps,
+        tokens=card.batch * card.accumulation * card.steps * context,
+        lr=card.lr,
+        card=card.name,
+    )
+
+
+def _card_theta(config: LlamaConfig, context: int) -> float:
+    if (config.context_length, config.rope_theta) != (CARD_CONTEXT, CARD_THETA):
+        raise UsageError(
+            "the card's bases are for Llama 3's own",
+            value=f"context {config.context_length}, theta {config.rope_theta:g}",
+            allowed=f"context {CARD_CONTEXT}, theta {CARD_THETA:g}",
+            fix="--method law",
+        )
+    published = {stage.context: stage.theta for stage in CARD}
+    if context not in published:
+        raise UsageError("the card has no base for this length", value=context, allowed=", ".join(map(str, published)))
+    return published[context]
