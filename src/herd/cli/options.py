@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import typer
 
 if TYPE_CHECKING:
+    from herd.architecture import LlamaConfig
     from herd.engine import LLM, SamplingOptions
 
 T = TypeVar("T")
@@ -110,6 +111,31 @@ def numbers(option: str, text: str, low: int, high: int) -> list[int]:
     if not all(part.isdecimal() and low <= int(part) <= high for part in parts):
         raise UsageError(f"{option} is no list of numbers", value=text, allowed=f"numbers from {low} to {high}, as 1,8")
     return list(dict.fromkeys(map(int, parts)))
+
+
+def size_bytes(text: str) -> int:
+    """A size such as 16GiB or 500MB."""
+    import re
+
+    from herd.errors import UsageError
+
+    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in units:
+        raise UsageError("this is no size", value=text, allowed="a number with MB, GB, MiB or GiB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def shape_of(model: str) -> LlamaConfig:
+    """The shape of a release by its name, or of a checkpoint, whose weights are not read."""
+    from herd.architecture import releases
+
+    if model in releases and not Path(model).exists():
+        return releases[model].config
+    from herd import checkpoint
+
+    with checkpoint.open_checkpoint(checkpoint.resolve(model)) as opened:
+        return opened.config
 
 
 def usable_threads(asked: int | None) -> int:
