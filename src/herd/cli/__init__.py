@@ -7,7 +7,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from herd.errors import HerdError
@@ -26,6 +26,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "corpus": ("corpus", "Clean and deduplicate a folder of raw text."),
     "tokenize": ("tokenize", "Show the tokens of a text or a dialogue."),
     "evaluate": ("evaluate", "Bits per byte and exact match, with confidence intervals."),
+    "needle": ("needle", "Find a number in long texts: a grid of lengths and depths, with a heat map."),
+    "extend": ("extend", "Plan the stages that take a model to a longer context."),
+    "plan": ("plan", "A parallel layout for a training run: memory, communication, step time."),
+    "scaling run": ("scaling.run", "Train a ladder: several sizes at each of a few compute budgets."),
+    "scaling plan": ("scaling.plan", "List a ladder's models without training them."),
+    "scaling fit": ("scaling.fit", "Fit the laws behind a ladder: best tokens, parameters and loss."),
+    "scaling predict": ("scaling.predict", "The best tokens, parameters and loss for a larger budget."),
+    "scaling forecast": ("scaling.forecast", "A benchmark's accuracy for a larger budget."),
     "report": ("report", "Rebuild a run's HTML report and model card."),
     "bench": ("bench", "Measure speed and memory of a model, also against llama.cpp."),
     "bench serve": ("bench_serve", "Load a server, Herd's or another, and measure what its users would see."),
@@ -58,7 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
     # Nothing here multiplies with numpy, whose BLAS would start a thread on every processor that spins for a while.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        sys.stdout.write(_HELP.format(verbs="\n".join(f"  {verb:<13}{text}" for verb, (_, text) in VERBS.items())))
+        sys.stdout.write(_HELP.format(verbs=_listed(VERBS)))
+        raise SystemExit(0)
+    family = [verb for verb in VERBS if verb.startswith(f"{arguments[0]} ")]
+    if family and arguments[0] not in VERBS and arguments[1:] in ([], ["--help"], ["-h"]):
+        sys.stdout.write(f"Verbs of {arguments[0]!r}; `herd {family[0]} --help` explains one:\n{_listed(family)}\n")
         raise SystemExit(0)
     if arguments[0] in ("--version", "-V"):
         from herd import __version__
@@ -67,6 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(0)
     words = 2 if " ".join(arguments[:2]) in VERBS else 1
     raise SystemExit(_run(" ".join(arguments[:words]), arguments[words:]))
+
+
+def _listed(verbs: Iterable[str]) -> str:
+    width = max(map(len, VERBS)) + 2
+    return "\n".join(f"  {verb:<{width}}{VERBS[verb][1]}" for verb in verbs)
 
 
 def _run(verb: str, arguments: list[str]) -> int:

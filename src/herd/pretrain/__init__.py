@@ -13,9 +13,18 @@ from herd.lazy import lazy_names
 
 if TYPE_CHECKING:
     from herd.pretrain.config import PretrainConfig
+    from herd.pretrain.extension import CARD, CardStage, ExtensionStage, plan_extension
     from herd.pretrain.heldout import HeldOut
     from herd.pretrain.stage import run
 
-__getattr__ = lazy_names(__name__, {"config": ("PretrainConfig",), "heldout": ("HeldOut",), "stage": ("run",)})
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "config": ("PretrainConfig",),
+        "extension": ("CARD", "CardStage", "ExtensionStage", "plan_extension"),
+        "heldout": ("HeldOut",),
+        "stage": ("run",),
+    },
+)
 
-__all__ = ["HeldOut", "PretrainConfig", "run"]
+__all__ = ["CARD", "CardStage", "ExtensionStage", "HeldOut", "PretrainConfig", "plan_extension", "run"]
