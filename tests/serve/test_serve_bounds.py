@@ -153,7 +153,7 @@ def test_small_writes_do_not_wait_for_each_other() -> None:
 
 
 def test_connections_that_say_nothing_make_way(serving: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("herd.serve.server._MOST_CONNECTIONS", 20)
+    monkeypatch.setattr("herd.serve.server.Connection.most", 20)
     with serving({"tiny": model_path}) as found:
         host, port = found.url.removeprefix("http://").split(":")
         idle = [socket.create_connection((host, int(port)), timeout=20) for _ in range(60)]

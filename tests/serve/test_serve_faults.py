@@ -62,15 +62,15 @@ def test_work_between_steps_ends_with_the_model(serving: Any, model_path: Path) 
             yield
             return go.wait(30)
 
-        def begun() -> Any:
+        def begun(text: list[int]) -> Any:
             pieces = work()
             next(pieces)
             return pieces
 
         async def ask() -> list[Any]:
-            first = asyncio.create_task(driver.between_steps(begun))
+            first = asyncio.create_task(driver.between_steps(begun, [[1]], Client("ann", KeyLimits())))
             await asyncio.sleep(0.05)
-            second = asyncio.create_task(driver.between_steps(begun))
+            second = asyncio.create_task(driver.between_steps(begun, [[1]], Client("ann", KeyLimits())))
             await asyncio.sleep(0.05)
             assert not driver.idle
             stopping = threading.Thread(target=driver.stop, args=(ApiError(503, "stops"),))
@@ -82,7 +82,7 @@ def test_work_between_steps_ends_with_the_model(serving: Any, model_path: Path) 
             return found
 
         first, second = asyncio.run(ask())
-        assert first is True and isinstance(second, ApiError)
+        assert first == [True] and isinstance(second, ApiError)
 
 
 def test_a_thread_that_fails_says_so(serving: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +15,20 @@ from herd.serve import ServeConfig
 from herd.serve.pace import Pace
 
 
+def _request() -> Any:
+    return SimpleNamespace(cost=50, computed=50, computable=50, credited=0.0)
+
+
 def test_pace_is_what_was_finished_over_the_time_it_took() -> None:
     pace = Pace()
     assert pace.seconds(1000) == 0  # nothing is known
     for _ in range(100):
         pace.worked(0.1)
-        pace.finished(50)
+        pace.finished(_request())
     assert pace.seconds(1000) == pytest.approx(2.0, rel=0.02)
     for _ in range(1000):  # slower now: what was forgets itself
         pace.worked(0.4)
-        pace.finished(50)
+        pace.finished(_request())
     assert pace.seconds(1000) == pytest.approx(8.0, rel=0.02)
 
 

@@ -160,3 +160,11 @@ def test_the_log_says_nothing_of_what_was_said(program: Any) -> None:
     server.process.send_signal(signal.SIGTERM)
     code, errors = server.end()
     assert code == 0 and "secret word" not in errors and "a-key-of-some-length" not in errors
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(model_path: Path) -> None:
+    """There is nothing to serve; the reason is the last word, and the exit code is that of a wrong option."""
+    command = [sys.executable, "-m", "herd", "serve", str(model_path), "--port", "0", "--ctx", "100000"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "100000" in ended.stderr and "512" in ended.stderr and "Traceback" not in ended.stderr

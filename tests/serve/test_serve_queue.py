@@ -18,6 +18,7 @@ class Job:
     owner: str
     cost: int = 1
     weight: float = 1.0
+    arrived: float = 0.0
 
 
 def drain(queue: Any) -> list[Job]:
@@ -117,3 +118,15 @@ def test_who_comes_and_goes_leaves_nothing() -> None:
         queue.put(job)
         queue.remove(job)
     assert len(queue._heap) < 200
+
+
+def test_who_waits_again_has_not_come_again() -> None:
+    """The newest of a key is the one that arrived last, whose turn may have come before."""
+    queue: Any = FairQueue()
+    first, second, third = (Job("greedy", arrived=when) for when in (1.0, 2.0, 0.5))
+    queue.put(first)
+    queue.put(second)
+    assert queue.pop() is first
+    queue.put(first)
+    queue.put(third)
+    assert queue.last_of_the_longest(than=Job("modest", arrived=3.0)) is second

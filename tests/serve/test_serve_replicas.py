@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import ipaddress
 import json
 import os
+import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -21,10 +22,6 @@ import pytest
 
 pytest.importorskip("ray.serve")
 httpx = pytest.importorskip("httpx2")
-
-from herd.errors import MissingDependency, UsageError  # noqa: E402
-from herd.serve import ServeConfig  # noqa: E402
-from herd.serve.replicas import check_replicas  # noqa: E402
 
 KEYS = {"ann-has-a-key": {}, "ben-has-a-key": {"concurrent": 1}, "cat-has-a-key": {"tokens_per_minute": 60}}
 CHAT = "/v1/chat/completions"
@@ -208,9 +205,10 @@ def test_limits_hold_over_all(replicas: Program) -> None:
 
 
 def test_nothing_is_open_to_others(replicas: Program) -> None:
-    """All that listens, here and in Ray's processes, does so on this machine's own address."""
+    """All that listens, here and in Ray's processes, does so on this machine's own address; its files are closed."""
     owned = set()
-    for pid in (replicas.process.pid, *replicas.children()):
+    below = replicas.children()
+    for pid in (replicas.process.pid, *below):
         for entry in Path(f"/proc/{pid}/fd").glob("*"):
             with contextlib.suppress(OSError):
                 owned.add(str(entry.readlink()))
@@ -224,6 +222,8 @@ def test_nothing_is_open_to_others(replicas: Program) -> None:
                 address = ipaddress.ip_address(raw)
                 found.append(getattr(address, "ipv4_mapped", None) or address)
     assert len(found) > 5 and all(address.is_loopback for address in found), found
+    folders = set(re.findall(r"(/tmp/herd-\w+)/", " ".join(below.values())))
+    assert len(folders) == 1 and stat.S_IMODE(Path(folders.pop()).stat().st_mode) == 0o700
 
 
 class Asking:
@@ -250,18 +250,19 @@ class Asking:
 
 
 def test_one_may_die(replicas: Program) -> None:
-    """Its streams say so, what it had not begun to tell is asked of the other one, and it comes back."""
+    """What it was doing says so, the other one does what comes, and it comes back."""
     before = replicas.replicas()
     assert len(before) == 2
     streams = Asking(replicas)
-    wholes = Asking(replicas, stream=False)
+    wholes = Asking(replicas, stream=False)  # not tried again: it may have died of them
     os.kill(before[0], signal.SIGKILL)
     with replicas.client() as client:
         for _ in range(5):
             assert client.post(CHAT, json={"messages": SAID, "max_tokens": 2}).status_code == 200
-        ends = streams.join()
+        ends, told = streams.join(), [json.loads(each) for each in wholes.join()]
         assert sum("replica_lost" in each for each in ends) == 2 and ends.count("data: [DONE]") == 2, ends
-        assert [json.loads(each)["usage"]["completion_tokens"] for each in wholes.join()] == [8 * 480] * 4
+        assert sum(each.get("error", {}).get("code") == "replica_lost" for each in told) == 2, told
+        assert sum(each.get("usage", {}).get("completion_tokens") == 8 * 480 for each in told) == 2, told
         until(lambda: client.get("/ready").json().get("replicas") == 2)
     after = replicas.replicas()
     assert len(after) == 2 and before[1] in after and before[0] not in after
@@ -282,18 +283,3 @@ def test_the_end(replicas: Program) -> None:
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 30)
     log = "".join(replicas.errors)
     assert len(below) > 5 and "Traceback" not in log and "Who are you" not in log and "has-a-key" not in log, log
-
-
-def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = ServeConfig()
-    for count, loading, text in ((0, {}, "replicas"), (1025, {}, "1024"), (2, {"cpus": [0]}, "--cpus"),
-                                 (2, {"threads": 0}, "--threads")):  # fmt: skip
-        with pytest.raises(UsageError, match=text):
-            check_replicas(count, config, loading)
-    check_replicas(2, ServeConfig(store=tmp_path / "store"), {})
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(UsageError, match="RAY_ADDRESS"):
-        check_replicas(2, ServeConfig(store=tmp_path / "store"), {})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r"\[ray\]"):
-        check_replicas(2, config, {})

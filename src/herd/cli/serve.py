@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from herd.cli.options import Loading, takes_groups
+from herd.cli.options import Loading, size_bytes, takes_groups
 
 
 @takes_groups
@@ -62,12 +62,11 @@ def command(
 
         herd serve small=a.gguf large=b.gguf --memory 16GiB
 
-        HERD_API_KEY=$(openssl rand -hex 24) herd serve model.gguf --host 0.0.0.0
+        herd serve model.gguf --host 0.0.0.0 --api-key MY-SECRET
 
         herd serve model.gguf --replicas 2 --threads 16
 
-        curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
-          -d '{"messages": [{"role": "user", "content": "Who are you?"}]}'
+        curl localhost:8000/v1/models
     """
     import importlib.util
 
@@ -94,7 +93,7 @@ def command(
             "max_queue": max_queue,
             "max_running": max_running,
             "max_wait": max_wait,
-            "memory": None if memory is None else _bytes(memory),
+            "memory": None if memory is None else size_bytes(memory),
             "store": store,
         },
         "herd serve",
@@ -140,16 +139,3 @@ def _paths(models: list[str]) -> dict[str, Path]:
             raise UsageError("two models have the same name", value=name, fix="NAME=MODEL gives another one")
         found[name] = path
     return found
-
-
-def _bytes(text: str) -> int:
-    """A size such as 16GiB or 500MB."""
-    import re
-
-    from herd.errors import UsageError
-
-    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in units:
-        raise UsageError("this is no size", value=text, allowed="a number with MB, GB, MiB or GiB")
-    return int(float(match[1]) * units[match[2]])

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from herd.architecture import LlamaConfig
 from herd.cgroup import usable_cpus
 from herd.engine.request import check_whole
-from herd.errors import HerdError, MissingDependency, UsageError
+from herd.errors import HerdError, MissingDependency, ResourceError, UsageError
 from herd.progress import status
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class Backend(Protocol):
     """Sequences that may be reserved at the same time."""
     threads: int
     """Threads that compute."""
+    identity: str
+    """What decides about bits beside the files and the options: kernels, device, library."""
     promised: int
     """Bytes of memory that it will take at most, beside what it had when it was loaded."""
 
@@ -175,14 +177,17 @@ def open_backend(name: str, options: BackendOptions) -> Backend:
     """Load a model with the backend `name`, or with the first that can run here for "auto"."""
     if name != "auto" and name not in BACKENDS:
         raise UsageError("no such backend", value=name, allowed=", ".join(["auto", *BACKENDS]))
-    candidates = [name]
-    if name == "auto":
-        candidates = ["torch", "native"] if _suits_gpu(options) and _gpu_is_there() else list(BACKENDS)
+    on_gpu = name == "auto" and _suits_gpu(options) and _gpu_is_there()
+    candidates = ["torch", "native"] if on_gpu else list(BACKENDS) if name == "auto" else [name]
     for candidate in candidates:
         module, needed = BACKENDS[candidate]
         if importlib.util.find_spec(needed) is not None:
             try:
                 backend: Backend = importlib.import_module(module).open_backend(options)
+            except ResourceError:
+                if not on_gpu or candidate == "native":
+                    raise
+                continue  # too large for the GPU
             finally:
                 status("")  # of the memory plan that was shown while loading
             return backend

@@ -114,9 +114,12 @@ class Grammars:
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
 
-    def start(self, grammar: Grammar) -> Future[Any]:
-        """A matcher at the beginning of a grammar, for one answer alone: it comes from another thread."""
-        return compiling(self._tokens(), _source(grammar))
+    def start(self, grammar: Grammar, *, later: bool = False) -> Future[Any]:
+        """A matcher at the beginning of a grammar, for one answer alone: it comes from another thread.
+
+        What is wanted `later` comes when nothing else is left to be compiled.
+        """
+        return compiling(self._tokens(), _source(grammar), later=later)
 
     def _look_ahead(self, grammar: Grammar, matcher: Any) -> None:
         """Go some tokens into a grammar: most that are too large meet a limit there."""
@@ -187,16 +190,23 @@ class Constraint:
         self._bits: Bits | None = None
         self._beyond = 0.0
 
-    def prepare(self) -> bool:
-        """Have the grammar compiled, unless that was done; whether it is, so that `allowed` waits for nothing."""
+    def prepare(self, *, later: bool = False) -> bool:
+        """Have the grammar compiled, unless that was done; whether it is, so that `allowed` waits for nothing.
+
+        What goes wrong shows in `allowed`. `later`: when nothing else is left to be compiled.
+        """
         if self._coming is None:
-            self._coming = self._grammars.start(self._grammar)
+            try:
+                self._coming = self._grammars.start(self._grammar, later=later)
+            except Exception as error:  # no thread can be started, say
+                self._coming = Future()
+                self._coming.set_exception(error)
         return self._coming.done()
 
-    def wait(self) -> None:
-        """Wait until the grammar is compiled, or given up."""
+    def wait(self, seconds: float) -> None:
+        """Wait until the grammar is compiled or given up, but no longer than that."""
         if self._coming is not None:
-            wait([self._coming])
+            wait([self._coming], seconds)
 
     def give_up(self) -> None:
         """The answer is not wanted any more: what has not begun to be compiled never will be."""
@@ -214,6 +224,9 @@ class Constraint:
             if self._matcher is None:
                 self.prepare()
                 assert self._coming is not None
+                error = self._coming.exception()
+                if error is not None:  # a panic of the compiled library is not even an Exception
+                    raise GrammarFailed(self._grammar, f"compiling it failed: {error}") from error
                 self._matcher = self._coming.result()
             began = time.thread_time()
             bits = self._grammars.next_tokens(self._grammar, self._matcher)

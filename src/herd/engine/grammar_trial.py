@@ -13,19 +13,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 TRIAL_S = 0.5
 """Seconds of processor time for one grammar."""
@@ -47,6 +46,8 @@ _PRELOADED = ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
 _READY = b"ready\n"
 _starting = threading.Lock()
 _turn = threading.Lock()
+_jobs: queue.PriorityQueue[tuple[bool, int, Future[Any], Callable[[], Any]]] = queue.PriorityQueue()
+_number = itertools.count()
 
 
 def compiled(tokenizer: Any, source: str) -> Any:
@@ -55,12 +56,20 @@ def compiled(tokenizer: Any, source: str) -> Any:
     Every answer has its own, compiled anew (0.4 to 3 ms, half a second at the most): copies would share the states of
     their lexer, so that one that meets a limit would end the others.
     """
-    return _deep(lambda: _matcher(tokenizer, source)).result()
+    future: Future[Any] = Future()
+    _deep(lambda: _settle(future, lambda: _matcher(tokenizer, source)))
+    return future.result()
 
 
-def compiling(tokenizer: Any, source: str) -> Future[Any]:
-    """The same by another thread, one after the other, so that what runs meanwhile keeps its processors."""
-    return _deep(lambda: _matcher(tokenizer, source), _turn)
+def compiling(tokenizer: Any, source: str, *, later: bool = False) -> Future[Any]:
+    """The same by another thread, one after the other, so that what runs meanwhile keeps its processors.
+
+    What is wanted `later` is compiled when nothing else is left.
+    """
+    future: Future[Any] = Future()
+    _deep(_take_turn)  # each such thread does one job, whichever is first then
+    _jobs.put((later, next(_number), future, lambda: _matcher(tokenizer, source)))
+    return future
 
 
 def _matcher(tokenizer: Any, source: str) -> Any:
@@ -68,26 +77,30 @@ def _matcher(tokenizer: Any, source: str) -> Any:
     return llguidance.LLMatcher(tokenizer, source, log_level=0, limits=llguidance.LLParserLimits(**_LIMITS))
 
 
-def _deep(work: Callable[[], T], turn: AbstractContextManager[Any] | None = None) -> Future[T]:
-    """Run something that recurses, on a thread with a stack for it, when it is its turn and nobody cancelled it."""
-    future: Future[T] = Future()
+def _take_turn() -> None:
+    with _turn:
+        _, _, future, work = _jobs.get()
+        _settle(future, work)
 
-    def run() -> None:
-        with turn or nullcontext():
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
 
+def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    """Do what a future stands for, unless nobody wants it any more."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _deep(work: Callable[[], None]) -> None:
+    """Run something that recurses, on a thread with a stack for it."""
     with _starting:  # the size counts for all threads that start meanwhile
         before = threading.stack_size(_STACK_BYTES)
         try:
-            threading.Thread(target=run, name="herd-grammar", daemon=True).start()
+            threading.Thread(target=work, name="herd-grammar", daemon=True).start()
         finally:
             threading.stack_size(before)
-    return future
 
 
 class Trial:

@@ -78,6 +78,7 @@ class NativeBackend:
         self.context = context
         self.max_sequences = MAX_SEQUENCES
         self.threads = engine.threads
+        self.identity = f"native {_native.isa()}"
         self.promised = promised
         self._engine: _native.Engine | None = engine
         self._cache: _native.Cache | None = cache

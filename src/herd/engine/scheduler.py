@@ -30,6 +30,8 @@ PREFILL_TOKENS = 1024
 """Prompt tokens that enter in one step, over all sequences, where nobody asks for shorter steps."""
 LOGIT_ROWS = 256
 """Rows of logits in one step: beyond one for each sequence, guesses are made only up to here."""
+_COMPILED_AHEAD = 64  # grammars of sequences that wait: what is compiled of one takes memory
+_PATIENCE_S = 0.02  # for a grammar, when there is nothing else to do
 
 
 @dataclass(eq=False)
@@ -45,6 +47,8 @@ class LiveSequence:
     on_chunk: Callable[[Chunk], None] | None = None
     leader: LiveSequence | None = None
     """Sequence with the same prompt to take the computed prompt from."""
+    prepared: bool = True
+    """It can begin: its grammar is compiled, if it has one."""
 
     handle: int | None = None
     n_computed: int = 0
@@ -107,6 +111,11 @@ class LiveSequence:
             self.completion = self._complete(reason, stop, now)
         if self.on_chunk is not None:
             self.on_chunk(Chunk(text, token_id, reason, choice.logprob, self.completion, choice.top_logprobs))
+
+    def give_up(self) -> None:
+        """It is not wanted any more: its grammar need not be compiled."""
+        if self.row.constraint is not None:
+            self.row.constraint.give_up()
 
     def cut(self) -> None:
         """Complete with what there is, because the caller wants no more."""
@@ -196,6 +205,7 @@ class Scheduler:
         self._stop_ids = stop_ids
         self._grammars = grammars
         self._waiting: deque[LiveSequence] = deque()
+        self._preparing: list[LiveSequence] = []  # those of them whose grammars are not compiled yet
         self._running: list[LiveSequence] = []
         self.prefill_tokens = PREFILL_TOKENS
         self.tokens = 0
@@ -227,13 +237,22 @@ class Scheduler:
             stop_ids=stop_ids,
             on_chunk=on_chunk,
             leader=leader,
+            prepared=constraint is None,
         )
         self._waiting.append(sequence)
+        if constraint is not None:
+            self._preparing.append(sequence)
         return sequence
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Sequences that could begin if there were room."""
+        return len(self._waiting) - len(self._preparing)
+
+    @property
+    def preparing(self) -> int:
+        """Requests whose first answer waits until its grammar is compiled."""
+        return sum(sequence.leader is None for sequence in self._preparing)
 
     @property
     def running(self) -> int:
@@ -264,28 +283,35 @@ class Scheduler:
             return
         if sequence in self._waiting:
             self._waiting.remove(sequence)
+            if not sequence.prepared:
+                self._preparing.remove(sequence)
         else:
             self._leave(sequence)
-        if sequence.row.constraint is not None:
-            sequence.row.constraint.give_up()
+        sequence.give_up()
         sequence.cut()
 
     def abort(self, error: BaseException) -> None:
         """End every sequence with `error` and free their room."""
         for sequence in [*self._running, *self._waiting]:
             sequence.error = error
+            sequence.give_up()
         for sequence in [*self._running]:
             self._leave(sequence)
         self._waiting.clear()
+        self._preparing.clear()
 
     def admit(self) -> None:
-        """First come, first served; a sequence that must wait holds back those behind it, so none starves.
+        """First come, first served; a sequence that must wait for room holds back those behind it, so none starves.
 
-        No more enter than this step can take prompt tokens: a later one may find its beginning computed by then.
+        One whose grammar is being compiled stands aside until that is done, and holds back nobody. No more enter than
+        this step can take prompt tokens: a later one may find its beginning computed by then.
         """
+        self._prepare()
         entering = sum(len(s.tokens) - s.n_computed for s in self._running if not s.choices)
-        while self._waiting and entering < self.prefill_tokens:
-            sequence = self._waiting[0]
+        while entering < self.prefill_tokens:
+            sequence = next((s for s in self._waiting if s.prepared), None)
+            if sequence is None:
+                return
             leader = sequence.leader
             if leader is not None and leader.handle is not None and not leader.choices:
                 return  # its prompt is being computed by its leader: it forks when that is done
@@ -296,8 +322,20 @@ class Scheduler:
             handle, sequence.n_computed = reserved
             if not sequence.choices:
                 sequence.n_reused = sequence.n_computed
-            self._enter(self._waiting.popleft(), handle)
+            self._waiting.remove(sequence)
+            self._enter(sequence, handle)
             entering += len(sequence.tokens) - sequence.n_computed
+
+    def _prepare(self) -> None:
+        """Have grammars compiled for sequences that wait, the first answer of each request before further ones."""
+        if not self._preparing:
+            return
+        ahead = sum(s.row.constraint is not None for s in self._waiting) - len(self._preparing)
+        in_turn = sorted(self._preparing, key=lambda s: s.leader is not None)
+        for sequence in in_turn[: max(0, _COMPILED_AHEAD - ahead)]:
+            assert sequence.row.constraint is not None
+            sequence.prepared = sequence.row.constraint.prepare(later=sequence.leader is not None)
+        self._preparing = [s for s in in_turn if not s.prepared]
 
     def _enter(self, sequence: LiveSequence, handle: int) -> None:
         sequence.handle = handle
@@ -317,13 +355,9 @@ class Scheduler:
         budget = self.prefill_tokens
         rows = LOGIT_ROWS - len(self._running)  # of logits for tokens that are given
         drafts = self._drafts()
-        compiling: list[Constraint] = []
         for sequence in list(self._running):
             if sequence.handle is None:
                 continue  # it gave its place to one before it
-            if unprepared := self._unprepared(sequence):
-                compiling += unprepared
-                continue
             tokens = sequence.tokens[sequence.n_computed :]
             if len(tokens) > 1:
                 tokens = tokens[: min(budget, max(rows, 1)) if sequence.scoring else budget]
@@ -337,8 +371,9 @@ class Scheduler:
                 sequence.n_drafted += len(draft)
                 works.append(_Work(sequence, tokens, draft))
         if not works:
-            if compiling:
-                compiling[0].wait()
+            compiling = next((s.row.constraint for s in self._preparing), None)
+            if compiling is not None:
+                compiling.wait(_PATIENCE_S)
             return
         logits_NV = self._backend.step([work.span for work in works])
         self.tokens += sum(len(work.span.tokens) for work in works)
@@ -354,13 +389,6 @@ class Scheduler:
         for leader in [work for work in works if not work.sequence.choices]:
             works += [_Work(follower, [], [], leader.row) for follower in self._fork_followers(leader.sequence)]
         self._choose(works, logits_NV)
-
-    def _unprepared(self, sequence: LiveSequence) -> list[Constraint]:
-        """Before its first token: what is still being compiled for a sequence, or for those that fork from it."""
-        if sequence.choices or sequence.sampling.grammar is None:
-            return []
-        group = [sequence, *(s for s in self._waiting if s.leader is sequence)]
-        return [s.row.constraint for s in group if s.row.constraint is not None and not s.row.constraint.prepare()]
 
     def _choose(self, works: list[_Work], logits_NV: npt.NDArray[np.float32]) -> None:
         """Choose a token for each, and further ones as long as the choices are what was guessed."""
@@ -434,9 +462,13 @@ class Scheduler:
             self._put_back()
 
     def _fork_followers(self, leader: LiveSequence) -> list[LiveSequence]:
-        """Let waiting sequences with the leader's prompt begin from its cache; without room they compute it anew."""
+        """Let waiting sequences with the leader's prompt begin from its cache.
+
+        Those that cannot begin yet, or have no room, compute it anew, or what the backend does not remember of it.
+        """
         followers = []
-        for sequence in [s for s in self._waiting if s.leader is leader]:
+        self._prepare()  # some may have become ready during the step
+        for sequence in [s for s in self._waiting if s.leader is leader and s.prepared]:
             assert leader.handle is not None
             handle = self._backend.fork(leader.handle, sequence.capacity)
             if handle is None:

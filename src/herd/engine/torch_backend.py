@@ -76,6 +76,8 @@ class TorchBackend:
         self.threads = torch.get_num_threads()
         self._model = model
         self._device = model.output_weight.device
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        self.identity = f"torch {torch.__version__} {name} {model.output_weight.dtype}"
         self._cache: KVCache | None = None
         self._cache_dtype = cache_dtype
         # Half of what is spare: while the cache is shaped anew, the old one is still there.

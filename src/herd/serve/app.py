@@ -28,6 +28,7 @@ from herd.serve.errors import ApiError, as_api_error, error_response
 from herd.serve.keys import Keys
 from herd.serve.metrics import Metrics
 from herd.serve.page import chat_page
+from herd.serve.pools import Pools
 from herd.serve.registry import Registry
 from herd.serve.security import Gate
 from herd.serve.sse import ClientGone, EventStream
@@ -120,6 +121,7 @@ def create_api(registry: Registry, config: ServeConfig) -> Starlette:
         registry.load(registry.first)
         yield
         await registry.drain(0.0)
+        app.state.pools.close()
         if store is not None:
             store.close()
 
@@ -136,12 +138,16 @@ def application(
 ) -> Starlette:
     """An application of these routes, whose responses are counted and whose errors have the usual form."""
     app = Starlette(
-        routes=[Route(path, _endpoint(handler, path, counts), methods=[method]) for method, path, handler in routes],
+        routes=[
+            Route(path, _endpoint(handler, path.replace(":path", ""), counts), methods=[method])
+            for method, path, handler in routes
+        ],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )
     app.state.config, app.state.metrics = config, counts
     app.state.parsing = asyncio.Lock()  # of large bodies
+    app.state.pools = Pools()
     return app
 
 
@@ -152,12 +158,11 @@ def _endpoint(handler: Handler, path: str, counts: Metrics) -> Handler:
         try:
             response = await handler(request)
         except ClientGone:
+            _close_call(request)
             counts.response(path, 499)  # as nginx counts them; nobody reads it
             return Response(status_code=499)
         except Exception as error:
-            call = getattr(request.state, "call", None)
-            if call is not None:
-                call.close()
+            _close_call(request)
             told = as_api_error(error)
             if told.code == "internal_error" or not isinstance(error, HerdError):
                 log.error("%s failed", path, exc_info=error)
@@ -170,6 +175,13 @@ def _endpoint(handler: Handler, path: str, counts: Metrics) -> Handler:
 
     answer.__name__ = handler.__name__
     return answer
+
+
+def _close_call(request: Request) -> None:
+    """No response will do it."""
+    call = getattr(request.state, "call", None)
+    if call is not None:
+        call.close()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -12,7 +12,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,8 +24,9 @@ from herd.serve.errors import ApiError
 from herd.serve.keys import Client
 from herd.serve.pace import Pace
 from herd.serve.piecework import Pieces, Piecework
-from herd.serve.queue import FairQueue
+from herd.serve.queue import FairQueue, Job
 
+J = TypeVar("J", bound=Job)
 T = TypeVar("T")
 log = logging.getLogger("herd.serve")
 
@@ -34,6 +34,7 @@ log = logging.getLogger("herd.serve")
 _STEP_SECONDS = 0.25
 _PIECES = (64, PREFILL_TOKENS)  # fewer tokens are slower one by one
 _FIRST_PIECE = 256  # when nothing is known of the speed
+_COMPILING = 4  # requests whose grammars are compiled at a time, in the batch: others wait for that in the queue
 
 
 @dataclass(eq=False)
@@ -56,11 +57,27 @@ class Ticket:
     """In the engine's batch; empty while the request waits."""
     over: bool = False
     """Nothing more comes."""
+    credited: float = 0.0
+    """How much of it is done, as the pace of the model counts it."""
 
     @property
     def tokens(self) -> int:
         """Of the prompt and of what has been generated so far; none while it waits."""
         return len(self.prompt) + sum(len(s.choices) for s in self.sequences) if self.sequences else 0
+
+    @property
+    def computed(self) -> int:
+        """Of the same, those that were computed for it: not what was remembered of the prompt."""
+        if not self.sequences:
+            return 0
+        first = self.sequences[0]
+        of_prompt = min(first.n_computed, len(self.prompt)) - first.n_reused
+        return max(0, of_prompt) + sum(len(s.choices) for s in self.sequences)
+
+    @property
+    def computable(self) -> int:
+        """So many at most."""
+        return self.cost - (self.sequences[0].n_reused if self.sequences else 0)
 
     @property
     def owner(self) -> str:
@@ -103,10 +120,11 @@ class Driver:
         self._queue: FairQueue[Ticket] = FairQueue()
         self._running: list[Ticket] = []
         self._cancelled: list[Ticket] = []
-        self._works: deque[Piecework[Any]] = deque()  # beside the batch; the first one has begun
+        self._works: FairQueue[Piecework[Any]] = FairQueue()  # beside the batch, as many as may wait for it
+        self._working: Piecework[Any] | None = None  # the one of them whose text is being done
         self._stopping: BaseException | None = None
         self._queued_cost = 0
-        self._pace = Pace()
+        self._pace, self._works_pace = Pace(), Pace()
         self._prompt_speed = _FIRST_PIECE / _STEP_SECONDS
         llm.scheduler.prefill_tokens = self._piece
         self._events: list[tuple[Ticket, int, Chunk]] = []  # of the step that runs
@@ -146,30 +164,40 @@ class Driver:
         with self._state:
             if self._stopping is not None:
                 raise self._stopping
-            crowd_out = None
-            if len(self._queue) >= self._max_queue and (self._queue or self._running):
-                crowd_out = self._queue.last_of_the_longest(than=ticket)
-                if crowd_out is None:
-                    raise self._full()
-                self._queue.remove(crowd_out)
+            full = _full(self._pace.seconds(self._queued_cost))
+            crowd_out = self._put(self._queue, ticket, bool(self._running), full)
+            if crowd_out is not None:
                 self._queued_cost -= crowd_out.cost
                 crowd_out.over = True
-            self._queue.put(ticket)
             self._queued_cost += ticket.cost
             self._state.notify()
         if crowd_out is not None:
-            crowd_out.events.put_nowait(self._full())
+            crowd_out.events.put_nowait(full)
         return ticket
 
-    def check_wait(self, client: Client) -> None:
-        """Raises ApiError when a request of this client would wait longer than one may.
+    def _put(self, queue: FairQueue[J], job: J, busy: bool, full: ApiError) -> J | None:
+        """Let a job wait. Returns the one that gives way to it in a full queue; raises `full` where none does."""
+        crowd_out = None
+        if len(queue) >= self._max_queue and (queue or busy):
+            crowd_out = queue.last_of_the_longest(than=job)
+            if crowd_out is None:
+                raise full
+            queue.remove(crowd_out)
+        queue.put(job)
+        return crowd_out
+
+    def check_wait(self, client: Client, *, beside: bool = False) -> None:
+        """Raises ApiError when a request of this client, or work beside the batch, would wait longer than one may.
 
         That costs nothing. So a server that is asked for three times what it can do goes on doing what it can, in time.
         """
         if self._max_wait is None:
             return
         with self._state:
-            wait = self._pace.seconds(self._queue.ahead_of(client.name))
+            if beside:
+                wait = self._works_pace.seconds(self._works.ahead_of(client.name))
+            else:
+                wait = self._pace.seconds(self._queue.ahead_of(client.name))
         if wait > self._max_wait:
             raise _too_slow(wait - self._max_wait)
 
@@ -185,24 +213,31 @@ class Driver:
                 self._cancelled.append(ticket)
                 self._state.notify()
 
-    async def between_steps(self, begin: Callable[[], Pieces[T]]) -> T:
-        """The result of work that uses the model in another way than the batch: a piece of it before each step.
+    async def between_steps(
+        self, begin: Callable[[list[int]], Pieces[T]], texts: Sequence[list[int]], client: Client
+    ) -> list[T]:
+        """What work on texts gives that uses the model in another way than the batch: a piece of it before each step.
 
-        Works are done one after the other, so that no two of them wait for each other's room in the cache.
+        Texts are done one after the other, so that no two of them wait for each other's room in the cache; whose is
+        next is as fair between keys as the queue. Raises ApiError as `submit` does, and when all of it takes too long.
         """
-        work = Piecework(begin)
+        work = Piecework(begin, texts, client)
         with self._state:
             if self._stopping is not None:
                 raise self._stopping
-            if len(self._works) >= max(1, self._max_queue):
-                raise self._full()
-            self._works.append(work)
+            full = _full(self._works_pace.seconds(sum(waits.cost for waits in self._works.jobs())))
+            crowd_out = self._put(self._works, work, self._working is not None, full)
             self._state.notify()
+        if crowd_out is not None:
+            crowd_out.give_up(full)
         try:
             async with asyncio.timeout(self._deadline):
                 return await work.result
         except TimeoutError:
             raise too_late() from None
+        finally:
+            with self._state:
+                self._works.remove(work)
 
     @property
     def waiting(self) -> int:
@@ -217,7 +252,7 @@ class Driver:
     @property
     def idle(self) -> bool:
         with self._state:
-            return not (self._queue or self._running or self._works)
+            return not (self._queue or self._running or self._works or self._working)
 
     @property
     def alive(self) -> bool:
@@ -229,14 +264,6 @@ class Driver:
             self._stopping = why
             self._state.notify()
         self._thread.join()
-
-    def _full(self) -> ApiError:
-        wait = self._wait_estimate()
-        return ApiError(429, "too many requests wait already", code="queue_full", retry_after=wait)
-
-    def _wait_estimate(self) -> float:
-        """Seconds until what waits now has been done, at the speed of late."""
-        return min(60.0, max(1.0, self._pace.seconds(self._queued_cost)))
 
     # --- the thread -----------------------------------------------------------------------------------------------
 
@@ -264,34 +291,54 @@ class Driver:
         for ticket in cancelled:
             self._leave(ticket)
         self._expire()
-        self._work()
+        start = time.perf_counter()
+        worked = self._work()
         self._admit()
-        if self._running:
+        stepped = bool(self._running)
+        if stepped:
             self._step()
+        seconds = time.perf_counter() - start
+        with self._state:  # each is as fast as the other lets it be
+            if worked:
+                self._works_pace.worked(seconds)
+            if stepped:
+                self._pace.worked(seconds)
         return True
 
     def _has_work(self) -> bool:
-        return bool(self._queue or self._running or self._cancelled or self._works or self._stopping)
+        waits = self._queue or self._works or self._cancelled
+        return bool(waits or self._running or self._working or self._stopping)
 
-    def _work(self) -> None:
-        """A piece of the work beside the batch, as long as a piece of a prompt."""
+    def _work(self) -> bool:
+        """A piece of the work beside the batch, as long as a piece of a prompt; False where there is none."""
         with self._state:
-            work = self._works[0] if self._works else None
+            work = self._working = self._working or self._works.pop()
         if work is None:
-            return
+            return False
         tokens, start = self._piece, time.perf_counter()
         if work.advance(tokens):
             self._learn(tokens, time.perf_counter() - start)
-        else:
             with self._state:
-                self._works.popleft()
+                self._works_pace.went_on(work)
+            return True
+        with self._state:
+            self._working = None
+            if work.computed == work.cost:
+                self._works_pace.finished(work)
+            if work.next_text():
+                self._works.put(work)
+        return True
 
     def _admit(self) -> None:
-        """Requests whose turn it is enter the batch, as long as all that is in it has room."""
+        """Requests whose turn it is enter the batch, as long as all that is in it has room.
+
+        Those with a grammar wait in the queue while enough grammars are being compiled; others go past them.
+        """
         batch = self.llm.scheduler
         while batch.waiting == 0 and batch.running < self._max_running:
             with self._state:
-                ticket = self._queue.pop()
+                may_compile = batch.preparing < _COMPILING and len(self._running) < self._max_running
+                ticket = self._queue.pop() if may_compile else self._queue.pop(lambda job: job.sampling.grammar is None)
                 if ticket is None:
                     return
                 self._queued_cost -= ticket.cost
@@ -325,15 +372,21 @@ class Driver:
         if events:
             # One call a step: the loop is woken once, however many answers go on.
             events[0][0].loop.call_soon_threadsafe(_hand_out, events)
+        with self._state:
+            for ticket in self._running:
+                self._pace.went_on(ticket)
         for ticket in list(self._running):
             error = next((s.error for s in ticket.sequences if s.error is not None), None)
-            if error is not None or all(s.completion is not None for s in ticket.sequences):
-                self._leave(ticket, error)
+            if error is None:
+                if any(s.completion is None for s in ticket.sequences):
+                    continue
+                with self._state:
+                    self._pace.finished(ticket)
+            self._leave(ticket, error)
 
     def _learn(self, tokens: int, seconds: float) -> None:
         """What a step took says how much of the prompts to take in the next one."""
         speed = tokens / max(seconds, 1e-6)
-        self._pace.worked(seconds)
         if tokens >= _PIECES[0] // 2:
             self._prompt_speed = (self._prompt_speed + speed) / 2
         self.llm.scheduler.prefill_tokens = self._piece
@@ -353,7 +406,6 @@ class Driver:
             ticket.over = True
             if ticket in self._running:
                 self._running.remove(ticket)
-                self._pace.finished(ticket.cost)
         if error is not None:
             ticket.loop.call_soon_threadsafe(ticket.events.put_nowait, error)
 
@@ -369,22 +421,37 @@ class Driver:
                 self._queue.remove(ticket)
                 self._queued_cost -= ticket.cost
             late += [ticket for ticket in self._running if ticket.deadline < now]
+            tired_works = [work for work in self._works.jobs() if not work.begun and now - work.arrived > patience]
+            for work in tired_works:
+                self._works.remove(work)
         for ticket in late:
             self._leave(ticket, too_late())
         for ticket in tired:
             self._leave(ticket, _too_slow(1.0))
+        for work in tired_works:
+            work.give_up(_too_slow(1.0))
 
     def _end_all(self, why: BaseException) -> None:
         with self._state:
             tickets = [*self._queue.jobs(), *self._running]
             for ticket in tickets:
                 self._queue.remove(ticket)
-            works = list(self._works)
-            self._works.clear()
+            works = self._works.jobs()
+            for work in works:
+                self._works.remove(work)
+            if self._working is not None:
+                works.append(self._working)
+                self._working = None
         for work in works:
             work.give_up(why)
         for ticket in tickets:
             self._leave(ticket, why)
+
+
+def _full(wait: float) -> ApiError:
+    """`wait`: seconds until what waits now has been done, at the speed of late."""
+    retry_after = min(60.0, max(1.0, wait))
+    return ApiError(429, "too many requests wait already", code="queue_full", retry_after=retry_after)
 
 
 def too_late() -> ApiError:

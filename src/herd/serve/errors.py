@@ -48,6 +48,15 @@ def bad(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
+SHORTEN = "Shorten the prompt or lower max_tokens."
+
+
+def too_long(error: ContextLengthExceeded, param: str | None, advice: str = SHORTEN) -> ApiError:
+    """A prompt, which is in the field `param`, that leaves no room for an answer."""
+    message = f"This model's context is {error.allowed_tokens} tokens; the request needs {error.needed}. {advice}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told about any error. What is inside an unexpected one stays in the server's log."""
     if isinstance(error, ApiError):
@@ -55,11 +64,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, EngineClosed):
         return ApiError(503, "the model is not loaded any more", code="unloaded", retry_after=1)
     if isinstance(error, ContextLengthExceeded):
-        message = (
-            f"This model's context is {error.allowed_tokens} tokens; the request needs {error.needed}. "
-            "Shorten the prompt or lower max_tokens."
-        )
-        return ApiError(400, message, param="messages", code="context_length_exceeded")
+        return too_long(error, None)
     if isinstance(error, UsageError):
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, ResourceError):

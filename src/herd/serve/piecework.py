@@ -3,39 +3,91 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Sequence
 from typing import Generic, TypeVar
+
+from herd.serve.keys import Client
 
 T = TypeVar("T")
 Pieces = Generator[None, int, T]
-"""Work that has begun: each `send(n)` computes up to n more tokens, and the last one returns the result."""
+"""Work on a text that has begun: each `send(n)` computes up to n more tokens, and the last one returns the result."""
 
 
 class Piecework(Generic[T]):
-    """Work for whoever waits for `result` on the event loop, where this is made; a thread of the model does it."""
+    """A request for work on texts, one after the other. Between two of them it holds nothing, and others may go first.
 
-    def __init__(self, begin: Callable[[], Pieces[T]]) -> None:
+    Whoever waits for `result`, a list of each text's, does so on the event loop, where this is made; a thread of the
+    model does the work.
+    """
+
+    def __init__(self, begin: Callable[[list[int]], Pieces[T]], texts: Sequence[list[int]], client: Client) -> None:
         self._begin = begin
+        self._texts = texts  # token ids; at least one text
+        self._at = 0
+        self._end = len(texts)
+        self._client = client
         self._pieces: Pieces[T] | None = None
+        self._found: list[T] = []
         self._loop = asyncio.get_running_loop()
-        self.result: asyncio.Future[T] = self._loop.create_future()
+        self.result: asyncio.Future[list[T]] = self._loop.create_future()
+        self.arrived = time.monotonic()
+        self.computed = 0
+        """Tokens of the text whose turn it is."""
+        self.credited = 0.0
+
+    @property
+    def owner(self) -> str:
+        return self._client.name
+
+    @property
+    def weight(self) -> float:
+        return self._client.limits.weight
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the text whose turn it is."""
+        return len(self._texts[self._at])
+
+    @property
+    def computable(self) -> int:
+        return self.cost
+
+    @property
+    def begun(self) -> bool:
+        """A text has been done."""
+        return self._at > 0
 
     def advance(self, tokens: int) -> bool:
-        """Do a piece of so many tokens; False at the end of the work, also when nobody waits for it any more."""
+        """Do a piece of so many tokens; False at the end of the text, also when nobody waits for it any more."""
         if self.result.cancelled():
             self._close()
             return False
         try:
             if self._pieces is None:
-                self._pieces = self._begin()
+                self._pieces = self._begin(self._texts[self._at])
             self._pieces.send(tokens)
         except StopIteration as end:
-            self._loop.call_soon_threadsafe(_resolve, self.result, end.value)
+            self._pieces = None
+            self.computed = self.cost
+            self._found.append(end.value)
+            if len(self._found) == self._end:
+                self._loop.call_soon_threadsafe(_resolve, self.result, self._found)
         except BaseException as error:
+            self._end = self._at + 1
             self._loop.call_soon_threadsafe(_fail, self.result, error)
         else:
+            self.computed = min(self.computed + tokens, self.cost)
             return True
         return False
+
+    def next_text(self) -> bool:
+        """Go on to the next text; False where there is none, or nobody waits for it."""
+        if self._at + 1 == self._end or self.result.cancelled():
+            return False
+        self._at += 1
+        self.computed, self.credited = 0, 0.0
+        return True
 
     def give_up(self, why: BaseException) -> None:
         """End the work where it is; `why` is what waits for its result meets."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 
@@ -23,6 +24,10 @@ class Job(Protocol):
 
     @property
     def cost(self) -> int: ...
+
+    @property
+    def arrived(self) -> float:
+        """When, by any clock."""
 
 
 J = TypeVar("J", bound=Job)
@@ -49,20 +54,26 @@ class FairQueue(Generic[J]):
         self._number_of[id(job)] = number
         heapq.heappush(self._heap, (start, number, job))
 
-    def pop(self) -> J | None:
-        """The job whose turn it is; None when there is none."""
-        while self._heap:
+    def pop(self, may_go: Callable[[J], bool] = lambda job: True) -> J | None:
+        """The job whose turn it is, of those that may go: others keep their turn. None when there is none."""
+        kept: list[tuple[float, int, J]] = []
+        found: J | None = None
+        while self._heap and found is None:
             start, number, job = heapq.heappop(self._heap)
             if number in self._gone:
                 self._gone.remove(number)
-                continue
-            self._now = start
-            del self._number_of[id(job)]
-            if not self._number_of:  # nobody waits: what was is forgotten
-                self._end_of.clear()
-                self._now = 0.0
-            return job
-        return None
+            elif may_go(job):
+                found = job
+                self._now = max(self._now, start)  # it began before, if it was kept
+                del self._number_of[id(job)]
+            else:
+                kept.append((start, number, job))
+        for entry in kept:
+            heapq.heappush(self._heap, entry)
+        if found is not None and not self._number_of:  # nobody waits: what was is forgotten
+            self._end_of.clear()
+            self._now = 0.0
+        return found
 
     def remove(self, job: J) -> bool:
         """Take out a job that waits; False when it does not."""
@@ -79,14 +90,14 @@ class FairQueue(Generic[J]):
 
     def last_of_the_longest(self, than: J) -> J | None:
         """The newest job of the owner with the most that wait, if that is another one than of `than`, who has fewer."""
-        waiting: dict[str, list[tuple[int, J]]] = {}
+        waiting: dict[str, list[tuple[float, int, J]]] = {}
         for _, number, job in self._heap:
             if number not in self._gone:
-                waiting.setdefault(job.owner, []).append((number, job))
+                waiting.setdefault(job.owner, []).append((job.arrived, number, job))
         longest = max(waiting, key=lambda owner: len(waiting[owner]), default=than.owner)
         if longest == than.owner or len(waiting[longest]) <= len(waiting.get(than.owner, ())) + 1:
             return None
-        return max(waiting[longest], key=lambda entry: entry[0])[1]
+        return max(waiting[longest], key=lambda entry: entry[:2])[2]  # who waits again has not come again
 
     def ahead_of(self, owner: str) -> int:
         """Cost of the jobs that would leave before a new one of this owner."""

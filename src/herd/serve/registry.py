@@ -7,7 +7,7 @@ import gc
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Registry:
         self._models: dict[str, Model] = {}
         self._tasks: dict[str, asyncio.Task[Model]] = {}
         self._failed: dict[str, float] = {}  # when a model could not be loaded
+        self.on_failure: Callable[[str, BaseException], None] = lambda name, error: None
+        """Called with the name of a model that could not be loaded, and why."""
         self._turn = asyncio.Lock()  # one model is loaded at a time
         self.draining = False
 
@@ -136,6 +138,7 @@ class Registry:
         else:
             self._failed[name] = time.monotonic()
             log.error("%s cannot be loaded: %s", name, error)
+            self.on_failure(name, error)
 
     async def _load(self, name: str) -> Model:
         path = self.paths[name]
@@ -165,9 +168,7 @@ class Registry:
                 deadline=config.deadline,
                 name=name,
             )
-            gc.unfreeze()  # models that were unloaded since lie in reference cycles, and would stay for ever
-            gc.collect()
-            gc.freeze()  # what is there now stays: looking through it again and again stops everybody for 50 ms
+            await asyncio.to_thread(_settle)
             model = self._models[name] = Model(name, llm, driver, fingerprint, size)
             log.info("loaded %s from %s, %d tokens of context", name, path, llm.context)
             return model
@@ -208,6 +209,13 @@ class Registry:
         self._models.clear()
 
 
+def _settle() -> None:
+    """Objects that are there now stay: looking through them again and again stops everybody for 50 ms."""
+    gc.unfreeze()  # models that were unloaded since lie in reference cycles, and would stay for ever
+    gc.collect()
+    gc.freeze()
+
+
 def _files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -221,12 +229,10 @@ def _bytes_of(path: Path) -> int:
 
 def _fingerprint(path: Path, llm: LLM, loading: Mapping[str, Any]) -> str:
     """A hash of all that decides about the bits of an answer: files, number types, kernels."""
-    from herd import _native
-
     total = hashlib.sha256()
     for file in _files_of(path):
         with file.open("rb") as opened:
             total.update(hashlib.file_digest(opened, "sha256").digest())
-    backend = type(llm.backend).__name__
-    total.update(repr((backend, _native.isa(), __version__, loading.get("quant"), loading.get("kv"))).encode())
+    kind = (llm.backend.identity, __version__, loading.get("quant"), loading.get("kv"))
+    total.update(repr(kind).encode())
     return f"fp_{total.hexdigest()[:20]}"

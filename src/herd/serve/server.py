@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
@@ -25,7 +27,7 @@ log = logging.getLogger("herd.serve")
 Drain = Callable[[float], Awaitable[None]]
 _BACKLOG = 512
 _FIRST_REQUEST = 30.0  # seconds
-_MOST_CONNECTIONS = 512  # half the files that a process may usually have open
+_FILES = 16_384  # that the process may have open, if the system lets it
 
 
 def check_exposure(config: ServeConfig, keys: Keys) -> None:
@@ -57,15 +59,28 @@ def listen(config: ServeConfig) -> socket.socket:
     return found
 
 
+def connection_limit() -> int:
+    """Half of the files that this process may have open, of which it may have as many as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted) // 2
+
+
 class Connection(H11Protocol):
-    """A connection that must bring a request soon, or is cut; of too many, one that brings none makes way."""
+    """A connection that must bring a request soon, or is cut; of too many, one that has brought none makes way."""
+
+    most = 512
+    """Connections at a time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._since = self.loop.time()
         self._patience = self.loop.call_later(_FIRST_REQUEST, self._cut_if_silent)
-        if len(self.connections) > _MOST_CONNECTIONS:
-            others = (each for each in self.connections if isinstance(each, Connection) and each is not self)
-            next((each for each in others if each.silent), self).transport.abort()
+        if len(self.connections) > self.most:
+            others = [each for each in self.connections if isinstance(each, Connection) and each.silent]
+            min(others, key=lambda each: each._since).transport.abort()  # this one, if all others wait for answers
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -73,8 +88,8 @@ class Connection(H11Protocol):
 
     @property
     def silent(self) -> bool:
-        """Open, and nobody waits for an answer on it."""
-        waits = self.cycle is not None and not self.cycle.response_complete
+        """Open, and nobody waits for an answer on it: a request whose body has not come has asked for nothing yet."""
+        waits = self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body)
         return not (waits or self.transport.is_closing())
 
     def _cut_if_silent(self) -> None:
@@ -144,9 +159,22 @@ def serve(
     *,
     on_start: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until a signal comes. `on_start` gets the address, once requests are taken."""
+    """Serve until a signal comes. `on_start` gets the address, once requests are taken.
+
+    Raises what was wrong with the first model if that cannot be loaded: there is nothing to serve then.
+    """
+    failed: list[BaseException] = []
+
+    def end(name: str, error: BaseException) -> None:
+        if name == registry.first and not registry.loaded:
+            failed.append(error)
+            signal.raise_signal(signal.SIGTERM)
+
+    registry.on_failure = end
     with listening(config, keys) as bound:
         run(create_app(registry, config, keys), registry.drain, config.grace, bound, on_start)
+    if failed:
+        raise failed[0]
 
 
 @contextlib.contextmanager
@@ -164,5 +192,6 @@ def run(app: ASGIApp, drain: Drain, grace: float, bound: socket.socket, on_start
     """Serve an application until a signal comes; `drain` gets the seconds that running answers have then."""
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    Connection.most = connection_limit()
     server = Server(settings_for(app), drain, grace, lambda: on_start(f"http://{shown}:{port}"))
     server.run(sockets=[bound])

@@ -42,9 +42,9 @@ class Body(Config):
 
     @classmethod
     @functools.cache
-    def names(cls) -> frozenset[str]:
-        """Of the fields, as JSON has them."""
-        return frozenset(field.alias or name for name, field in cls.model_fields.items())
+    def names(cls) -> dict[str, None]:
+        """Of the fields, as JSON has them, in their order."""
+        return dict.fromkeys(field.alias or name for name, field in cls.model_fields.items())
 
 
 _UNKNOWN = "unknown_name"
@@ -147,7 +147,7 @@ def parse_body(data: Mapping[str, Any], kind: type[B], where: str = "") -> B:
 
 
 def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> ApiError:
-    first = error.errors(include_url=False, include_input=False)[0]
+    first = error.errors(include_url=False)[0]
     # Of a union all members complain, each under a name of its own in the path, which is none of the request's.
     path = [part for part in first["loc"] if not isinstance(part, str) or (part.isidentifier() and part != "str")]
     unknown = first["type"] == _UNKNOWN
@@ -159,4 +159,6 @@ def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> 
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing", param=param, code="missing_parameter")
     message = re.sub("^Input should be ", "allowed is ", first["msg"].removeprefix("Value error, "))
-    return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
+    given = first["input"]
+    got = f"; got {given!r}" if isinstance(given, int | float) else ""
+    return ApiError(400, f"{param}: {message}{got[:60]}", param=param, code="invalid_value")

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from herd.engine import Completion, Grammar, Sampling
 from herd.serve.api.answers import chat_logprob, new_id, usage_of
 from herd.serve.api.body import read_body, takes
-from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
+from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.conversation import ChatMessage, characters_of, dialogue
 from herd.serve.api.fields import Generation
 from herd.serve.api.formats import ResponseFormat, grammar_of
@@ -67,13 +67,19 @@ class ChatRequest(Generation):
 async def chat_completions(request: Request) -> Response:
     """Answer a dialogue, at once or as it comes."""
     call, body = await begin(request, lambda config: read_body(request, config, ChatRequest))
-    sampling, plan, grammars = await text_work(body.plan)
+    sampling, plan, grammars = await call.text_work(body.plan)
     messages = dialogue(body.messages)
     tools = [tool.described for tool in body.tools or ()] if plan.described else None
     call.check_room(characters_of(messages, tools), "messages")
-    prompt = await text_work(lambda: call.model.llm.chat_ids(messages, tools))
+    prompt = await call.text_work(lambda: call.model.llm.chat_ids(messages, tools))
     ticket = await call.submit(
-        prompt, sampling, n=body.n, continues_text=False, timeout=body.timeout, grammars=grammars
+        prompt,
+        sampling,
+        prompt_in="messages",
+        n=body.n,
+        continues_text=False,
+        timeout=body.timeout,
+        grammars=grammars,
     )
     answer = _Answer(call, ticket, body, plan)
     if body.stream:

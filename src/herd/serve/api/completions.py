@@ -3,7 +3,7 @@ with `echo` and `logprobs` the answer has a log-probability for each token of th
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -15,11 +15,12 @@ from starlette.responses import Response
 from herd.engine import Chunk, Completion
 from herd.serve.api.answers import finite, new_id, token_text, usage_of
 from herd.serve.api.body import read_body, takes
-from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
+from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, SeveralIds, Texts, each_of
 from herd.serve.api.formats import ResponseFormat, grammar_of
 from herd.serve.driver import Ticket
 from herd.serve.errors import bad
+from herd.serve.parts import SLICE, lists_in_parts
 from herd.serve.sse import DONE, event
 
 
@@ -46,6 +47,8 @@ async def completions(request: Request) -> Response:
         raise bad("max_tokens", "0 is for scoring a prompt, with echo and logprobs")
     if body.stream and body.echo:
         raise bad("echo", "is not there for streams")
+    if body.stream and len(each_of(body.prompt)) > 1:
+        raise bad("prompt", "a stream is of one prompt")
     grammar = grammar_of(body.response_format)
     grammars = {} if grammar is None else {"response_format": grammar}
     sampling = body.sampling(
@@ -56,29 +59,15 @@ async def completions(request: Request) -> Response:
         grammar=grammar,
     )
     n, config = body.n or 1, call.config
-    prompts = await text_work(lambda: _prompts(call, body))
+    prompts = await call.token_ids(body.prompt, "prompt")
     if n > config.max_n or n * len(prompts) > MOST_PROMPTS:
         raise bad("n", f"{n} answers to {len(prompts)} prompts are too many for one request")
-    how: dict[str, Any] = {"n": n, "timeout": body.timeout, "grammars": grammars}
+    how: dict[str, Any] = {"prompt_in": "prompt", "n": n, "timeout": body.timeout, "grammars": grammars}
     tickets = [await call.submit(prompt, sampling, **how) for prompt in prompts]
     answer = _Answer(call, tickets, body)
     if body.stream:
-        if len(tickets) > 1:
-            raise bad("prompt", "a stream is of one prompt")
         return stream_response(call, answer.events())
     return await json_response(call, answer.whole())
-
-
-def _prompts(call: Call, body: CompletionRequest) -> list[list[int]]:
-    """Token ids of each prompt; texts get BOS in front."""
-    bos, tokenizer = call.tokenizer.bos_id, call.tokenizer
-    head = [] if bos is None else [bos]
-    call.check_room(max(len(each) for each in each_of(body.prompt)), "prompt")
-    ids = [head + tokenizer.encode(each) if isinstance(each, str) else each for each in each_of(body.prompt)]
-    for i, each in enumerate(ids):
-        if not each:
-            raise bad(f"prompt.{i}", "an empty prompt has no next token")
-    return ids
 
 
 class _Answer:
@@ -116,7 +105,8 @@ class _Answer:
             yield event({**self._head, "choices": [], "usage": usage_of(prompt_tokens, done)})
         yield DONE
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> list[bytes]:
+        """Its JSON, in parts."""
         choices, everything, prompt_tokens = [], [], 0
         for i, ticket in enumerate(self._tickets):
             done: dict[int, Completion] = {}
@@ -126,13 +116,17 @@ class _Answer:
             ordered = [done[j] for j in range(ticket.n)]
             for j, completion in enumerate(ordered):
                 # A scored prompt can have a hundred thousand tokens, with twenty others for each.
-                choices.append(await text_work(partial(self._choice, i * ticket.n + j, ticket, completion)))
+                choices.append(await self._call.text_work(partial(self._choice, i * ticket.n + j, ticket, completion)))
             self._call.done(ordered, len(ticket.prompt))
             everything += ordered
             prompt_tokens += len(ticket.prompt)
-        return {**self._head, "choices": choices, "usage": usage_of(prompt_tokens, everything)}
+        parts = [orjson.dumps(self._head)[:-1], b',"choices":[']
+        for i, choice in enumerate(choices):
+            parts += [b"," if i else b"", *choice]
+        return [*parts, b'],"usage":', orjson.dumps(usage_of(prompt_tokens, everything)), b"}"]
 
-    def _choice(self, index: int, ticket: Ticket, completion: Completion) -> orjson.Fragment:
+    def _choice(self, index: int, ticket: Ticket, completion: Completion) -> list[bytes]:
+        """Its JSON, in parts."""
         generated = self._body.max_tokens != 0
         text = completion.text if generated else ""
         tokens: list[_Token] = []
@@ -147,15 +141,25 @@ class _Answer:
         if self._body.echo:
             text = self._call.tokenizer.decode(ticket.prompt[self._skipped(ticket) :]) + text
         hidden = self._skipped(ticket) if self._body.echo else 0
-        logprobs = self._logprobs(tokens, 0, hidden) if self._body.logprobs is not None else None
+        logprobs = [b"null"]
+        if self._body.logprobs is not None:
+            logprobs = list(lists_in_parts(self._slices(tokens, hidden)))
         reason = _reason(completion) if generated else "length"
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return orjson.Fragment(orjson.dumps(choice))
+        head = orjson.dumps({"index": index, "text": text})[:-1]
+        return [head, b',"logprobs":', *logprobs, b',"finish_reason":', orjson.dumps(reason), b"}"]
 
     def _skipped(self, ticket: Ticket) -> int:
         """BOS is put in front of texts here, and is none of theirs."""
         own = isinstance(self._body.prompt, str) or isinstance(self._body.prompt[0], str)
         return int(own and ticket.prompt[0] == self._call.tokenizer.bos_id)
+
+    def _slices(self, tokens: list[_Token], hidden: int) -> Iterator[dict[str, Any]]:
+        """`_logprobs` of a few tokens after the other; what is hidden is in the first slice, with others."""
+        found: dict[str, Any] = {}
+        for start in range(0, max(1, len(tokens)), SLICE):
+            offset = found["text_offset"][-1] + len(found["tokens"][-1]) if found else 0
+            found = self._logprobs(tokens[start : start + SLICE], offset, max(0, hidden - start))
+            yield found
 
     def _logprobs(self, tokens: list[_Token], offset: int, hidden: int = 0) -> dict[str, Any]:
         """OpenAI's four lists, of tokens from `offset` in the text on, the first `hidden` of which are not in it.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -16,14 +14,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from herd.engine import Completion, Grammar, Sampling
-from herd.errors import UsageError
+from herd.engine.prompts import check_ids
+from herd.errors import ContextLengthExceeded, UsageError
 from herd.serve.api.body import Body
 from herd.serve.api.fields import each_of
 from herd.serve.config import ServeConfig
 from herd.serve.driver import Ticket
-from herd.serve.errors import ApiError, as_api_error, bad
+from herd.serve.errors import SHORTEN, ApiError, as_api_error, bad, too_long
 from herd.serve.keys import Client
 from herd.serve.metrics import Metrics
+from herd.serve.parts import PartsResponse
+from herd.serve.pools import Pool, Pools
 from herd.serve.registry import Model, Registry
 from herd.serve.sse import End, EventStream, end_with, while_connected
 from herd.tokenizer import Tokenizer
@@ -33,9 +34,6 @@ T = TypeVar("T")
 log = logging.getLogger("herd.serve")
 
 _CHARACTERS_PER_TOKEN = 16  # no text of any language has more than 6
-# Who sends one grammar after the other waits for them alone; who loads a model is in asyncio's own threads.
-_TEXTS = ThreadPoolExecutor(4, "herd-texts")
-_GRAMMARS = ThreadPoolExecutor(2, "herd-grammars")
 
 
 class Call:
@@ -49,6 +47,7 @@ class Call:
         self.client: Client = request.scope["state"]["client"]
         self.created = int(time.time())
         self._metrics: Metrics = state.metrics
+        self._pools: Pools = state.pools
         self._start = time.perf_counter()
         self._tickets: list[Ticket] = []
         self._tokens = 0  # of what has no ticket
@@ -65,22 +64,56 @@ class Call:
         admit(self.client, prompts, field)
         self._inside = True
 
-    def check_room(self, characters: int, param: str) -> None:
+    @property
+    def most_characters(self) -> int:
+        """Of a prompt: more cannot fit in the context."""
+        return _CHARACTERS_PER_TOKEN * self.model.llm.context
+
+    def check_room(self, characters: int, param: str, *, beside: bool = False) -> None:
         """Refuse a text whose turn would come too late, or that cannot fit, before it is made into tokens.
 
-        That takes seconds where it is a thousand times too long.
+        That takes seconds where it is a thousand times too long. `beside`: it is for work beside the batch.
         """
-        self.model.driver.check_wait(self.client)
-        context = self.model.llm.context
-        if characters > _CHARACTERS_PER_TOKEN * context:
-            message = f"This model's context is {context} tokens; the request has {characters} characters"
+        self.model.driver.check_wait(self.client, beside=beside)
+        most = self.most_characters
+        if characters > most:
+            context = self.model.llm.context
+            message = (
+                f"This model's context is {context} tokens; the request has {characters} characters of {most} at most"
+            )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+    async def token_ids(
+        self, given: str | list[int] | list[str] | list[list[int]], field: str, *, beside: bool = False
+    ) -> list[list[int]]:
+        """Ids of each prompt in a field, with BOS in front of texts. Raises ApiError that names the field."""
+        llm = self.model.llm
+        several: Sequence[str | list[int]] = each_of(given)
+        head = [] if llm.tokenizer.bos_id is None else [llm.tokenizer.bos_id]
+        self.check_room(max(map(len, several)), field, beside=beside)
+
+        def work() -> list[list[int]]:
+            found = []
+            for i, each in enumerate(several):
+                ids = [*head, *llm.tokenizer.encode(each)] if isinstance(each, str) else each
+                where = field if each is given else f"{field}.{i}"
+                if not ids:
+                    raise bad(where, "there is no token in it")
+                try:
+                    found.append(check_ids(ids, llm.config.vocab_size))
+                except UsageError as error:
+                    raise bad(where, str(error)) from None
+            return found
+
+        return await self.text_work(work)
 
     async def submit(
         self,
         prompt: Sequence[int],
         sampling: Sampling,
         *,
+        prompt_in: str,
+        advice: str = SHORTEN,
         n: int | None = None,
         continues_text: bool = True,
         timeout: float | None = None,
@@ -89,13 +122,18 @@ class Call:
         """Queue answers to a prompt; they are given up when the call is closed.
 
         `grammars`: those that must be possible, by the fields of the request where they are, with that of `sampling`.
+        `prompt_in`: the field that one which is too long came from, with `advice` on that.
         """
         if n is not None and n > self.config.max_n:
             raise bad("n", f"{n} is more than the {self.config.max_n} answers that a request may have")
-        self.model.llm.max_tokens(prompt, replace(sampling, grammar=None))
+        try:
+            self.model.llm.max_tokens(prompt, replace(sampling, grammar=None))
+        except ContextLengthExceeded as error:
+            raise too_long(error, prompt_in, advice) from None
         for field, grammar in grammars.items():  # each is compiled once, which may take a second
             try:
-                await _within(_GRAMMARS, partial(self.model.llm.max_tokens, prompt, replace(sampling, grammar=grammar)))
+                given = replace(sampling, grammar=grammar)
+                await self._beside(self._pools.grammars, partial(self.model.llm.max_tokens, prompt, given))
             except UsageError as error:
                 raise bad(field, str(error)) from None
         ticket = self.model.driver.submit(
@@ -103,6 +141,13 @@ class Call:
         )
         self._tickets.append(ticket)
         return ticket
+
+    async def text_work(self, work: Callable[[], T]) -> T:
+        """Run what may take long with long texts beside the event loop. Raises ClientGone when nobody waits for it."""
+        return await self._beside(self._pools.texts, work)
+
+    async def _beside(self, pool: Pool, work: Callable[[], T]) -> T:
+        return await while_connected(self.request.receive, pool.run(self.client.name, work))
 
     def done(self, completions: Sequence[Completion], prompt_tokens: int) -> None:
         """Answers are complete, or a prompt that needs none: what they took is counted."""
@@ -171,24 +216,17 @@ async def begin(
     return call, body
 
 
-async def text_work(work: Callable[[], T]) -> T:
-    """Run what may take long with long texts beside the event loop."""
-    return await _within(_TEXTS, work)
-
-
-async def _within(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(pool, work)
-
-
 def stream_response(call: Call, events: AsyncGenerator[bytes, None]) -> Response:
     """A response of events that closes the call at its end."""
     return EventStream(events, call.config, call.close_stream)
 
 
-async def json_response(call: Call, work: Awaitable[dict[str, Any] | bytes]) -> Response:
-    """A response of one object, or of its JSON; the work ends when the client goes."""
+async def json_response(call: Call, work: Awaitable[dict[str, Any] | bytes | list[bytes]]) -> Response:
+    """A response of one object, or of its JSON, in parts where it is long; the work ends when the client goes."""
     try:
         data = await while_connected(call.request.receive, work)
     finally:
         call.close()
+    if isinstance(data, list):
+        return PartsResponse(data, call.config.write_timeout)
     return Response(data if isinstance(data, bytes) else orjson.dumps(data), media_type="application/json")

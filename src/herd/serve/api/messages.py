@@ -13,7 +13,7 @@ from starlette.responses import Response
 from herd.engine import Chunk
 from herd.serve.api.answers import new_id
 from herd.serve.api.body import Body, read_body, takes
-from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
+from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.conversation import MOST_PARTS, characters_of
 from herd.serve.api.fields import Id, Text, checked_sampling
 from herd.serve.api.tools import (
@@ -147,12 +147,13 @@ class MessagesRequest(CountRequest):
 async def messages(request: Request) -> Response:
     """Answer a dialogue."""
     call, body = await begin(request, lambda config: read_body(request, config, MessagesRequest))
-    plan = await text_work(body.plan)
+    plan = await call.text_work(body.plan)
     given = {name: getattr(body, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
     given |= {"stop": body.stop_sequences, "grammar": plan.grammar, "skip_specials": not plan.functions}
     sampling = checked_sampling(given)
     prompt = await _prompt(call, body, plan)
-    ticket = await call.submit(prompt, sampling, continues_text=False, grammars=plan.grammars(None, "tools"))
+    grammars = plan.grammars(None, "tools")
+    ticket = await call.submit(prompt, sampling, prompt_in="messages", continues_text=False, grammars=grammars)
     answer = _Answer(call, ticket, plan)
     if body.stream:
         return stream_response(call, answer.events())
@@ -163,7 +164,7 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How long the prompt would be."""
     call, body = await begin(request, lambda config: read_body(request, config, CountRequest))
-    prompt = await _prompt(call, body, await text_work(body.plan))
+    prompt = await _prompt(call, body, await call.text_work(body.plan))
 
     async def count() -> dict[str, Any]:
         return {"input_tokens": len(prompt)}
@@ -175,7 +176,7 @@ async def _prompt(call: Call, body: CountRequest, plan: Plan) -> list[int]:
     tools = [tool.described for tool in body.functions] if plan.described else None
     dialogue = body.dialogue()
     call.check_room(characters_of(dialogue, tools), "messages")
-    return await text_work(lambda: call.model.llm.chat_ids(dialogue, tools))
+    return await call.text_work(lambda: call.model.llm.chat_ids(dialogue, tools))
 
 
 def _text(content: str | list[TextBlock]) -> str:

@@ -209,25 +209,37 @@ def _paired(items: Sequence[Item]) -> list[Item]:
 
 
 def fit(
-    items: Sequence[Item], encode: Callable[[Sequence[Item]], list[int]], limit: int
+    items: Sequence[Item], encode: Callable[[Sequence[Item]], list[int]], limit: int, characters: int
 ) -> tuple[list[int], list[Item]]:
     """The prompt of a conversation, without its oldest turns where it would have more than `limit` ids; what went.
 
     A turn begins with what the user says and goes on until the user speaks again. System messages stay, and so does
-    the last turn, even if the prompt is too long then.
+    the last turn, even if the prompt is too long then. Turns that are more than so many `characters` together are not
+    even made into ids.
     """
     turns = _turns(items)
+    length = sum(map(_length, items))
+    unread = 0
+    while length > characters and unread < len(turns) - 1:
+        length -= sum(_length(items[i]) for i in turns[unread])
+        unread += 1
+    if length > characters:
+        raise bad("input", "the last turn and the instructions are too long by far", "context_length_exceeded")
 
     def prompt(dropped: int) -> list[int]:
         gone = {i for turn in turns[:dropped] for i in turn}
         return encode([item for i, item in enumerate(items) if i not in gone])
 
-    whole = prompt(0)
-    if len(whole) <= limit or len(turns) < 2:
-        return whole, []
-    fewer = range(1, len(turns))
+    whole = prompt(unread)
+    if len(whole) <= limit or unread >= len(turns) - 1:
+        return whole, [items[i] for turn in turns[:unread] for i in turn]
+    fewer = range(unread + 1, len(turns))
     dropped = fewer[min(bisect_left(fewer, True, key=lambda k: len(prompt(k)) <= limit), len(fewer) - 1)]
     return prompt(dropped), [items[i] for turn in turns[:dropped] for i in turn]
+
+
+def _length(item: Item) -> int:
+    return len(item.arguments if isinstance(item, CallItem) else item.text)
 
 
 def _turns(items: Sequence[Item]) -> list[list[int]]:

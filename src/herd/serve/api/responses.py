@@ -17,9 +17,8 @@ from starlette.responses import Response
 
 from herd.engine import Grammar, Sampling
 from herd.engine.request import DEFAULT_MAX_TOKENS
-from herd.errors import ContextLengthExceeded
 from herd.serve.api.body import Body, parse_body, read_json, takes
-from herd.serve.api.context import Call, begin, json_response, stream_response, text_work
+from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.conversation import characters_of
 from herd.serve.api.fields import Generation, Id
 from herd.serve.api.formats import JsonObject, JsonSchema, PlainText, grammar_of
@@ -52,6 +51,7 @@ from herd.serve.store import Store
 _MAX_ITEMS = 4096  # in a request
 _LOGPROBS = "message.output_text.logprobs"
 _NO_STORE = "responses are not kept here; start the server with --store FILE"
+_SHORTEN = "Shorten the input, lower max_output_tokens, or leave the oldest turns out with truncation: auto."
 
 
 class SchemaFormat(JsonSchema):
@@ -235,12 +235,12 @@ def _read_function(data: Any, where: str, kind: type[ResponseTool | NamedChoice]
 async def responses(request: Request) -> Response:
     """Answer a conversation, at once or as it comes."""
     call, body = await begin(request, lambda config: _read(request, config))
-    sampling, plan, grammars = await text_work(body.plan)
+    sampling, plan, grammars = await call.text_work(body.plan)
     store: Store | None = request.app.state.store
     if store is None and body.store:
         raise ApiError(400, f"store: {_NO_STORE}", param="store", code="unsupported_parameter")
     owner, own = call.client.owner, body.items
-    items = [*await _earlier(store, owner, body.previous_response_id, call.config.max_body_bytes), *own]
+    items = [*await _earlier(call, store, owner, body.previous_response_id), *own]
     check_ids(own)
     check_calls(items)
 
@@ -256,11 +256,16 @@ async def responses(request: Request) -> Response:
     call.check_room(0 if cut else characters_of(messages, tools), "input")
     room = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, llm.context // 4)
     limit = max(0, llm.context - room) if cut else 1 << 62
-    prompt, dropped = await text_work(lambda: fit(items, encode, limit))
-    try:
-        ticket = await call.submit(prompt, sampling, continues_text=False, timeout=body.timeout, grammars=grammars)
-    except ContextLengthExceeded as error:
-        raise _too_long(error) from None
+    prompt, dropped = await call.text_work(lambda: fit(items, encode, limit, call.most_characters if cut else 1 << 62))
+    ticket = await call.submit(
+        prompt,
+        sampling,
+        prompt_in="input",
+        advice=_SHORTEN,
+        continues_text=False,
+        timeout=body.timeout,
+        grammars=grammars,
+    )
     kept = store is not None and body.store is not False
     head = body.head(call, sampling, kept)
     if body.truncation == "auto":
@@ -345,22 +350,14 @@ def _check_query(request: Request, known: Mapping[str, Collection[str] | None]) 
             raise unsupported(name, value, f"allowed is {' or '.join(allowed)}")
 
 
-async def _earlier(store: Store | None, owner: str, name: str | None, max_bytes: int) -> list[Item]:
+async def _earlier(call: Call, store: Store | None, owner: str, name: str | None) -> list[Item]:
     """The items of the conversation up to a response."""
     if name is None:
         return []
     if store is None:
         raise ApiError(400, _NO_STORE, param="previous_response_id", code="previous_response_not_found")
-    found = await store.conversation(owner, name, max_bytes)
-    return await text_work(lambda: [read_item(item, "previous_response_id") for item in found])
-
-
-def _too_long(error: ContextLengthExceeded) -> ApiError:
-    message = (
-        f"This model's context is {error.allowed_tokens} tokens; the request needs {error.needed}. Shorten the input, "
-        "lower max_output_tokens, or leave the oldest turns out with truncation: auto."
-    )
-    return ApiError(400, message, param="input", code="context_length_exceeded")
+    found = await store.conversation(owner, name, call.config.max_body_bytes)
+    return await call.text_work(lambda: [read_item(item, "previous_response_id") for item in found])
 
 
 def _without_logprobs(output: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,13 +13,14 @@ from starlette.responses import Response
 
 from herd.errors import ContextLengthExceeded
 from herd.serve.api.body import Body, read_body, takes
-from herd.serve.api.context import Call, begin, json_response, text_work
-from herd.serve.api.conversation import ChatMessage, dialogue
-from herd.serve.api.fields import Id, Ids, SeveralIds, Texts, Whole, each_of
+from herd.serve.api.context import Call, begin, json_response
+from herd.serve.api.conversation import ChatMessage, characters_of, dialogue
+from herd.serve.api.fields import Id, Ids, SeveralIds, Texts, Whole
 from herd.serve.api.tools import Tool
-from herd.serve.errors import bad
+from herd.serve.errors import bad, too_long
 from herd.serve.registry import Registry
 
+MOST_CHARACTERS = 1 << 20  # more may be no prompt of any model
 _PIECES = 1 << 16  # each is an object of its own
 
 
@@ -28,7 +28,7 @@ class TokenizeRequest(Body):
     """A text, or a dialogue as chat would send it."""
 
     model: str | None = Field(default=None, max_length=200)
-    content: str | None = Field(default=None, max_length=1 << 20)
+    content: str | None = Field(default=None, max_length=MOST_CHARACTERS)
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     add_special: bool = Field(default=False, description="Put the beginning of a text in front.")
@@ -56,14 +56,17 @@ async def tokenize(request: Request) -> Response:
     call, body = await begin(request, lambda config: read_body(request, config, TokenizeRequest))
     if (body.content is None) == (body.messages is None):
         raise bad("content", "give either content or messages")
+    messages = None if body.messages is None else dialogue(body.messages)
+    tools = [tool.described for tool in body.tools or ()] or None
+    if messages is not None and characters_of(messages, tools) > MOST_CHARACTERS:
+        raise bad("messages", f"allowed are up to {MOST_CHARACTERS:,} characters")
     if body.with_pieces and len(body.content or "") > _PIECES:
         raise bad("with_pieces", f"is there for texts of up to {_PIECES:,} characters")
 
     def work() -> bytes:
         tokenizer = call.tokenizer
-        if body.messages is not None:
-            tools = [tool.described for tool in body.tools or ()] or None
-            ids = call.model.llm.chat_ids(dialogue(body.messages), tools)
+        if messages is not None:
+            ids = call.model.llm.chat_ids(messages, tools)
         else:
             ids = tokenizer.encode(body.content or "")
             if body.add_special and tokenizer.bos_id is not None:
@@ -73,14 +76,14 @@ async def tokenize(request: Request) -> Response:
         pieces = [{"id": i, "piece": tokenizer.token_bytes(i).decode("utf-8", "replace")} for i in ids]
         return orjson.dumps({"tokens": pieces})
 
-    return await json_response(call, text_work(work))
+    return await json_response(call, call.text_work(work))
 
 
 @takes(DetokenizeRequest)
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     call, body = await begin(request, lambda config: read_body(request, config, DetokenizeRequest))
-    return await json_response(call, text_work(lambda: {"content": call.tokenizer.decode(body.tokens)}))
+    return await json_response(call, call.text_work(lambda: {"content": call.tokenizer.decode(body.tokens)}))
 
 
 @takes(EmbeddingRequest)
@@ -91,20 +94,13 @@ async def embeddings(request: Request) -> Response:
 
 
 async def _embed(call: Call, body: EmbeddingRequest) -> dict[str, Any]:
-    llm, texts = call.model.llm, each_of(body.input)
-    bos = llm.tokenizer.bos_id
-    head = [] if bos is None else [bos]
-    call.check_room(max(map(len, texts)), "input")
-    encoded = await text_work(lambda: [head + llm.tokenizer.encode(t) if isinstance(t, str) else t for t in texts])
-    if any(not ids for ids in encoded):
-        raise bad("input", "an empty text has no vector")
+    llm = call.model.llm
+    encoded = await call.token_ids(body.input, "input", beside=True)
     longest = max(map(len, encoded))
     if longest > llm.context:
-        raise ContextLengthExceeded(longest, llm.context)
-    vectors = []
-    for ids in encoded:
-        vector_D = await call.model.driver.between_steps(partial(llm.embed_in_pieces, ids))
-        vectors.append(vector_D / np.linalg.norm(vector_D[None], axis=1))  # rounded as LLM.embed does it
+        raise too_long(ContextLengthExceeded(longest, llm.context), "input", "Shorten the text.")
+    found = await call.model.driver.between_steps(llm.embed_in_pieces, encoded, call.client)
+    vectors = [vector_D / np.linalg.norm(vector_D[None], axis=1) for vector_D in found]  # rounded as LLM.embed does it
     tokens = sum(map(len, encoded))
     call.done([], tokens)
     packed = body.encoding_format == "base64"

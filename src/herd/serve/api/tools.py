@@ -110,7 +110,7 @@ def plan_tools(
     if free and not any(function.strict for function in by_name.values()):
         return Plan(names, described=True)
     schemas = {
-        name: (f"tools.{i}.{schemas_in}", function.parameters or {"type": "object", "properties": {}})
+        name: (where := f"tools.{i}.{schemas_in}", _of_object(where, function.parameters))
         for i, (name, function) in enumerate(by_name.items())
         if name in names and (function.strict or not free)
     }
@@ -122,6 +122,15 @@ def plan_tools(
         raise bad("tools", str(error)) from None
     alone = {where: Grammar.json_schema(schema) for where, schema in schemas.values()}
     return Plan(names, described=True, grammar=grammar, free=free, schemas=alone)
+
+
+def _of_object(where: str, schema: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a function's arguments, which are an object: anything else in a call's place is text."""
+    if not schema:
+        return {"type": "object", "properties": {}}
+    if schema.get("type", "object") not in ("object", ["object"]):
+        raise bad(where, "the parameters of a function are of type object")
+    return {"type": "object", **schema}
 
 
 def _read(where: str, schema: dict[str, Any]) -> dict[str, Any]:

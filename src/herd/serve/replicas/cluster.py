@@ -137,12 +137,13 @@ class Cluster:
         else:
             # Ray's sockets are in it, whose names must not be long, so it is not where TMPDIR may say.
             self._folder = tempfile.mkdtemp(prefix="herd-", dir="/tmp")
+            # Ray opens the folder that it is given to all users, so it gets one inside of ours, which stays closed.
             ray.init(
                 address="local",
                 num_cpus=self._count * self._threads,
                 include_dashboard=False,
                 object_store_memory=max(256 * MiB, 4 * self._config.max_body_bytes),
-                _temp_dir=self._folder,
+                _temp_dir=str(Path(self._folder, "r")),
                 **common,
             )
         # Ray's own handler ends the process at once; this one lets the block end. A server brings its own later.

@@ -2,7 +2,8 @@
 
 It has no model. Whether it lives, its page and its description it answers itself; everything else goes to one replica,
 which the router chooses, and what that one sends goes on to the client as it comes. A request whose replica dies before
-anything was sent is tried once more on another one.
+it has taken it is tried once more on another one. One that it had taken is not: it may be what the replica died of, and
+so would the next one.
 """
 
 from __future__ import annotations
@@ -162,10 +163,11 @@ class Front:
                     first = await while_connected(request.receive, exchange.next())
                     return Relay(exchange, first, self._config, functools.partial(self._end, exchange, close))
                 except ReplicaLost:
+                    taken = await exchange.taken()
                     await exchange.finish()
                     exchange = None
                     tried.add(link.number)
-                    if len(tried) == _TRIES:
+                    if taken or len(tried) == _TRIES:
                         raise replica_lost() from None
         except BaseException:
             self._end(exchange, close)
@@ -198,7 +200,8 @@ async def _give_up(exchange: Exchange, close: Callable[[int], None]) -> None:
 
 
 def _facts_of(path: str, data: Mapping[str, Any]) -> _Facts:
-    given = data.get(_SEVERAL.get(path, ""))
+    field = _SEVERAL.get(path)
+    given = None if field is None else data.get(field)
     # What is of another type is the replica's to refuse.
     prompts = len(each_of(given)) if given and isinstance(given, str | list) else 1
     return _Facts(prompts, beginning(data))

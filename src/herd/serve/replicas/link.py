@@ -14,6 +14,7 @@ from herd.serve.replicas.replica import Forwarded, News, Part, State
 log = logging.getLogger("herd.serve")
 _SILENCE = 30.0  # seconds without a sign of life after which nothing more is sent to a replica
 _AGAIN = 0.2  # seconds until it is asked for one again
+_DOUBT = 0.1  # seconds in which it is heard of all calls to a lost replica that it had taken them
 _LAST_WORDS = 5.0  # seconds in which a replica says what a request took that nobody waits for
 
 
@@ -134,6 +135,16 @@ class Exchange:
     def put(self, part: Part | None) -> None:
         """What has come; None when the replica is lost."""
         self._parts.put_nowait(part)
+
+    async def taken(self) -> bool:
+        """Once the replica is lost: whether it had taken the request, so that this may be what it died of.
+
+        Ray Serve keeps a call for the next process where the old one had not accepted it: such a `begin` stays open.
+        One that was accepted has returned, or fails. Only a request that ends its process before that has said that it
+        accepts the call, which takes it less than a millisecond, cannot be told from one that never came there.
+        """
+        await asyncio.wait({self._beginning}, timeout=_DOUBT)
+        return self._beginning.done()
 
     async def finish(self) -> None:
         """Give it up, unless it is whole; returns when the replica has done so, and said what it took."""

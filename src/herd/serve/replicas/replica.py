@@ -182,7 +182,7 @@ class Replica:
         try:
             await self._app(request.scope | {"state": {"client": caller}}, receive, send)
         except Exception:  # which was told with a 500
-            log.exception("%s failed", request.path)
+            log.exception("%r failed", request.path)  # decoded: it may have a line feed
         finally:
             del self._gone[request.number]
             self._tell(Part(request.number, tuple(last), caller.tokens))

@@ -1,0 +1,54 @@
+"""Threads for what takes long beside the event loop: a few for each kind of work, and of those a share for each key.
+
+Work of a key that sends much of it waits for that key's own; another key's finds a thread. What nobody waits for any
+more is not begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Pool:
+    """`share` of the `threads` may work for one key at a time."""
+
+    def __init__(self, name: str, *, threads: int, share: int) -> None:
+        self._threads = ThreadPoolExecutor(threads, f"herd-{name}")
+        self._share = share
+        self._lanes: dict[str, asyncio.Semaphore] = {}  # as many as keys, whose names are known at the start
+
+    async def run(self, key: str, work: Callable[[], T]) -> T:
+        """The result of `work`, done in a thread. Called on one event loop only."""
+        lane = self._lanes.setdefault(key, asyncio.Semaphore(self._share))
+        loop = asyncio.get_running_loop()
+
+        def leave(_: Future[T]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(lane.release)
+
+        await lane.acquire()
+        job = self._threads.submit(work)
+        job.add_done_callback(leave)  # not before its end, also where nobody waits for that any more
+        return await asyncio.wrap_future(job)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Pools:
+    """Those of one application."""
+
+    def __init__(self) -> None:
+        self.texts = Pool("texts", threads=4, share=2)
+        self.grammars = Pool("grammars", threads=2, share=1)
+
+    def close(self) -> None:
+        self.texts.close()
+        self.grammars.close()
