@@ -85,7 +85,7 @@ def until(condition: Callable[[], object], seconds: float = 180.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def replicas(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     program = Program(model_path, tmp_path_factory.mktemp("replicas"))
     try:
@@ -101,7 +101,7 @@ def replicas(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         program.process.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def single(serving: Any, model_path: Path) -> Iterator[Any]:
     """The same in one process, loaded as the command does."""
     with serving({"tiny": model_path}, kv="bf16") as found:
