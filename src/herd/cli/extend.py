@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
+from herd.cli.options import shape_of
 from herd.cli.output import emit, table
-
-if TYPE_CHECKING:
-    from herd.architecture import LlamaConfig
 
 
 def command(
@@ -44,7 +41,7 @@ def command(
 
     if not plan:
         raise UsageError("herd extend does not train yet, it plans", allowed="--plan")
-    config = _config(model)
+    config = shape_of(model)
     stages = plan_extension(config, to, cast("PlanMethod", method))
     data: dict[str, Any] = {
         "model": model,
@@ -56,17 +53,6 @@ def command(
         "stages": [dataclasses.asdict(stage) for stage in stages],
     }
     emit(data, as_json, lambda: _show(data))
-
-
-def _config(model: str) -> LlamaConfig:
-    """The shape of a release by its name, or of a checkpoint, whose weights are not read."""
-    from herd import checkpoint
-    from herd.architecture import releases
-
-    if model in releases and not Path(model).exists():
-        return releases[model].config
-    with checkpoint.open_checkpoint(checkpoint.resolve(model)) as opened:
-        return opened.config
 
 
 def _show(data: dict[str, Any]) -> None:

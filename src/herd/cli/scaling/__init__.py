@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from herd.pretrain.scaling import LadderConfig
     from herd.pretrain.scaling.laws import Estimate
 
+Recipe = Annotated[str, typer.Argument(help="The recipe to train with, or the name of one in recipes/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="STAGE.FIELD=VALUE", help="Changed values, as YAML.")]
+Budgets = Annotated[str, typer.Option(metavar="C,C,…", help="Training FLOPs of the rungs, two or more.")]
+
 
 @dataclasses.dataclass(frozen=True)
 class Bootstrap:

@@ -8,7 +8,7 @@ import typer
 
 from herd.cli.options import takes_groups
 from herd.cli.output import emit, table
-from herd.cli.scaling import Sizes
+from herd.cli.scaling import Budgets, Overrides, Recipe, Sizes
 
 if TYPE_CHECKING:
     from herd.pretrain.scaling import Rung
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 @takes_groups
 def command(
-    recipe: Annotated[str, typer.Argument(help="The recipe to train with, or the name of one in recipes/.")] = "pocket",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="STAGE.FIELD=VALUE", help="Changed values, as YAML.")
-    ] = None,
+    recipe: Recipe = "pocket",
+    overrides: Overrides = None,
     *,
-    budgets: Annotated[str, typer.Option(metavar="C,C,…", help="Training FLOPs of the rungs, two or more.")],
+    budgets: Budgets,
     around: Sizes,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ladder as JSON, with each run's recipe.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from herd.cli.options import takes_groups
 from herd.cli.output import console, emit, table
-from herd.cli.scaling import Sizes
+from herd.cli.scaling import Budgets, Overrides, Recipe, Sizes
 
 if TYPE_CHECKING:
     from herd.pretrain.scaling import Rung
@@ -20,12 +20,10 @@ _MOST_EPOCHS = 4
 
 @takes_groups
 def command(
-    recipe: Annotated[str, typer.Argument(help="The recipe to train with, or the name of one in recipes/.")] = "pocket",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="STAGE.FIELD=VALUE", help="Changed values, as YAML.")
-    ] = None,
+    recipe: Recipe = "pocket",
+    overrides: Overrides = None,
     *,
-    budgets: Annotated[str, typer.Option(metavar="C,C,…", help="Training FLOPs of the rungs, two or more.")],
+    budgets: Budgets,
     out: Annotated[Path | None, typer.Option(help="The run directory.  [default: runs/NAME-ladder]")] = None,
     around: Sizes,
     as_json: Annotated[bool, typer.Option("--json", help="Print the finished runs as JSON.")] = False,
