@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ class Places(NamedTuple):
     """Factor on the queries of layers without RoPE."""
 
 
+class SequencePart(Protocol):
+    """Which tokens of every row a model computes, where others compute the rest (herd.train.parallel.context)."""
+
+    def mine(self, x: Tensor) -> Tensor:
+        """The part of a tensor over the whole row, along axis 1."""
+
+    def places(self, places: Places) -> Places:
+        """The places of these tokens."""
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, or without them on Llama 4's NoPE layers."""
 
@@ -46,6 +56,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.uses_rope = config.uses_rope(layer)
         self.norm_eps = config.norm_eps if config.qk_norm and self.uses_rope else None
+        self.attend: Callable[[Tensor, Tensor, Tensor, KeyRanges], Tensor] = attend
+        """Replaced where keys are on other ranks."""
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
@@ -66,7 +78,7 @@ class Attention(nn.Module):
             k_all, v_all = write.write(layer, k_BSGK, v_BSGK)
             if not write.from_empty:
                 k_BSGK, v_BSGK = k_all, v_all
-        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, places.local if self.uses_rope else places.everywhere)
+        o_BSHK = self.attend(q_BSHK, k_BSGK, v_BSGK, places.local if self.uses_rope else places.everywhere)
         y_BSD: Tensor = self.wo(o_BSHK.flatten(2))
         return y_BSD
 
@@ -100,6 +112,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.sequence: SequencePart | None = None
+        self.run_block: Callable[..., Tensor] = Block.__call__
+        """How a layer is called; replaced to compute activations again in the backward pass."""
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -146,10 +161,12 @@ class Llama(nn.Module):
         if lengths is not None and cache is None:
             raise UsageError("lengths say how many tokens of a row enter the cache", allowed="lengths with a cache")
         write = None if cache is None else cache.reserve([width] * batch if lengths is None else lengths, width)
-        places = self._places(tokens_BS, document_ids_BS, positions_BS, write)
+        places = self.places(tokens_BS, document_ids_BS, positions_BS, write)
+        if self.sequence is not None:
+            tokens_BS, places = self.sequence.mine(tokens_BS), self.sequence.places(places)
         x_BSD = self.embed(tokens_BS)
         for i, block in enumerate(self.layers):
-            x_BSD = block(x_BSD, places) if write is None else block(x_BSD, places, i, write)
+            x_BSD = self.run_block(block, x_BSD, places) if write is None else block(x_BSD, places, i, write)
         if write is not None:
             write.commit()
         y_BSD: Tensor = self.norm(x_BSD)
@@ -172,9 +189,14 @@ class Llama(nn.Module):
             with torch.no_grad():
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
-    def _places(
-        self, tokens_BS: Tensor, documents_BS: Tensor | None, positions_BS: Tensor | None, write: CacheWrite | None
+    def places(
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        write: CacheWrite | None = None,
     ) -> Places:
+        """Where the tokens of whole rows stand; of `tokens_BS` only the shape counts."""
         config, device = self.config, tokens_BS.device
         batch, width = tokens_BS.shape
         cached, n_keys = None, width

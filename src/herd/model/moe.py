@@ -64,6 +64,8 @@ class MixtureOfExperts(nn.Module):
 def _grouped(x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """`grouped_linear` under autocast: custom operators are not on its list, so the casts stand here."""
     device = x_TI.device.type
+    if hasattr(weight_EOI, "to_local"):  # experts that are split over ranks: this rank's
+        weight_EOI = weight_EOI.to_local()
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_TI, weight_EOI = x_TI.to(dtype), weight_EOI.to(dtype)

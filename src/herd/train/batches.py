@@ -35,8 +35,8 @@ class Batch(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens, padding included."""
-        return self.tokens_BS.numel()
+        """Tokens, padding included: those of this rank, where ranks share rows."""
+        return self.targets_BS.numel()
 
 
 class Movable(Protocol):
@@ -66,15 +66,15 @@ class PackedSource:
 
     def __init__(self, rows: RowSource, micro_batch: int, world: World | None = None) -> None:
         world = world or current_world()
-        if rows.batch_size % world.size:
+        if rows.batch_size % world.data_size:
             raise UsageError(
                 "the rows of a step cannot be shared evenly",
-                value=f"batch_size {rows.batch_size} on {world.size} ranks",
-                allowed=f"a multiple of {world.size}",
+                value=f"batch_size {rows.batch_size} on {world.data_size} ranks",
+                allowed=f"a multiple of {world.data_size}",
             )
-        share = rows.batch_size // world.size
+        share = rows.batch_size // world.data_size
         self._rows, self._micro_batch = rows, micro_batch
-        self._first, self._last = world.rank * share, (world.rank + 1) * share
+        self._first, self._last = world.data_rank * share, (world.data_rank + 1) * share
 
     def batch(self, step: int) -> list[Batch]:
         """The micro-batches of one optimiser step, for this rank."""

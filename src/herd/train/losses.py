@@ -62,18 +62,26 @@ def chunked_cross_entropy(
     products of the backward pass are done at once and the logits are dropped. Memory is one chunk instead of [T, V],
     the arithmetic is the same, and chunks stay in cache. Products run in the autocast type (in the type of `x_TD`
     without autocast), the softmax and the sums in fp32. Not differentiable twice.
+    An output matrix that is split by vocabulary over ranks (a DTensor) stays so: all ranks get the loss, and the
+    gradient of `x_TD` is then each rank's part of a sum.
     """
+    losses_: Any = _losses_
+    if hasattr(output_VD, "device_mesh"):
+        from herd.train.vocabulary import VocabularyPart  # takes a second to import, which one process need not wait
+
+        split: Any = output_VD
+        losses_, output_VD = VocabularyPart(split).losses_, split.to_local()
     rows = chunk_rows or _chunk_rows(output_VD.shape[0], x_TD.is_cuda)
     device = x_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and (x_TD.requires_grad or output_VD.requires_grad):
-            loss: Tensor = _ChunkedCrossEntropy.apply(x_TD, output_VD, targets_T, weights_T, rows, dtype)  # type: ignore[no-untyped-call]
+            loss: Tensor = _ChunkedCrossEntropy.apply(x_TD, output_VD, targets_T, weights_T, rows, dtype, losses_)  # type: ignore[no-untyped-call]
             return loss
         output = output_VD.to(dtype)
         total = torch.zeros((), device=x_TD.device)
         for x_CD, targets_C1, weights_C in _chunks(x_TD.to(dtype), targets_T, weights_T, rows):
-            total += torch.dot(_losses_(x_CD @ output.T, targets_C1), weights_C)
+            total += torch.dot(losses_(x_CD @ output.T, targets_C1), weights_C)
         return total
 
 
@@ -116,6 +124,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights_T: Tensor,
         rows: int,
         dtype: torch.dtype,
+        losses_: Any,
     ) -> Tensor:
         output = output_VD.to(dtype)
         dx_TD = torch.empty_like(x_TD)
@@ -124,7 +133,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunks = _chunks(x_TD.to(dtype), targets_T, weights_T, rows)
         for (x_CD, targets_C1, weights_C), dx_CD in zip(chunks, torch.split(dx_TD, rows), strict=True):
             dlogits_CV = x_CD @ output.T
-            total += torch.dot(_losses_(dlogits_CV, targets_C1), weights_C)
+            total += torch.dot(losses_(dlogits_CV, targets_C1), weights_C)
             # Weights scale the D columns of both products instead of the V columns of the logits.
             dx_CD.copy_(dlogits_CV @ output).mul_(weights_C.unsqueeze(1))
             gradient_VD = dlogits_CV.T @ (x_CD * weights_C.unsqueeze(1)).to(dtype)
@@ -137,5 +146,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dx_TD, doutput_VD = ctx.saved_tensors
         if not dloss.is_cuda and dloss.item() == 1:  # the usual case: spare a pass over the largest gradient
-            return dx_TD, doutput_VD, None, None, None, None
-        return dx_TD * dloss, doutput_VD * dloss, None, None, None, None
+            return dx_TD, doutput_VD, None, None, None, None, None
+        return dx_TD * dloss, doutput_VD * dloss, None, None, None, None, None

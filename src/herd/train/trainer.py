@@ -88,15 +88,15 @@ class Trainer(Generic[B]):
         self.config = config
         self.world = world or current_world()
         self.device = pick_device(config)
-        self.model = model.to(self.device)
         self.loss_fn = loss_fn
         self.source = source
         self.data = source.fingerprint()
         """What the data is known by: a state of other data is not continued."""
         self.out_dir = Path(out_dir)
         self.precision = matrix_dtype(self.device) if config.precision == "auto" else _DTYPES[config.precision]
-        self.blocks = CompiledBlocks(model)
-        self.optimizer = build_optimizer(model, config)
+        self.model = self.world.place(model, self.device, self._autocast)
+        self.blocks = CompiledBlocks(self.model)
+        self.optimizer = build_optimizer(self.model, config)
         self.store = StateStore(self.out_dir / "state", config.keep)
         self.callbacks: list[Callback] = [Guard(config), *callbacks]
         if config.average != "none":
@@ -195,11 +195,11 @@ class Trainer(Generic[B]):
             self.blocks.restore()
             self.optimizer.zero_grad()
             sums = self._accumulate(batches)
-        gradients = self._gradients()
-        tokens = torch.tensor(float(sum(batch.n_tokens for batch in batches)), device=self.device)
-        self.world.sum_([sums, tokens, *gradients])
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        loss_sum, weight, norm_of_sum, n_tokens = torch.stack([*sums, norm, tokens]).tolist()
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.world.sum_([sums])
+        self.world.reduce_gradients(trainable)
+        loss_sum, weight, n_tokens = sums.tolist()
+        norm_of_sum = self.world.norm(trainable).item()
         if weight == 0:
             return math.nan, math.nan, int(n_tokens), 0.0
         return loss_sum / weight, norm_of_sum / weight, int(n_tokens), weight
@@ -215,7 +215,11 @@ class Trainer(Generic[B]):
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.random.fork_rng(enabled=self.device.type == "cpu", devices=[]), eager(), self._autocast():
             for batch in batches:
-                loss, weight = self.loss_fn(self.model, batch.to(self.device))
+                batch = self.world.local(batch.to(self.device))
+                if self.world.pipeline is not None:
+                    sums += self.world.pipeline.run([batch], train=False)[:2].cpu()
+                    continue
+                loss, weight = self.loss_fn(self.model, batch)
                 sums += torch.stack([loss, weight]).double().cpu()
         self.model.train(training)
         loss_sum, weight_sum = sums.tolist()
@@ -256,27 +260,28 @@ class Trainer(Generic[B]):
         self.world.barrier()
 
     def _accumulate(self, batches: Sequence[B]) -> Tensor:
-        """Backward pass of every micro-batch; (sum of losses, sum of weights)."""
-        sums = torch.zeros(2, device=self.device)
+        """Backward pass of every micro-batch; (sum of losses, sum of weights, tokens)."""
+        if self.world.pipeline is not None:
+            return self.world.pipeline.run([self.world.local(batch.to(self.device)) for batch in batches], train=True)
+        sums = torch.zeros(3, device=self.device)
         # One autocast region for the whole step: weights are cast once, not once per micro-batch.
         with self._autocast():
-            for batch in batches:
-                loss, weight = self.loss_fn(self.model, batch.to(self.device))
+            for number, batch in enumerate(batches, start=1):
+                batch = self.world.local(batch.to(self.device))
+                self.world.last_micro_batch(number == len(batches))
+                loss, weight = self.loss_fn(self.model, batch)
                 with torch.autocast(self.device.type, enabled=False):
                     torch.autograd.backward(loss)
-                sums += torch.stack([loss.detach().float(), weight.detach().float()])
+                sums += torch.stack([loss.detach().float(), weight.detach().float(), weight.new_tensor(batch.n_tokens)])
         return sums
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision is torch.bfloat16)
 
     def _gradients(self) -> list[Tensor]:
-        """Gradients of the trainable weights. Across ranks every weight has one, or the sums would not match up."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if self.world.size > 1:
-            for p in trainable:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return [p.grad for p in trainable if p.grad is not None]
+        """This rank's gradients of the trainable weights."""
+        gradients = [p.grad for p in self.model.parameters() if p.requires_grad and p.grad is not None]
+        return [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
 
     def _roll_back(self) -> None:
         """Back to the newest checkpoint, but on with the data behind the step that failed."""

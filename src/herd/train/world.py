@@ -1,27 +1,56 @@
 """The ranks of a run as one small object, so that the loop is written once for one process and for many.
 
-Data parallelism needs three things of it: sums (gradients, loss, tokens), a vote (has any rank been told to stop?)
-and a barrier (has rank 0 written the checkpoint?). Which rows a rank reads follows from `rank` and `size` alone.
+The loop needs of it: its own part of a model and of a micro-batch, sums (gradients, loss, tokens), the gradients' norm,
+a vote (has any rank been told to stop?) and a barrier (has rank 0 written the checkpoint?). Which rows a rank reads
+follows from `data_rank` and `data_size` alone. Here are one process and data parallelism with whole models; a mesh of
+several axes is `herd.train.parallel`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from herd.train.parallel.config import ParallelConfig
+    from herd.train.parallel.pipeline import Pipeline
 
 
 class World(Protocol):
-    """Ranks 0 … size - 1."""
+    """Ranks 0 … size - 1. Rank `data_rank` of `data_size` reads that share of a step's rows."""
 
     rank: int
     size: int
+    pipeline: Pipeline | None
+    """Runs the micro-batches where ranks hold different layers."""
+
+    @property
+    def data_rank(self) -> int: ...
+
+    @property
+    def data_size(self) -> int: ...
+
+    def place(self, model: nn.Module, device: torch.device, autocast: Callable[[], Any]) -> nn.Module:
+        """This rank's part of a model that all ranks hold alike, on `device`."""
+
+    def local(self, batch: Any) -> Any:
+        """This rank's part of a micro-batch."""
+
+    def last_micro_batch(self, last: bool) -> None:
+        """Whether the next backward pass is the step's last one."""
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks."""
+        """Replace each tensor by its sum over the ranks whose losses add up."""
+
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum what is left to sum of gradients after a step's backward passes."""
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Norm of all ranks' summed gradients."""
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
@@ -35,9 +64,35 @@ class OneRank:
 
     rank = 0
     size = 1
+    pipeline: Pipeline | None = None
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        return self.size
+
+    def place(self, model: nn.Module, device: torch.device, autocast: Callable[[], Any]) -> nn.Module:
+        return model.to(device)
+
+    def local(self, batch: Any) -> Any:
+        return batch
+
+    def last_micro_batch(self, last: bool) -> None:
+        """Nothing waits for it."""
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Nothing to add."""
+
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Nothing to add."""
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -46,8 +101,8 @@ class OneRank:
         """Nobody to wait for."""
 
 
-class ProcessGroup:
-    """The ranks of torch.distributed's default group, initialised by whoever launched the run."""
+class ProcessGroup(OneRank):
+    """All ranks of torch.distributed, which the launcher has initialised: each has a whole model."""
 
     def __init__(self) -> None:
         self.rank = torch.distributed.get_rank()
@@ -57,6 +112,11 @@ class ProcessGroup:
         works = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
         for work in works:
             work.wait()
+
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        for p in parameters:  # every rank has a gradient of every weight, or the sums would not match up
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.sum_([p.grad for p in parameters if p.grad is not None])
 
     def any(self, flag: bool) -> bool:
         votes = torch.tensor(float(flag))
@@ -69,8 +129,17 @@ class ProcessGroup:
         torch.distributed.barrier()
 
 
-def current_world() -> World:
-    """The process group if one is initialised, else this process alone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return ProcessGroup()
-    return OneRank()
+def current_world(parallel: ParallelConfig | None = None, device_type: str = "cpu") -> World:
+    """The process group if one is initialised, else this process alone; on a mesh if `parallel` asks for one.
+
+    Raises UsageError for a mesh that the ranks cannot make.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if parallel is not None and parallel.needs_mesh:
+            parallel.layout(1)
+        return OneRank()
+    if parallel is not None and parallel.needs_mesh:
+        from herd.train.parallel.world import MeshWorld  # takes a second to import
+
+        return MeshWorld(parallel, device_type)
+    return ProcessGroup()

@@ -1,0 +1,50 @@
+"""Fully sharded data parallelism: a rank keeps a part of every weight, gradient and optimiser state.
+
+A block's weights are gathered before it runs; gradients are summed and split in one exchange, in fp32 (PyTorch FSDP2).
+With `reshard` the weights are dropped after the forward pass and gathered again in the backward pass; the Llama 3 paper
+does not (section 3.3.2: "we do not reshard after forward"). Sums, not means: the loop divides by the step's targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from herd.model.llama import Block, Llama
+
+_SUMS_IN_FP32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, expert_mesh: DeviceMesh, *, reshard: bool) -> None:
+    """Shard the blocks of a Llama, or of a part of one, and then the rest; the routed experts over the ranks that hold
+    the same ones."""
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        shard_block(block, mesh, expert_mesh, reshard=reshard)
+    _shard(model, mesh, reshard=False)
+    if isinstance(model, Llama):
+        register_fsdp_forward_method(model, "hidden")
+
+
+def shard_block(block: Block, mesh: DeviceMesh, expert_mesh: DeviceMesh, *, reshard: bool) -> None:
+    """Shard one layer."""
+    if hasattr(block, "moe"):
+        _shard(block.moe.experts, expert_mesh, reshard=reshard)
+    _shard(block, mesh, reshard=reshard)
+
+
+def reduce_now(modules: Iterable[nn.Module], now: bool) -> None:
+    """Whether the next backward pass sums the gradients over ranks, or only adds to those of this rank."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(now)
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, *, reshard: bool) -> None:
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=_SUMS_IN_FP32)
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no other

@@ -1,0 +1,97 @@
+"""The ranks of a run on a mesh, behind the one interface the loop knows (`herd.train.world.World`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from herd.errors import UsageError
+from herd.model.llama import Attention, Llama
+from herd.model.moe import Experts
+from herd.train.parallel.config import ParallelConfig
+from herd.train.parallel.context import ContextAttention, GatherExchange, SequenceShard
+from herd.train.parallel.expert import exchange_tokens, split_experts
+from herd.train.parallel.gradients import global_norm
+from herd.train.parallel.mesh import Mesh
+from herd.train.parallel.pipeline import Pipeline
+from herd.train.parallel.recompute import recompute
+from herd.train.parallel.ring import RingExchange
+from herd.train.parallel.shard import reduce_now, shard_model
+from herd.train.parallel.tensor import split_model
+from herd.train.world import ProcessGroup
+
+
+class MeshWorld(ProcessGroup):
+    """Ranks that split a model and its batches along the axes of a mesh."""
+
+    def __init__(self, config: ParallelConfig, device_type: str) -> None:
+        super().__init__()
+        self.config = config
+        self.mesh = Mesh.build(config, config.layout(self.size), device_type)
+        self.sequence = SequenceShard(self.mesh.cp) if config.cp > 1 else None
+        self.pipeline: Pipeline | None = None
+        self._sharded: list[nn.Module] = []
+
+    @property
+    def data_rank(self) -> int:
+        return self.mesh.data_rank
+
+    @property
+    def data_size(self) -> int:
+        return self.mesh.layout.dp
+
+    def place(self, model: nn.Module, device: torch.device, autocast: Callable[[], Any]) -> nn.Module:
+        """Keep this rank's part of a model that all ranks hold alike."""
+        if not isinstance(model, Llama):
+            raise UsageError("only a Llama can be split over a mesh", value=type(model).__name__)
+        config, mesh = self.config, self.mesh
+        if config.pp > 1:
+            self.pipeline = Pipeline(model, config, mesh.pp)
+        model = model.to(device)
+        if config.tp > 1:
+            split_model(model, mesh.tp, mesh.expert_tp)
+        for module in list(model.modules()):
+            if isinstance(module, Experts) and config.ep > 1:
+                if config.tp == 1:
+                    split_experts(module, mesh.expert)
+                exchange_tokens(module, mesh.expert)
+            if isinstance(module, Attention) and config.cp > 1:
+                module.attend = ContextAttention(self._exchange())
+        model.sequence = self.sequence
+        recompute(model, config.recompute)
+        self._sharded = list(self.pipeline.build(autocast)) if self.pipeline is not None else [model]
+        for part in self._sharded:
+            shard_model(part, mesh.shard, mesh.expert_shard, reshard=config.reshard)
+        return model
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=self.mesh.data.get_group())
+
+    def local(self, batch: Any) -> Any:
+        """What a rank needs of a micro-batch: its own targets, and all tokens and documents of the rows."""
+        if self.sequence is None:
+            return batch
+        mine = self.sequence.mine
+        return batch._replace(targets_BS=mine(batch.targets_BS), weights_BS=mine(batch.weights_BS))
+
+    def last_micro_batch(self, last: bool) -> None:
+        if not self.config.reduce_each:
+            reduce_now(self._sharded, last)
+
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        # FSDP has summed them; what is left are copies in two chunks of a pipeline.
+        if self.pipeline is not None:
+            self.pipeline.add_tied()
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        return global_norm(parameters, self.pipeline.tied if self.pipeline is not None else frozenset())
+
+    def _exchange(self) -> GatherExchange | RingExchange:
+        if self.config.context == "ring":
+            return RingExchange(self.mesh.cp, self.config.inner_ring)
+        return GatherExchange(self.mesh.cp)
