@@ -44,7 +44,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        _sync_directory(temporary)
+        sync_directory(temporary)
         if path.exists():
             _replace_directory(temporary, path)
         else:
@@ -64,7 +64,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _replace_directory(new: Path, path: Path) -> None:
@@ -159,7 +159,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make the rename itself durable; file systems that cannot are left alone."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from herd.architecture import LlamaConfig
 from herd.corpus import pack_examples
-from herd.errors import HerdError, UsageError
+from herd.errors import FileFormatError, HerdError, UsageError
 from herd.files import sha256_file, write_json
 from herd.model import Llama
 from herd.train import PackedSource, StateStore, TrainConfig, Trainer, next_token_loss
@@ -83,7 +82,7 @@ def test_the_newest_are_kept_and_each_is_committed_by_its_manifest(tmp_path: Pat
     directory = trainer.store.path(12)
     manifest = json.loads((directory / "manifest.json").read_text())
     assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == {
-        name: sha256_file(directory / name) for name in ("tensors.pt", "state.json")
+        name: sha256_file(directory / name) for name in ("tensors.safetensors", "state.json")
     }
     (directory / "manifest.json").unlink()
     assert trainer.store.steps() == [8]
@@ -97,11 +96,11 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     whole.fit()
     newest = whole.store.path(12)
     if damage == "flip":
-        content = bytearray((newest / "tensors.pt").read_bytes())
+        content = bytearray((newest / "tensors.safetensors").read_bytes())
         content[len(content) // 2] ^= 1
-        (newest / "tensors.pt").write_bytes(content)
+        (newest / "tensors.safetensors").write_bytes(content)
     elif damage == "truncate":
-        (newest / "tensors.pt").write_bytes((newest / "tensors.pt").read_bytes()[:-10])
+        (newest / "tensors.safetensors").write_bytes((newest / "tensors.safetensors").read_bytes()[:-10])
     elif damage == "remove":
         (newest / "state.json").unlink()
     elif damage == "manifest":
@@ -119,7 +118,7 @@ def test_when_all_are_damaged_nothing_is_thrown_away_in_silence(tmp_path: Path) 
     trainer = _trainer(tmp_path)
     trainer.fit()
     for step in trainer.store.steps():
-        (trainer.store.path(step) / "tensors.pt").write_bytes(b"")
+        (trainer.store.path(step) / "tensors.safetensors").write_bytes(b"")
     with pytest.raises(HerdError, match=r"all 2 checkpoints .* are damaged.*to fix: remove"):
         _trainer(tmp_path).fit()
 
@@ -133,12 +132,12 @@ def test_a_foreign_file_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixtu
     trainer = _trainer(tmp_path)
     trainer.fit()
     directory = trainer.store.path(12)
-    torch.save({"model": _Payload()}, directory / "tensors.pt")
+    torch.save({"model": _Payload()}, directory / "tensors.safetensors")
     manifest = json.loads((directory / "manifest.json").read_text())
-    file = directory / "tensors.pt"
-    manifest["files"]["tensors.pt"] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    file = directory / "tensors.safetensors"
+    manifest["files"]["tensors.safetensors"] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     write_json(directory / "manifest.json", manifest)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(FileFormatError, match="is not a file of tensors"):
         _trainer(tmp_path).fit()
     assert "executed" not in capsys.readouterr().out
 
@@ -170,9 +169,9 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
     store = StateStore(tmp_path)
     leftover = tmp_path / ".step-00000004.abc.part"
     leftover.mkdir(parents=True)
-    (leftover / "tensors.pt").write_bytes(b"half")
+    (leftover / "tensors.safetensors").write_bytes(b"half")
     store.sweep()
-    assert not leftover.exists() and store.load_newest() is None
+    assert not leftover.exists() and store.load_newest({}) is None
 
 
 def test_the_clock_saves_too(tmp_path: Path) -> None:

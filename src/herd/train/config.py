@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from herd.config import Config
 from herd.errors import UsageError
+from herd.train.parallel.config import ParallelConfig
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens of a micro-batch when the config leaves its size open: larger ones were not faster on any CPU measured."""
@@ -45,6 +46,9 @@ class TrainConfig(Config):
     )
     decay: float = Field(default=0.2, gt=0, le=1, description="wsd: share of all steps that decay")
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="learning rate at the last step / peak")
+    anneal: int = Field(
+        default=0, ge=0, description="last steps, in which the rate falls linearly to 0; the schedule ends before them"
+    )
 
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="of matrix products; weights stay fp32. auto: bf16 where the hardware multiplies it"
@@ -81,10 +85,16 @@ class TrainConfig(Config):
     ema_decay: float = Field(default=0.999, gt=0, lt=1, description="decay of the exponential average per step")
     tail: float = Field(default=0.1, gt=0, le=1, description="share of all steps whose weights are averaged")
 
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="how several ranks (torchrun) share the model and the batch"
+    )
+
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch_size {self.batch_size}")
+        if self.anneal > self.steps:
+            raise ValueError(f"anneal {self.anneal} is more than all steps, {self.steps}")
         return self
 
     def check_context(self, context_length: int) -> None:
@@ -108,5 +118,5 @@ class TrainConfig(Config):
         return self.micro_batch or max(1, min(self.batch_size, MICRO_BATCH_TOKENS // self.seq_len))
 
 
-FREE_TO_CHANGE = frozenset({"checkpoint_every", "checkpoint_seconds", "keep", "log_every", "max_rollbacks"})
+FREE_TO_CHANGE = frozenset({"checkpoint_every", "checkpoint_seconds", "keep", "log_every", "max_rollbacks", "parallel"})
 """Fields that a resumed run may have otherwise: the others would change its result."""

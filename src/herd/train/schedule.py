@@ -12,8 +12,18 @@ def lr_factor(step: int, total: int, config: TrainConfig) -> float:
 
     Warm-up over w steps: (step + 1) / w. Then from 1 to r = final_lr_ratio at the last step, with t in [0, 1]:
     cosine r + (1 - r)·(1 + cos πt)/2 (Llama 1 to 3), linear 1 - (1 - r)·t, wsd 1 until the last share `decay` of the
-    steps and then linear (Hu et al. 2024, arXiv 2404.06395).
+    steps and then linear (Hu et al. 2024, arXiv 2404.06395). With `anneal`, all this ends so many steps
+    earlier, and the rest falls linearly from where it ended to 0 at the last step (arXiv 2407.21783 §3.4.3).
     """
+    before = max(total - config.anneal, 0)
+    if config.anneal and step >= before:
+        start = _scheduled(before - 1, before, config) if before else 1.0
+        return start * (1 - min(1.0, (step - before + 1) / (total - before)))
+    return _scheduled(step, before, config)
+
+
+def _scheduled(step: int, total: int, config: TrainConfig) -> float:
+    """The schedule without annealing."""
     warmup, last, final = warmup_steps(total, config), total - 1, config.final_lr_ratio
     if step < warmup:
         return (step + 1) / warmup

@@ -1,35 +1,41 @@
 """Checkpoints of a run's whole state, which survive a kill at any instant.
 
-    state/step-00000120/tensors.pt     weights, optimiser, random generators, callbacks' tensors
+    state/step-00000120/*.safetensors  weights, optimiser, random generators, callbacks' tensors; one file a rank that
+                                       holds parts of them
     state/step-00000120/state.json     step, data cursor, counters, configuration, callbacks' numbers
-    state/step-00000120/manifest.json  size and SHA-256 of both; written last, it marks the checkpoint as complete
+    state/step-00000120/manifest.json  size and SHA-256 of all of them; written last, it marks the checkpoint as whole
 
-A directory appears under its name only when all of it is on disk. Tensors are read with torch's restricted loader, so
-a foreign file cannot run code. A checkpoint that does not match its manifest is passed over, aloud, for the one before.
+A directory appears under its name only when all of it is on disk. A checkpoint that does not match its manifest is
+passed over, aloud, for the one before. A run on any number of ranks, split in any way, can continue from it.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from herd.errors import FileFormatError, HerdError
-from herd.files import atomic_dir, atomic_write, read_json, sha256_file, write_json
+from herd.files import read_json, sha256_file, sync_directory, write_json
 from herd.train.announce import announce
+from herd.train.tensor_files import SUFFIX
+from herd.train.world import OneRank, World
 
-_TENSORS, _STATE, _MANIFEST = "tensors.pt", "state.json", "manifest.json"
-_FORMAT, _VERSION = "herd-train-state", 1
+_STATE, _MANIFEST = "state.json", "manifest.json"
+_FORMAT, _VERSION = "herd-train-state", 2
 
 
 class StateStore:
-    """The checkpoints in one directory; the newest `keep` are kept."""
+    """The checkpoints in one directory, of which the newest `keep` are kept. Every rank calls the same methods."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, world: World | None = None) -> None:
         self.directory = directory
         self._keep = keep
+        self._world = world or OneRank()
         self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
@@ -41,37 +47,37 @@ class StateStore:
         """Where the checkpoint of a step is."""
         return self.directory / f"step-{step:08d}"
 
-    def save(self, step: int, tensors: dict[str, Any], values: dict[str, Any]) -> Path:
-        """Write a checkpoint and drop the oldest ones. `values` must be JSON; `tensors` may be nested."""
-        for damaged in self._damaged:
-            shutil.rmtree(self.path(damaged), ignore_errors=True)
-        self._damaged.clear()
-        with atomic_dir(self.path(step)) as directory:
-            with atomic_write(directory / _TENSORS) as file:
-                torch.save(tensors, file)
-            write_json(directory / _STATE, values)
-            files = {
-                name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
-                for name in (_TENSORS, _STATE)
-            }
-            write_json(directory / _MANIFEST, {"format": _FORMAT, "version": _VERSION, "step": step, "files": files})
-        for old in self.steps()[: -self._keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
-        return self.path(step)
+    def save(self, step: int, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> Path:
+        """Write a checkpoint and drop the oldest ones. `values` must be JSON.
 
-    def load_newest(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        Raises what the first rank that fails raises, on every rank, and leaves the older checkpoints as they are.
+        """
+        first, path = self._world.rank == 0, self.path(step)
+        part = self.directory / f".{path.name}.part"
+        if first:
+            for damaged in self._damaged:
+                shutil.rmtree(self.path(damaged), ignore_errors=True)
+        self._damaged.clear()
+        self._together(lambda: self._begin(part) if first else None)
+        self._together(lambda: self._world.write_tensors(part, dict(tensors)))
+        self._together(lambda: self._commit(step, part, values) if first else None)
+        return path
+
+    def load_newest(self, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(tensors, values) of the newest whole checkpoint, or None when there is none at all.
 
-        Raises HerdError when there are checkpoints and all of them are damaged: starting over in silence would throw
-        the work away.
+        A rank that holds parts of the `parameters` gets those parts of what belongs to them. Raises HerdError when
+        there are checkpoints and all of them are damaged: starting over in silence would throw the work away.
         """
         steps = self.steps()
         for step in reversed(steps):
-            try:
-                return self._load(step)
-            except FileFormatError as error:
+            error = self._verify(self.path(step)) if self._world.rank == 0 else None
+            if not self._world.any(error is not None):
+                values: dict[str, Any] = read_json(self.path(step) / _STATE)
+                return self._world.read_tensors(self.path(step), parameters), values
+            if error is not None:
                 announce(f"the checkpoint of step {step} is damaged and passed over: {error}")
-                self._damaged.add(step)
+            self._damaged.add(step)
         if steps:
             raise HerdError(
                 f"all {len(steps)} checkpoints in {self.directory} are damaged",
@@ -84,16 +90,51 @@ class StateStore:
         for leftover in self.directory.glob(".step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _load(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        directory = self.path(step)
-        manifest = read_json(directory / _MANIFEST)
-        if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (_FORMAT, _VERSION):
-            raise FileFormatError("is not a training state of this version", file=directory / _MANIFEST)
-        for name in (_TENSORS, _STATE):
-            entry, file = manifest.get("files", {}).get(name, {}), directory / name
-            if not file.is_file():
-                raise FileFormatError("is missing", file=file)
-            if file.stat().st_size != entry.get("bytes") or sha256_file(file) != entry.get("sha256"):
-                raise FileFormatError("does not match its checksum", file=file, field="sha256")
-        tensors = torch.load(directory / _TENSORS, map_location="cpu", weights_only=True)
-        return tensors, read_json(directory / _STATE)
+    def _together(self, action: Any) -> None:
+        """Do it on every rank and wait for all; if it fails on one, no rank goes on as if it had not."""
+        error: Exception | None = None
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+        if self._world.any(error is not None):
+            raise error or HerdError("another rank could not write its part of the checkpoint")
+
+    def _begin(self, part: Path) -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def _commit(self, step: int, part: Path, values: dict[str, Any]) -> None:
+        write_json(part / _STATE, values)
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(part.iterdir())
+        }
+        write_json(part / _MANIFEST, {"format": _FORMAT, "version": _VERSION, "step": step, "files": files})
+        if self.path(step).exists():
+            shutil.rmtree(self.path(step))
+        os.replace(part, self.path(step))
+        sync_directory(self.directory)
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self.path(old), ignore_errors=True)
+
+    def _verify(self, directory: Path) -> FileFormatError | None:
+        """What is wrong with a checkpoint, if anything is."""
+        try:
+            manifest = read_json(directory / _MANIFEST)
+            if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (
+                _FORMAT,
+                _VERSION,
+            ):
+                raise FileFormatError("is not a training state of this version", file=directory / _MANIFEST)
+            files = manifest.get("files", {})
+            if _STATE not in files or not any(name.endswith(SUFFIX) for name in files):
+                raise FileFormatError("does not list a state and tensors", file=directory / _MANIFEST, field="files")
+            for name, entry in files.items():
+                file = directory / name
+                if not file.is_file():
+                    raise FileFormatError("is missing", file=file)
+                if file.stat().st_size != entry.get("bytes") or sha256_file(file) != entry.get("sha256"):
+                    raise FileFormatError("does not match its checksum", file=file, field="sha256")
+        except FileFormatError as error:
+            return error
+        return None

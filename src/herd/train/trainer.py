@@ -97,7 +97,7 @@ class Trainer(Generic[B]):
         self.model = self.world.place(model, self.device, self._autocast)
         self.blocks = CompiledBlocks(self.model)
         self.optimizer = build_optimizer(self.model, config)
-        self.store = StateStore(self.out_dir / "state", config.keep)
+        self.store = StateStore(self.out_dir / "state", config.keep, self.world)
         self.callbacks: list[Callback] = [Guard(config), *callbacks]
         if config.average != "none":
             self.callbacks.append(WeightAverage(config))
@@ -255,9 +255,9 @@ class Trainer(Generic[B]):
 
     def save(self) -> None:
         """Write a checkpoint of the whole state, once per step."""
-        if self.world.rank == 0 and self.step not in self.store.steps():
+        there = self.world.rank == 0 and self.step in self.store.steps()
+        if not self.world.any(there):
             self.store.save(self.step, *snapshot.capture(self))
-        self.world.barrier()
 
     def _accumulate(self, batches: Sequence[B]) -> Tensor:
         """Backward pass of every micro-batch; (sum of losses, sum of weights, tokens)."""
@@ -311,7 +311,7 @@ class Trainer(Generic[B]):
 
     def _load(self) -> bool:
         """Take everything from the newest checkpoint; False when there is none."""
-        found = self.store.load_newest()
+        found = self.store.load_newest(dict(self.model.named_parameters()))
         if found is not None:
             snapshot.restore(self, *found)
         return found is not None

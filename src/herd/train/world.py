@@ -8,12 +8,15 @@ several axes is `herd.train.parallel`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+from herd.train import tensor_files
 
 if TYPE_CHECKING:
     from herd.train.parallel.config import ParallelConfig
@@ -51,6 +54,12 @@ class World(Protocol):
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Norm of all ranks' summed gradients."""
+
+    def write_tensors(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        """Write what this rank holds of them to files in `directory`."""
+
+    def read_tensors(self, directory: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """What `write_tensors` wrote, on however many ranks, as far as this rank needs it."""
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
@@ -93,6 +102,13 @@ class OneRank:
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return norm
+
+    def write_tensors(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        if self.rank == 0:
+            tensor_files.write_tensors(directory, tensors)
+
+    def read_tensors(self, directory: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        return tensor_files.read_tensors(directory)
 
     def any(self, flag: bool) -> bool:
         return flag

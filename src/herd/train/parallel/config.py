@@ -37,11 +37,11 @@ class ParallelConfig(Config):
     )
     reshard: bool = Field(
         default=False,
-        description="gather the weights of a block for forward and backward anew, instead of keeping them in between",
+        description="gather a block's weights anew for the backward pass, instead of keeping them in between",
     )
     reduce_each: bool = Field(
         default=True,
-        description="shard the gradients after every micro-batch; false: once a step, which takes memory and saves time",
+        description="shard the gradients after every micro-batch; false: once a step, for more memory and less time",
     )
     context: Literal["gather", "ring"] = Field(
         default="gather",
@@ -93,7 +93,7 @@ class ParallelConfig(Config):
                 "the ranks cannot be shared between the axes",
                 value=f"tp {self.tp} · cp {self.cp} · pp {self.pp} on {world_size} ranks",
                 allowed=f"a multiple of {model} ranks",
-                fix="change parallel.tp, parallel.cp or parallel.pp, or the number of ranks (torchrun --nproc-per-node)",
+                fix="change parallel.tp, parallel.cp or parallel.pp, or the number of ranks (torchrun)",
             )
         dp = world_size // model
         if dp % self.replicas:

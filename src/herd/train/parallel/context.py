@@ -38,7 +38,7 @@ class Exchange(Protocol):
         """Parts of all ranks' keys and values, given this rank's."""
 
     def backward(self, kv_2BPGK: Tensor, gradients: Gradients) -> Tensor:
-        """Show all of them again and return the sum over ranks of `gradients(part)` for this rank's, [2, B, P, G, K]."""
+        """Show all of them again; the sum over ranks of `gradients(part)` for this rank's own, [2, B, P, G, K]."""
 
 
 @dataclass(frozen=True)

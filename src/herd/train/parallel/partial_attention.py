@@ -95,11 +95,12 @@ class PartialAttention:
 
     def _scores(self, tile: slice, k_BGNK: Tensor, start: int) -> Tensor:
         """Scaled scores [B, G, T, R, N] in fp32, -inf where a query does not see a key."""
-        scores = _product(self._q[:, :, tile], k_BGNK.mT).float() * self._scale
+        scores: Tensor = _product(self._q[:, :, tile], k_BGNK.mT).float() * self._scale
         keys_N = torch.arange(start, start + k_BGNK.shape[2], device=k_BGNK.device)
         first, last = self._first[:, tile, None], self._last[:, tile, None]
         hidden_BTN = (keys_N < first) | (keys_N > last)
-        return scores.masked_fill_(hidden_BTN[:, None, :, None], -torch.inf)
+        scores.masked_fill_(hidden_BTN[:, None, :, None], -torch.inf)
+        return scores
 
     def _tiles(self, n_keys: int) -> Iterator[slice]:
         batch, heads, queries = self._q.shape[:3]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from herd.errors import UsageError
 from herd.model.llama import Attention, Llama
 from herd.model.moe import Experts
+from herd.train.parallel.checkpoint import read_parts, write_parts
 from herd.train.parallel.config import ParallelConfig
 from herd.train.parallel.context import ContextAttention, GatherExchange, SequenceShard
 from herd.train.parallel.expert import exchange_tokens, split_experts
@@ -35,6 +37,7 @@ class MeshWorld(ProcessGroup):
         self.sequence = SequenceShard(self.mesh.cp) if config.cp > 1 else None
         self.pipeline: Pipeline | None = None
         self._sharded: list[nn.Module] = []
+        self._tied = False
 
     @property
     def data_rank(self) -> int:
@@ -51,6 +54,7 @@ class MeshWorld(ProcessGroup):
         config, mesh = self.config, self.mesh
         if config.pp > 1:
             self.pipeline = Pipeline(model, config, mesh.pp)
+            self._tied = model.config.tied_embeddings
         model = model.to(device)
         if config.tp > 1:
             split_model(model, mesh.tp, mesh.expert_tp)
@@ -90,6 +94,19 @@ class MeshWorld(ProcessGroup):
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         return global_norm(parameters, self.pipeline.tied if self.pipeline is not None else frozenset())
+
+    def write_tensors(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        copied = "output.weight" if self._tied else None  # a pipeline's copy of the embedding
+        write_parts(directory, {name: x for name, x in tensors.items() if copied not in name.split("/")})
+
+    def read_tensors(self, directory: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        if not self._tied or "output.weight" not in parameters:
+            return read_parts(directory, parameters)
+        found = read_parts(directory, {**parameters, "embed.weight": parameters["output.weight"]})
+        shared = {name: x for name, x in found.items() if "embed.weight" in name.split("/")}
+        if "embed.weight" not in parameters:
+            found = {name: x for name, x in found.items() if name not in shared}
+        return found | {name.replace("embed.weight", "output.weight"): x.clone() for name, x in shared.items()}
 
     def _exchange(self) -> GatherExchange | RingExchange:
         if self.config.context == "ring":
