@@ -7,12 +7,13 @@ does not (section 3.3.2: "we do not reshard after forward"). Sums, not means: th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 
 from herd.model.llama import Block, Llama
 
@@ -32,7 +33,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, expert_mesh: DeviceMesh, *, 
 def shard_block(block: Block, mesh: DeviceMesh, expert_mesh: DeviceMesh, *, reshard: bool) -> None:
     """Shard one layer."""
     if hasattr(block, "moe"):
-        _shard(block.moe.experts, expert_mesh, reshard=reshard)
+        shards = expert_mesh.size(expert_mesh.ndim - 1)
+        _shard(block.moe.experts, expert_mesh, reshard=reshard, placement=lambda weight: _of_experts(weight, shards))
     _shard(block, mesh, reshard=reshard)
 
 
@@ -43,8 +45,21 @@ def reduce_now(modules: Iterable[nn.Module], now: bool) -> None:
             module.set_requires_gradient_sync(now)
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, *, reshard: bool) -> None:
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=_SUMS_IN_FP32)
+def _of_experts(weight: nn.Parameter, shards: int) -> Shard:
+    """Along which axis a stack of experts [E, …, …] is sharded: by experts, unless there are too few for all shards."""
+    held = weight.to_local() if isinstance(weight, DTensor) else weight
+    by_width = held.shape[0] % shards != 0 and held.shape[1] % shards == 0
+    return Shard(1 if by_width else 0)
+
+
+def _shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    reshard: bool,
+    placement: Callable[[nn.Parameter], Shard | None] | None = None,
+) -> None:
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=_SUMS_IN_FP32, shard_placement_fn=placement)
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other
