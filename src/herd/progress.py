@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
@@ -10,8 +11,8 @@ T = TypeVar("T")
 
 
 def interactive() -> bool:
-    """True when a person is watching standard error."""
-    return sys.stderr.isatty()
+    """True when a person is watching standard error; of several ranks that share it, for the first."""
+    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 def track(iterable: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:

@@ -26,6 +26,9 @@ from herd.corpus import PackedExamples, pack_examples
 from herd.files import atomic_write, write_json
 from herd.train import Batch, PackedSource, TrainConfig, Trainer, next_token_loss
 from herd.train.budget import TimeLimit, within
+from herd.train.export import export
+from herd.train.trainer import pick_device
+from herd.train.world import current_world
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
@@ -86,7 +89,9 @@ def run(
     config.train.check_context(llama.config.context_length)
     exercises = generate(config.seed, config.exercises, "train", kinds=config.kinds)
     conversations = dialogs(exercises, seed=config.seed, max_turns=config.max_turns, system_share=config.system_share)
-    _write_dialogs(out / "dialogs.jsonl", conversations)
+    world = current_world(config.train.parallel, pick_device(config.train).type)
+    if world.rank == 0:
+        _write_dialogs(out / "dialogs.jsonl", conversations)
     spoken = [encode(tokenizer, dialog) for dialog in conversations]
     repeated = rehearse(tokenizer, rehearsal, spoken, config.rehearsal_share, config.train.seq_len, config.seed)
     rows = pack_examples(
@@ -97,16 +102,14 @@ def run(
     if config.max_minutes is not None:
         train = within(60 * config.max_minutes, train)
         limits.append(TimeLimit(60 * config.max_minutes, out / "plan.json", started=started))
-    source = PackedSource(rows, train.micro_batch_rows)
-    loop: Trainer[Batch] = Trainer(llama, next_token_loss, source, train, out, limits)
+    source = PackedSource(rows, train.micro_batch_rows, world)
+    loop: Trainer[Batch] = Trainer(llama, next_token_loss, source, train, out, limits, world=world)
     outcome = loop.fit()
-    checkpoint.save(
-        out / "checkpoint",
-        llama.config,
-        model.state_arrays(llama),
-        format="hf",
-        dtype=config.save_dtype,
-        tokenizer=tokenizer,
+    export(
+        loop,
+        lambda weights: checkpoint.save(
+            out / "checkpoint", llama.config, weights, format="hf", dtype=config.save_dtype, tokenizer=tokenizer
+        ),
     )
     result: dict[str, Any] = {
         **outcome.to_dict(),
@@ -122,7 +125,9 @@ def run(
         "compiled": loop.blocks.active,
         "stage_seconds": time.monotonic() - started,
     }
-    write_json(out / "result.json", result)
+    if world.rank == 0:
+        write_json(out / "result.json", result)
+    world.barrier()
     return result
 
 

@@ -28,12 +28,18 @@ def digest(data: object) -> str:
 
 
 def stage_key(bound: BoundStage, input_hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that determines a stage's result, as plain data. Its `digest` is the stage's hash."""
+    """Everything that determines a stage's result, as plain data. Its `digest` is the stage's hash.
+
+    How ranks share the work is left out: a run goes on when they share it otherwise.
+    """
     fingerprint = bound.stage.fingerprint
+    config = bound.config.model_dump(mode="json")
+    if isinstance(train := config.get("train"), dict):
+        train.pop("parallel", None)
     return {
         "stage": bound.name,
         "version": bound.stage.version,
-        "config": bound.config.model_dump(mode="json"),
+        "config": config,
         "inputs": {name: input_hashes[name] for name in bound.inputs},
         "external": fingerprint(bound.config) if fingerprint else None,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from herd.recipe.manifest import ERROR_LOG, begin, decide, finish, read_manifest
 from herd.recipe.measure import Meter
 from herd.recipe.planning import Placed, place
 from herd.recipe.stage import Stage, StageContext
+from herd.train.launch import Ranks, started_ranks
 
 RUN_FILE = "run.json"
 _MODEL_STAGES = ("sft", "base")
@@ -75,10 +77,26 @@ def run(
     were stopped resume. `command`, by default the recipe's, is quoted in errors and reports as the way to go on. Raises
     UsageError before anything runs, StageFailed when a stage fails, ResourceError when another run holds the directory.
     KeyboardInterrupt and SystemExit pass through once the stage's manifest is written.
+    Started by torchrun, ranks but the first run the stages that it calls for, and return {}.
     """
     run_dir = Path(run_dir)
     command = command or recipe.command
     placed = place(recipe, table, run_dir, redo_from=redo_from, only=only)
+    with started_ranks() as ranks:
+        if not ranks.leads:
+            _follow(ranks, recipe, placed, command)
+            return {}
+        return _lead(ranks, recipe, placed, run_dir, on_event, command)
+
+
+def _lead(
+    ranks: Ranks,
+    recipe: Recipe,
+    placed: Sequence[Placed],
+    run_dir: Path,
+    on_event: Callable[[StageEvent], None],
+    command: str,
+) -> dict[str, Any]:
     with run_lock(run_dir):
         state = _begin_state(recipe, run_dir, placed, command)
         for position, item in enumerate(placed):
@@ -88,10 +106,25 @@ def run(
                     directories={other.name: other.directory for other in placed[:position]},
                     command=command,
                 )
-                _run_stage(item, context, state, run_dir, on_event)
+                _run_stage(item, context, state, run_dir, on_event, ranks)
             else:
                 _record(state, item, read_manifest(item.directory), run_dir)
     return state
+
+
+def _follow(ranks: Ranks, recipe: Recipe, placed: Sequence[Placed], command: str) -> None:
+    """Run what rank 0 calls for. What goes wrong on every rank is said by rank 0, whose end ends the others."""
+    items = {item.name: item for item in placed}
+    directories = {item.name: item.directory for item in placed}
+    for name in ranks.follow():
+        item = items[name]
+        context = StageContext(recipe=recipe, directories=directories, command=command)
+        paths = {other: directories[other] for other in item.bound.inputs}
+        try:
+            item.bound.stage.run(item.bound.config, paths, item.directory, context)
+        except HerdError:
+            time.sleep(10)
+            raise
 
 
 def read_run(run_dir: str | Path) -> dict[str, Any]:
@@ -113,6 +146,7 @@ def _run_stage(
     state: dict[str, Any],
     run_dir: Path,
     on_event: Callable[[StageEvent], None],
+    ranks: Ranks,
 ) -> None:
     """Skip, run or resume one stage, and record it in `state`."""
     stage, out, name = item.bound.stage, item.directory, item.name
@@ -134,6 +168,8 @@ def _run_stage(
     meter = Meter()
     try:
         paths = {other: context.directories[other] for other in item.bound.inputs}
+        if stage.ranks:
+            ranks.call(name)
         summary = stage.run(item.bound.config, paths, out, context)
     except (KeyboardInterrupt, SystemExit):
         manifest = stop(out, manifest, meter.read(), error=None)

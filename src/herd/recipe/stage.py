@@ -35,7 +35,8 @@ class Stage:
     again. `fingerprint(config)` describes what the stage reads from outside the run (files named in its config).
     `check(config, configs of the stages before it)` raises UsageError for what no single config shows to be wrong, so
     that it is refused before anything runs.
-    A `resumes` stage continues from what it left in `out`; any other one starts in an empty directory.
+    A `resumes` stage continues from what it left in `out`; any other one starts in an empty directory. A stage with
+    `ranks` is run by all ranks that torchrun started, any other one by the first alone.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage:
     optional_inputs: tuple[str, ...] = ()
     version: int = 1
     resumes: bool = False
+    ranks: bool = False
     fingerprint: Callable[[Any], object] | None = None
     check: Callable[[Any, Mapping[str, Config]], None] | None = None
 

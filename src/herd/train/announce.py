@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from herd.progress import status
 
 
 def announce(text: str) -> None:
-    """Print `text` on its own line, clearing the live status line first."""
+    """Print `text` on its own line, clearing the live status line first. Of several ranks, the first one speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     status("")
     print(f"herd: {text}", file=sys.stderr, flush=True)
 

@@ -68,6 +68,9 @@ class TrainConfig(Config):
         default=0, ge=0, description="steps between checkpoints of the state, 0: by time alone"
     )
     checkpoint_seconds: float = Field(default=60.0, ge=0, description="seconds between checkpoints, 0: by steps alone")
+    checkpoint_background: bool = Field(
+        default=False, description="write checkpoints beside the training, from a copy of the state in memory"
+    )
     keep: int = Field(default=2, ge=1, description="checkpoints of the state that are kept")
     log_every: int = Field(default=10, ge=1, description="steps between lines in metrics.jsonl")
 
@@ -93,6 +96,8 @@ class TrainConfig(Config):
     def _fits(self) -> TrainConfig:
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch_size {self.batch_size}")
+        if self.optimizer == "muon" and self.parallel.needs_mesh:
+            raise ValueError("optimizer muon works on whole matrices, and parallel splits them: use adamw")
         if self.anneal > self.steps:
             raise ValueError(f"anneal {self.anneal} is more than all steps, {self.steps}")
         return self
@@ -118,5 +123,15 @@ class TrainConfig(Config):
         return self.micro_batch or max(1, min(self.batch_size, MICRO_BATCH_TOKENS // self.seq_len))
 
 
-FREE_TO_CHANGE = frozenset({"checkpoint_every", "checkpoint_seconds", "keep", "log_every", "max_rollbacks", "parallel"})
+FREE_TO_CHANGE = frozenset(
+    {
+        "checkpoint_every",
+        "checkpoint_seconds",
+        "checkpoint_background",
+        "keep",
+        "log_every",
+        "max_rollbacks",
+        "parallel",
+    }
+)
 """Fields that a resumed run may have otherwise: the others would change its result."""

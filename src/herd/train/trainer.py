@@ -35,6 +35,7 @@ from herd.train.memory import keep_freed_memory
 from herd.train.metrics import Metrics, MetricsFile
 from herd.train.optimizers import build_optimizer, matrix_dtype
 from herd.train.peak import matmul_peak
+from herd.train.saving import Saver
 from herd.train.schedule import lr_factor
 from herd.train.signals import StopSignals
 from herd.train.state import StateStore
@@ -93,11 +94,16 @@ class Trainer(Generic[B]):
         self.data = source.fingerprint()
         """What the data is known by: a state of other data is not continued."""
         self.out_dir = Path(out_dir)
+        shape = getattr(model, "config", None)
+        if config.parallel.needs_mesh and isinstance(shape, LlamaConfig):
+            config.parallel.check(shape, config.seq_len, config.batch_size, config.micro_batch_rows, self.world.size)
         self.precision = matrix_dtype(self.device) if config.precision == "auto" else _DTYPES[config.precision]
         self.model = self.world.place(model, self.device, self._autocast)
         self.blocks = CompiledBlocks(self.model)
         self.optimizer = build_optimizer(self.model, config)
-        self.store = StateStore(self.out_dir / "state", config.keep, self.world)
+        beside = config.checkpoint_background
+        self.store = StateStore(self.out_dir / "state", config.keep, self.world.aside() if beside else self.world)
+        self.saver = Saver(self.store, background=beside)
         self.callbacks: list[Callback] = [Guard(config), *callbacks]
         if config.average != "none":
             self.callbacks.append(WeightAverage(config))
@@ -136,9 +142,11 @@ class Trainer(Generic[B]):
             while self.step < self.total_steps:
                 if self.world.any(stop.received is not None):
                     self.save()
+                    self.saver.finish()
                     stop.leave()
                 self.train_step()
             self.save()
+            self.saver.finish()
             result = self._result()
             for callback in self.callbacks:
                 callback.on_finish(self, result)
@@ -217,11 +225,12 @@ class Trainer(Generic[B]):
             for batch in batches:
                 batch = self.world.local(batch.to(self.device))
                 if self.world.pipeline is not None:
-                    sums += self.world.pipeline.run([batch], train=False)[:2].cpu()
+                    sums += self.world.pipeline.evaluate(batch)[:2].cpu()
                     continue
                 loss, weight = self.loss_fn(self.model, batch)
                 sums += torch.stack([loss, weight]).double().cpu()
         self.model.train(training)
+        self.world.sum_shared_(sums)
         loss_sum, weight_sum = sums.tolist()
         return loss_sum, weight_sum
 
@@ -255,14 +264,15 @@ class Trainer(Generic[B]):
 
     def save(self) -> None:
         """Write a checkpoint of the whole state, once per step."""
+        self.saver.finish()
         there = self.world.rank == 0 and self.step in self.store.steps()
         if not self.world.any(there):
-            self.store.save(self.step, *snapshot.capture(self))
+            self.saver.save(self.step, *snapshot.capture(self))
 
     def _accumulate(self, batches: Sequence[B]) -> Tensor:
         """Backward pass of every micro-batch; (sum of losses, sum of weights, tokens)."""
         if self.world.pipeline is not None:
-            return self.world.pipeline.run([self.world.local(batch.to(self.device)) for batch in batches], train=True)
+            return self.world.pipeline.train([self.world.local(batch.to(self.device)) for batch in batches])
         sums = torch.zeros(3, device=self.device)
         # One autocast region for the whole step: weights are cast once, not once per micro-batch.
         with self._autocast():
@@ -311,6 +321,7 @@ class Trainer(Generic[B]):
 
     def _load(self) -> bool:
         """Take everything from the newest checkpoint; False when there is none."""
+        self.saver.finish()
         found = self.store.load_newest(dict(self.model.named_parameters()))
         if found is not None:
             snapshot.restore(self, *found)

@@ -8,7 +8,8 @@ several axes is `herd.train.parallel`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,6 +50,9 @@ class World(Protocol):
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks whose losses add up."""
 
+    def sum_shared_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the ranks that share the same rows."""
+
     def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum what is left to sum of gradients after a step's backward passes."""
 
@@ -60,6 +64,12 @@ class World(Protocol):
 
     def read_tensors(self, directory: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """What `write_tensors` wrote, on however many ranks, as far as this rank needs it."""
+
+    def whole_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of the whole model on rank 0; nothing on the others, which must go through it all the same."""
+
+    def aside(self) -> World:
+        """The same ranks, for a second thread: what they exchange does not meet what this one exchanges."""
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
@@ -95,6 +105,9 @@ class OneRank:
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Nothing to add."""
 
+    def sum_shared_(self, tensor: Tensor) -> None:
+        """No rank shares this one's rows."""
+
     def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Nothing to add."""
 
@@ -110,6 +123,13 @@ class OneRank:
     def read_tensors(self, directory: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         return tensor_files.read_tensors(directory)
 
+    def whole_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        if self.rank == 0:
+            yield from model.named_parameters()
+
+    def aside(self) -> World:
+        return self
+
     def any(self, flag: bool) -> bool:
         return flag
 
@@ -119,6 +139,9 @@ class OneRank:
 
 class ProcessGroup(OneRank):
     """All ranks of torch.distributed, which the launcher has initialised: each has a whole model."""
+
+    group: torch.distributed.ProcessGroup | None = None
+    """For votes and barriers; None: the default group."""
 
     def __init__(self) -> None:
         self.rank = torch.distributed.get_rank()
@@ -134,15 +157,20 @@ class ProcessGroup(OneRank):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.sum_([p.grad for p in parameters if p.grad is not None])
 
+    def aside(self) -> World:
+        world = copy.copy(self)
+        world.group = torch.distributed.new_group(backend="gloo")
+        return world
+
     def any(self, flag: bool) -> bool:
         votes = torch.tensor(float(flag))
-        if torch.distributed.get_backend() == "nccl":
+        if torch.distributed.get_backend(self.group) == "nccl":
             votes = votes.cuda()
-        torch.distributed.all_reduce(votes)
+        torch.distributed.all_reduce(votes, group=self.group)
         return bool(votes.item() > 0)
 
     def barrier(self) -> None:
-        torch.distributed.barrier()
+        torch.distributed.barrier(self.group)
 
 
 def current_world(parallel: ParallelConfig | None = None, device_type: str = "cpu") -> World:

@@ -22,11 +22,11 @@ from herd.errors import FileFormatError
 from herd.train.tensor_files import SCALAR, SUFFIX, sync
 
 
-def write_parts(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write this rank's parts. Every rank must call it; the directory is there."""
+def write_parts(directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Write this rank's parts. Every rank must call it; the directory is there. `group` is for who writes what."""
     state = {name + SCALAR * (t.ndim == 0): t.detach().reshape(1) if t.ndim == 0 else t for name, t in tensors.items()}
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    save(state, storage_writer=writer)
+    save(state, storage_writer=writer, process_group=group)
     if dist.get_rank() == 0:
         for path in directory.glob(f"*{SUFFIX}"):
             sync(path)

@@ -34,6 +34,8 @@ class Mesh:
     """[ep, tp]: how a stack of experts is split before FSDP."""
     data: DeviceMesh
     """All ranks of one TP coordinate: those whose losses add up."""
+    rows: DeviceMesh
+    """Those of them that share their rows: CP and PP ranks."""
     data_rank: int
     """Which share of a step's rows is this rank's, out of `layout.dp`."""
 
@@ -63,5 +65,6 @@ class Mesh:
             expert_shard=expert_shard,
             expert_tp=DeviceMesh._concatenate([experts["ep"], whole["tp"]]),
             data=whole["replicate", "dp_shard", "pp", "cp"]._flatten("data"),
+            rows=whole["pp", "cp"]._flatten("rows"),
             data_rank=torch.distributed.get_rank() // (layout.tp * layout.cp * layout.pp),
         )

@@ -76,13 +76,14 @@ class Pipeline:
             for i in range(self._size * config.virtual)
         ]
         self.count = len(parts)
-        self._mine = chunks_of_rank(config, self._size)[self._rank]
-        self._layers = {i: parts[i] for i in self._mine}
+        of_rank = chunks_of_rank(config, self._size)
+        self._ranks = {chunk: rank for rank, chunks in enumerate(of_rank) for chunk in chunks}
+        self._layers = {i: parts[i] for i in of_rank[self._rank]}
         here = {layer for layers in self._layers.values() for layer in layers}
         for i in range(len(model.layers)):
             if i not in here:
                 model.layers[i] = Elsewhere()
-        self.has_first, self.has_last = 0 in self._mine, self.count - 1 in self._mine
+        self.has_first, self.has_last = 0 in self._layers, self.count - 1 in self._layers
         if not self.has_first:
             model.embed = cast(Any, Elsewhere())
         if not self.has_last:
@@ -106,33 +107,59 @@ class Pipeline:
             return frozenset()
         return frozenset(copy for copy in self._copies() if copy is not None)
 
-    def run(self, batches: Sequence[Batch], *, train: bool) -> Tensor:
-        """(sum of losses, sum of weights, tokens) of all micro-batches, fp64, 0 on ranks without the last chunk.
-
-        In training, gradients are added to.
-        """
+    def train(self, batches: Sequence[Batch]) -> Tensor:
+        """(sum of losses, sum of weights, tokens) of all micro-batches, fp64, 0 on ranks without the last chunk;
+        gradients are added to."""
         whole = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
         schedule = self._schedule(len(batches), batches[0])
         losses: list[Tensor] = []
         arguments = [whole.tokens_BS] if self.has_first else []
-        keywords = {
-            "document_ids_BS": whole.document_ids_BS,
-            "targets_BP": whole.targets_BS,
-            "weights_BP": whole.weights_BS,
-            "target": whole.targets_BS if self.has_last else None,
-            "losses": losses if self.has_last else None,
-        }
         with self._autocast():
-            if train:
-                schedule.step(*arguments, return_outputs=False, **keywords)
-            else:
-                with torch.no_grad():
-                    schedule.eval(*arguments, **keywords)
-        sums = torch.zeros(3, dtype=torch.float64, device=whole.tokens_BS.device)
-        if self.has_last:
-            sums[0] = torch.stack(losses).detach().double().sum()
-            sums[1], sums[2] = whole.weights_BS.double().sum(), whole.n_tokens
+            schedule.step(
+                *arguments,
+                document_ids_BS=whole.document_ids_BS,
+                targets_BP=whole.targets_BS,
+                weights_BP=whole.weights_BS,
+                target=whole.targets_BS if self.has_last else None,
+                losses=losses if self.has_last else None,
+                return_outputs=False,
+            )
+        return self._sums(torch.stack(losses).detach().sum() if losses else None, whole)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The same of one batch, without gradients: it goes through one chunk after the other."""
+        group, loss, handed_over = self._mesh.get_group(), None, None
+        with self._autocast():
+            for index, chunk in sorted(self.chunks.items()):
+                if index == 0:
+                    x = batch.tokens_BS
+                elif handed_over is not None:  # the chunk before is on this rank, too
+                    x = handed_over
+                else:
+                    x = self._states(batch)
+                    dist.recv(x, group=group, group_src=self._ranks[index - 1])
+                x = chunk(x, batch.document_ids_BS, batch.targets_BS, batch.weights_BS)
+                handed_over = None
+                if chunk.last:
+                    loss = x
+                elif self._ranks[index + 1] == self._rank:
+                    handed_over = x
+                else:
+                    dist.send(x.contiguous(), group=group, group_dst=self._ranks[index + 1])
+        return self._sums(loss, batch)
+
+    def _sums(self, loss: Tensor | None, batch: Batch) -> Tensor:
+        sums = torch.zeros(3, dtype=torch.float64, device=batch.tokens_BS.device)
+        if loss is not None:
+            sums[0], sums[1], sums[2] = loss.double(), batch.weights_BS.double().sum(), batch.n_tokens
         return sums
+
+    def _states(self, batch: Batch) -> Tensor:
+        """What travels between chunks for a micro-batch, without its numbers."""
+        rows, width = batch.targets_BS.shape
+        width //= self._config.tp
+        return torch.empty(rows, width, self.model.config.dim, device=batch.tokens_BS.device)
 
     def add_tied(self) -> None:
         """Add up the gradients of the embedding and its copy."""
@@ -167,9 +194,8 @@ class Pipeline:
     def _schedule(self, micro_batches: int, batch: Batch) -> Any:
         key = (micro_batches, tuple(batch.tokens_BS.shape))
         if key not in self._schedules:
-            config, device = self.model.config, batch.tokens_BS.device
-            rows, width = batch.targets_BS.shape
-            states = torch.empty(rows, width // self._config.tp, config.dim, device=device, requires_grad=True)
+            device = batch.tokens_BS.device
+            states = self._states(batch).requires_grad_()
             scalar = torch.empty((), device=device, requires_grad=True)
             parts = [
                 PipelineStage(

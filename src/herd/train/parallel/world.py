@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from herd.train.parallel.recompute import recompute
 from herd.train.parallel.ring import RingExchange
 from herd.train.parallel.shard import reduce_now, shard_model
 from herd.train.parallel.tensor import split_model
+from herd.train.parallel.whole import whole_weights
 from herd.train.world import ProcessGroup
 
 
@@ -38,6 +39,7 @@ class MeshWorld(ProcessGroup):
         self.pipeline: Pipeline | None = None
         self._sharded: list[nn.Module] = []
         self._tied = False
+        self._device = torch.device(device_type)
 
     @property
     def data_rank(self) -> int:
@@ -51,7 +53,7 @@ class MeshWorld(ProcessGroup):
         """Keep this rank's part of a model that all ranks hold alike."""
         if not isinstance(model, Llama):
             raise UsageError("only a Llama can be split over a mesh", value=type(model).__name__)
-        config, mesh = self.config, self.mesh
+        config, mesh, self._device = self.config, self.mesh, device
         if config.pp > 1:
             self.pipeline = Pipeline(model, config, mesh.pp)
             self._tied = model.config.tied_embeddings
@@ -76,6 +78,11 @@ class MeshWorld(ProcessGroup):
         for tensor in tensors:
             dist.all_reduce(tensor, group=self.mesh.data.get_group())
 
+    def sum_shared_(self, tensor: Tensor) -> None:
+        total = tensor.to(self._device)
+        dist.all_reduce(total, group=self.mesh.rows.get_group())
+        tensor.copy_(total)
+
     def local(self, batch: Any) -> Any:
         """What a rank needs of a micro-batch: its own targets, and all tokens and documents of the rows."""
         if self.sequence is None:
@@ -97,7 +104,7 @@ class MeshWorld(ProcessGroup):
 
     def write_tensors(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         copied = "output.weight" if self._tied else None  # a pipeline's copy of the embedding
-        write_parts(directory, {name: x for name, x in tensors.items() if copied not in name.split("/")})
+        write_parts(directory, {name: x for name, x in tensors.items() if copied not in name.split("/")}, self.group)
 
     def read_tensors(self, directory: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if not self._tied or "output.weight" not in parameters:
@@ -107,6 +114,9 @@ class MeshWorld(ProcessGroup):
         if "embed.weight" not in parameters:
             found = {name: x for name, x in found.items() if name not in shared}
         return found | {name.replace("embed.weight", "output.weight"): x.clone() for name, x in shared.items()}
+
+    def whole_weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return whole_weights(model, frozenset({"output.weight"} if self._tied else ()))
 
     def _exchange(self) -> GatherExchange | RingExchange:
         if self.config.context == "ring":
