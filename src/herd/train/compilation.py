@@ -50,6 +50,8 @@ def worth_compiling(config: TrainConfig, flops_per_token: float | None) -> bool:
     """
     if config.compile != "auto":
         return config.compile == "on"
+    if max(config.parallel.tp, config.parallel.cp) > 1:  # compiled, such blocks gave other gradients
+        return False
     if flops_per_token is None or config.steps * config.batch_tokens * flops_per_token < WORTH_FLOPS:
         return False
     if torch.cuda.is_available() and config.device != "cpu":

@@ -98,6 +98,8 @@ class TrainConfig(Config):
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch_size {self.batch_size}")
         if self.optimizer == "muon" and self.parallel.needs_mesh:
             raise ValueError("optimizer muon works on whole matrices, and parallel splits them: use adamw")
+        if self.compile == "on" and max(self.parallel.tp, self.parallel.cp) > 1:
+            raise ValueError("compile is not for blocks that exchange with other ranks (parallel.tp, parallel.cp)")
         if self.anneal > self.steps:
             raise ValueError(f"anneal {self.anneal} is more than all steps, {self.steps}")
         return self

@@ -76,7 +76,7 @@ def started_ranks() -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(_number("LOCAL_RANK", 0))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=_number("HERD_RANK_TIMEOUT", 600)))
+    dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield ranks
         if ranks.leads:
@@ -84,6 +84,18 @@ def started_ranks() -> Iterator[Ranks]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def limit_waiting() -> None:
+    """From now on no rank waits longer for the others than `HERD_RANK_TIMEOUT` seconds, in any group there is.
+
+    For when all have found each other: starting may take longer.
+    """
+    from torch.distributed import distributed_c10d
+
+    timeout = timedelta(seconds=_number("HERD_RANK_TIMEOUT", 600))
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _number(name: str, default: int) -> int:

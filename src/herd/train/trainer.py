@@ -136,6 +136,8 @@ class Trainer(Generic[B]):
         """
         with StopSignals() as stop:
             self.compile()
+            self.world.barrier()
+            self.world.limit_waiting()
             self._resume()
             for callback in self.callbacks:
                 callback.on_start(self)

@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from herd.train import tensor_files
+from herd.train.launch import limit_waiting
 
 if TYPE_CHECKING:
     from herd.train.parallel.config import ParallelConfig
@@ -76,6 +77,9 @@ class World(Protocol):
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+
+    def limit_waiting(self) -> None:
+        """Let an exchange fail where a rank does not take part in it for long."""
 
 
 class OneRank:
@@ -136,6 +140,9 @@ class OneRank:
     def barrier(self) -> None:
         """Nobody to wait for."""
 
+    def limit_waiting(self) -> None:
+        """Nobody to wait for."""
+
 
 class ProcessGroup(OneRank):
     """All ranks of torch.distributed, which the launcher has initialised: each has a whole model."""
@@ -171,6 +178,9 @@ class ProcessGroup(OneRank):
 
     def barrier(self) -> None:
         torch.distributed.barrier(self.group)
+
+    def limit_waiting(self) -> None:
+        limit_waiting()
 
 
 def current_world(parallel: ParallelConfig | None = None, device_type: str = "cpu") -> World:
