@@ -53,6 +53,9 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="of matrix products; weights stay fp32. auto: bf16 where the hardware multiplies it"
     )
+    float8: bool = Field(
+        default=False, description="products inside the blocks in float8, but for the first and last one; needs torchao"
+    )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="torch.compile of each block; auto: when the run is long enough to win the time back",
@@ -98,6 +101,8 @@ class TrainConfig(Config):
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch_size {self.batch_size}")
         if self.optimizer == "muon" and self.parallel.needs_mesh:
             raise ValueError("optimizer muon works on whole matrices, and parallel splits them: use adamw")
+        if self.float8 and self.parallel.tp > 1:
+            raise ValueError("float8 is not for matrices that are split (parallel.tp)")
         if self.compile == "on" and max(self.parallel.tp, self.parallel.cp) > 1:
             raise ValueError("compile is not for blocks that exchange with other ranks (parallel.tp, parallel.cp)")
         if self.anneal > self.steps:

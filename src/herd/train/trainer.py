@@ -30,6 +30,7 @@ from herd.train.callbacks import Callback, StepRecord, Verdict
 from herd.train.checkpoints import Checkpoints
 from herd.train.compilation import CompiledBlocks, compiler_failed, eager, worth_compiling
 from herd.train.config import TrainConfig
+from herd.train.float8 import float8_products
 from herd.train.guard import Guard
 from herd.train.memory import keep_freed_memory
 from herd.train.metrics import Metrics, MetricsFile
@@ -98,6 +99,8 @@ class Trainer(Generic[B]):
         if config.parallel.needs_mesh and isinstance(shape, LlamaConfig):
             config.parallel.check(shape, config.seq_len, config.batch_size, config.micro_batch_rows, self.world.size)
         self.precision = matrix_dtype(self.device) if config.precision == "auto" else _DTYPES[config.precision]
+        if config.float8:
+            float8_products(model, self.device)
         self.model = self.world.place(model, self.device, self._autocast)
         self.blocks = CompiledBlocks(self.model)
         self.optimizer = build_optimizer(self.model, config)
