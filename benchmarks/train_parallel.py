@@ -1,11 +1,11 @@
-"""What several ranks cost on one machine: speed against one process, memory against context ranks, speed against length.
+"""What several ranks cost on one machine: speed against one process, memory by context ranks, speed by length.
 
     python benchmarks/train_parallel.py [--only speed memory length] [--rounds 7] [--shape 5M-long] [--json]
 
 speed: whole steps of the trainer with two ranks of one thread each, split along every axis, and one process with two
 threads. All are started at once and step only when it is their turn; figures are medians over rounds of three steps,
-and the ratio is to the one process. memory: what a step adds to a rank's memory at its peak, for a row of 8,192 tokens
-on 1, 2 and 4 context ranks. length: tokens a second of one process as rows get longer, beside the arithmetic that a
+and the ratio is to the one process. memory: what a row of 8,192 tokens takes more than one of 1,024 at the peak, on
+1, 2 and 4 context ranks. length: tokens a second of one process as rows get longer, beside the arithmetic that a
 token takes (`training_flops_per_token`); rows hold one document each. On Linux.
 """
 
@@ -94,16 +94,15 @@ def rank_main(options: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, 2 // ranks) if options.task == "speed" else 1)
     if ranks > 1:
         torch.distributed.init_process_group("gloo")
-    shape = SHAPES[options.shape] if options.task == "speed" else MEMORY
+    shape = SHAPES[options.shape] if options.task == "speed" else {**MEMORY, "seq": options.length}
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(shape, json.loads(options.parallel), max(1, shape["batch"] // 4), folder)
         if options.task == "memory":
             before = _resident()
             for _ in range(2):
                 trainer.train_step()
-            state = _resident()  # weights' gradients are dropped; AdamW's moments are here to stay
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            print(json.dumps({"rank": rank, "before": before, "after": state, "peak": peak}), flush=True)
+            print(json.dumps({"before": before, "peak": peak}), flush=True)
             return
         trainer.train_step()
         print("ready", flush=True)
@@ -124,7 +123,9 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def start(task: str, ranks: int, parallel: dict[str, Any], shape: str, port: int) -> list[subprocess.Popen[str]]:
+def start(
+    task: str, ranks: int, parallel: dict[str, Any], shape: str, port: int, length: int = 0
+) -> list[subprocess.Popen[str]]:
     """The ranks of a run."""
     command = [
         sys.executable,
@@ -137,6 +138,8 @@ def start(task: str, ranks: int, parallel: dict[str, Any], shape: str, port: int
         json.dumps(parallel),
         "--shape",
         shape,
+        "--length",
+        str(length),
     ]
     base = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
@@ -183,15 +186,17 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """MiB that a step adds at its peak, on the fullest rank."""
+    """MiB at a rank's peak that a row of 8,192 tokens adds to one of 1,024, on the fullest rank."""
     result = {}
     for cp in (1, 2, 4):
         for kind in ("gather", "ring") if cp > 1 else ("gather",):
             parallel = {"cp": cp, "context": kind} if cp > 1 else {}
-            ranks = start("memory", cp, parallel, "5M", 29700 + cp)
-            found = [json.loads(rank.communicate()[0]) for rank in ranks]
-            added = max(rank["peak"] - rank["before"] for rank in found)
-            result[f"cp {cp}" + (f" {kind}" if cp > 1 else "")] = round(added / 2**20)
+            peaks = []
+            for tokens in (1024, MEMORY["seq"]):
+                ranks = start("memory", cp, parallel, "5M", 29700 + cp, tokens)
+                found = [json.loads(rank.communicate()[0]) for rank in ranks]
+                peaks.append(max(rank["peak"] - rank["before"] for rank in found))
+            result[f"cp {cp}" + (f" {kind}" if cp > 1 else "")] = round((peaks[1] - peaks[0]) / 2**20)
     return result
 
 
@@ -234,6 +239,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--task", choices=["speed", "memory"], help=argparse.SUPPRESS)
     parser.add_argument("--parallel", help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
         rank_main(options)

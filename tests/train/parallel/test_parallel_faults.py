@@ -1,0 +1,114 @@
+"""A rank that dies or hangs costs at most one save interval: torchrun starts all of them again, and they go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from herd import checkpoint
+from tests.train.parallel.test_parallel_torchrun import RECIPE
+
+STEPS, EVERY = 300, 20
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "texts").mkdir()
+    (folder / "texts/one.py").write_text(Path(json.__file__).read_text() + Path(subprocess.__file__).read_text())
+    path = folder / "faults.yaml"
+    path.write_text(RECIPE % (folder / "texts"))
+    return path
+
+
+def _start(recipe: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    fields = {"steps": STEPS, "checkpoint_every": EVERY, "log_every": 1, "parallel.shard": "true"}
+    changed = [f"base.train.{name}={value}" for name, value in fields.items()]
+    return subprocess.Popen(
+        [*command, "-m", "herd", "run", str(recipe), "sft=false", *changed, "--out", str(out), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HERD_RANK_TIMEOUT": "8"},
+    )
+
+
+def _ranks(launcher: int) -> list[int]:
+    """Processes that the launcher has started, by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        for entry in environment:
+            if entry.startswith(b"RANK="):
+                found[int(entry[5:])] = int(child)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _steps(out: Path) -> list[int]:
+    files = list(out.glob("base-*/metrics.jsonl"))
+    lines = [json.loads(line) for line in files[0].read_text().splitlines()] if files else []
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def _run(recipe: Path, out: Path, fault: Callable[[subprocess.Popen[str]], None] | None) -> dict[str, bytes]:
+    process = _start(recipe, out)
+    try:
+        if fault is not None:
+            while max(_steps(out), default=0) < 2 * EVERY:
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.02)
+            fault(process)
+        _, errors = process.communicate(timeout=280)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors
+    assert sorted(set(_steps(out))) == _steps(out) and _steps(out)[-1] == STEPS
+    (folder,) = out.glob("base-*/checkpoint")
+    with checkpoint.open_checkpoint(folder) as opened:
+        return {name: opened[name].tobytes() for name in opened}
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: Path) -> dict[str, bytes]:
+    return _run(recipe, recipe.parent / "whole", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank(rank: int, recipe: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    found = _run(recipe, tmp_path, lambda launcher: os.kill(_ranks(launcher.pid)[rank], signal.SIGKILL))
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(recipe: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    found = _run(recipe, tmp_path, lambda launcher: os.kill(_ranks(launcher.pid)[1], signal.SIGSTOP))
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_the_machine_takes_all_away_and_gives_them_back(
+    recipe: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    def end(launcher: subprocess.Popen[str]) -> None:
+        os.killpg(launcher.pid, signal.SIGTERM)
+
+    process = _start(recipe, tmp_path)
+    while max(_steps(tmp_path), default=0) < 2 * EVERY:
+        time.sleep(0.02)
+    end(process)
+    process.communicate(timeout=60)
+    saved = max(int(path.name[5:]) for path in tmp_path.glob("base-*/state/step-*"))
+    assert saved >= max(_steps(tmp_path), default=0) - EVERY
+    assert _run(recipe, tmp_path, None) == expected
