@@ -16,8 +16,6 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from herd.errors import FileFormatError, ResourceError, UsageError
 from herd.files import read_json, write_json
 from herd.train.callbacks import Callback, StepRecord
@@ -85,7 +83,7 @@ class TimeLimit(Callback):
         self._running = True
         resumed = trainer.resumed_from is not None  # else a plan in the directory is that of another run
         plan = read_plan(self._file, trainer.config.steps) if resumed and trainer.world.rank == 0 else []
-        flat = _rank_0s(trainer, [float(number) for one in plan for number in astuple(one)])
+        flat = trainer.world.from_first([float(number) for one in plan for number in astuple(one)])
         self._plan = [Revision(int(a), int(b), c, d) for a, b, c, d in zip(*[iter(flat)] * 4, strict=True)]
         if not self._plan:
             if trainer.step:
@@ -130,22 +128,12 @@ class TimeLimit(Callback):
 
     def _revise(self, trainer: Trainer[Any], per_step: float, left: float, fewest: int) -> None:
         """Rank 0's clock decides for all."""
-        per_step, left = _rank_0s(trainer, [per_step, left])
+        per_step, left = trainer.world.from_first([per_step, left])
         fitting = fitting_steps(left, per_step, trainer.config.steps - trainer.step, fewest)
         revision = Revision(trainer.step, trainer.step + fitting, per_step, left)
         self._plan = [old for old in self._plan if old.step < revision.step] + [revision]
         if trainer.world.rank == 0:
             write_json(self._file, {"revisions": [asdict(one) for one in self._plan]})
-
-
-def _rank_0s(trainer: Trainer[Any], numbers: list[float]) -> list[float]:
-    """Rank 0's numbers, on every rank."""
-    own = numbers if trainer.world.rank == 0 else []
-    length = torch.tensor([float(len(own))], dtype=torch.float64, device=trainer.device)
-    trainer.world.sum_([length])
-    shared = torch.tensor(own or [0.0] * int(length.item()), dtype=torch.float64, device=trainer.device)
-    trainer.world.sum_([shared])
-    return [float(number) for number in shared.tolist()]
 
 
 def step_seconds(trainer: Trainer[Any], trials: int = TRIALS) -> float:

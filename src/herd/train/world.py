@@ -72,6 +72,9 @@ class World(Protocol):
     def aside(self) -> World:
         """The same ranks, for a second thread: what they exchange does not meet what this one exchanges."""
 
+    def from_first(self, numbers: list[float]) -> list[float]:
+        """Rank 0's numbers, on every rank."""
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
 
@@ -134,6 +137,9 @@ class OneRank:
     def aside(self) -> World:
         return self
 
+    def from_first(self, numbers: list[float]) -> list[float]:
+        return numbers
+
     def any(self, flag: bool) -> bool:
         return flag
 
@@ -169,12 +175,22 @@ class ProcessGroup(OneRank):
         world.group = torch.distributed.new_group(backend="gloo")
         return world
 
+    def from_first(self, numbers: list[float]) -> list[float]:
+        length = self._exchanged([float(len(numbers))])
+        torch.distributed.broadcast(length, 0, group=self.group)
+        shared = self._exchanged(numbers if self.rank == 0 else [0.0] * int(length.item()))
+        torch.distributed.broadcast(shared, 0, group=self.group)
+        return [float(number) for number in shared.tolist()]
+
     def any(self, flag: bool) -> bool:
-        votes = torch.tensor(float(flag))
-        if torch.distributed.get_backend(self.group) == "nccl":
-            votes = votes.cuda()
+        votes = self._exchanged([float(flag)])
         torch.distributed.all_reduce(votes, group=self.group)
         return bool(votes.item() > 0)
+
+    def _exchanged(self, numbers: list[float]) -> Tensor:
+        """Numbers where the group can exchange them."""
+        cuda = torch.distributed.get_backend(self.group) == "nccl"
+        return torch.tensor(numbers, dtype=torch.float64, device="cuda" if cuda else "cpu")
 
     def barrier(self) -> None:
         torch.distributed.barrier(self.group)
