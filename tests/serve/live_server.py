@@ -34,6 +34,7 @@ class Served:
     url: str
     registry: Registry
     app: Any
+    server: uvicorn.Server
 
     @property
     def address(self) -> tuple[str, int]:
@@ -102,13 +103,13 @@ def serving(
     config = config or ServeConfig(port=0)
     registry = Registry(paths, config, {"threads": 1, **loading})
     app = create_app(registry, config, keys or Keys())
-    server = uvicorn.Server(settings_for(app))
+    server = uvicorn.Server(settings_for(app, config))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        served = Served(f"http://127.0.0.1:{port}", registry, app)
+        served = Served(f"http://127.0.0.1:{port}", registry, app, server)
         until(lambda: bool(registry.loaded))
         yield served
     finally:

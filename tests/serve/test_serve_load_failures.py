@@ -10,7 +10,7 @@ from herd.errors import ResourceError, UsageError
 from tests.serve.scripted_server import DONE, STREAM, Request, event, load, only, serving
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "no end": (STREAM + event({"content": "x"}, finish="stop"), "without [DONE]"),
+    "no end": (STREAM + event({"content": "x"}), "without a finish_reason"),
     "no reason": (STREAM + event({"content": "x"}) + DONE, "[DONE] without a finish_reason"),
     "not JSON": (STREAM + b"data: {\n\n" + DONE, "not JSON"),
     "too deep": (STREAM + b"data: " + b"[" * 100_000 + b"\n\n", "not JSON"),

@@ -85,7 +85,7 @@ def test_who_was_started_again_knows_nothing() -> None:
     router = PrefixRouter(2)
     home = router.choose(chat(), {0: 0, 1: 0})
     router.forget(home)
-    assert router.remembered(home) == 0
+    assert len(router._seen[home]) == 0
     assert router.choose(chat(), {home: 1, 1 - home: 0}) == 1 - home
     with pytest.raises(ValueError, match="empty"):
         router.choose(chat(), {})
@@ -111,7 +111,7 @@ def test_loads_and_memory_are_bounded(replicas: int, slack: int, steps: list[tup
         for end in ends:
             if end < replicas and loads[end]:
                 loads[end] -= 1
-        assert all(router.remembered(each) <= least for each in range(replicas))
+        assert all(len(router._seen[each]) <= least for each in range(replicas))
 
 
 def test_what_is_used_stays_in_memory() -> None:
@@ -122,7 +122,7 @@ def test_what_is_used_stays_in_memory() -> None:
         other = bytes([number]) * BLOCK * 200
         router.choose(other, {home: 0, 1 - home: SLACK + 1})
         assert router.choose(chat(), {home: 1, 1 - home: 0}) == home
-    assert router.remembered(home) == 4 * MOST_BLOCKS
+    assert len(router._seen[home]) == 4 * MOST_BLOCKS
 
 
 def test_beginnings_are_remembered_longer_than_what_follows() -> None:

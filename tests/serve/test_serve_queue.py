@@ -129,4 +129,4 @@ def test_who_waits_again_has_not_come_again() -> None:
     assert queue.pop() is first
     queue.put(first)
     queue.put(third)
-    assert queue.last_of_the_longest(than=Job("modest", arrived=3.0)) is second
+    assert queue.last_of_the_longest(than="modest") is second

@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, checked_cpus, open_backend
 from herd.engine.constraint import Grammars
-from herd.engine.prompts import Prompt, Prompts, check_ids, n_bytes, several_of, windowed
+from herd.engine.prompts import Prompt, Prompts, check_ids, n_bytes, several_of
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
-from herd.engine.sampler import BrokenLogits, fold_seed, fresh_seed
+from herd.engine.sampler import fold_seed, fresh_seed
 from herd.engine.scheduler import LiveSequence, Scheduler
+from herd.engine.scoring import Windows
 from herd.engine.speculation import open_drafter
 from herd.engine.text import StreamDecoder
 from herd.errors import ContextLengthExceeded, HerdError, UsageError
@@ -269,14 +270,9 @@ class LLM:
         `adapter`: the name of one that is loaded.
         """
         sequences, single = self._prompts(texts)
-        windows: list[list[int]] = []
-        owners: list[tuple[int, int]] = []  # per window: index of the text, first target that counts
-        for i, ids in enumerate(sequences):
-            if len(ids) > self.context and overlap is None:
-                raise self._too_long(len(ids))
-            for start, fresh in windowed(len(ids), self.context, overlap):
-                windows.append(ids[start : start + self.context])
-                owners.append((i, fresh - start - 1))
+        if overlap is None:
+            self._check_fit(sequences)
+        windows = Windows(sequences, self.context, overlap)
         vocabulary = min(self.tokenizer.vocab_size, self.config.vocab_size)
         beyond = next((i for ids in sequences for i in ids if i >= vocabulary), None)
         if beyond is not None:
@@ -284,12 +280,8 @@ class LLM:
         with self._lock:
             if adapter is not None:
                 self._check_adapter(adapter)
-            results = self._with_room(lambda backend: backend.score(windows, vocabulary, adapter))
-        if not all(np.isfinite(result).all() for result in results):
-            raise BrokenLogits([i for i, result in enumerate(results) if not np.isfinite(result).all()])
-        logprobs: list[list[float]] = [[] for _ in sequences]
-        for (i, skip), result in zip(owners, results, strict=True):
-            logprobs[i] += result[skip:].tolist()
+            results = self._with_room(lambda backend: backend.score(windows.tokens, vocabulary, adapter))
+        logprobs = windows.joined(results)
         scores = [
             Score(ids[1:], logprobs_i, n_bytes(self.tokenizer, text, ids))
             for ids, logprobs_i, text in zip(sequences, logprobs, [texts] if single else texts, strict=True)
@@ -317,11 +309,12 @@ class LLM:
         """`embed` of one prompt of token ids, bit for bit, for a caller that drives the batch itself with `step`.
 
         Each `send(n)` computes up to n more tokens, and may come between steps; the last returns the vector. Room for
-        all of it is held until then, or until `close()`; so only one at a time is sure to have it.
+        all of it is held until then, or until `close()`. Raises CacheFull where there is not so much room: whether the
+        batch makes way (`Scheduler.make_way`) is the caller's to decide.
         """
         (prompt,) = self._fitting([list(ids)])[0]
         with self._lock:
-            return self._with_room(lambda backend: backend.embed_in_pieces(prompt))
+            return self._open().embed_in_pieces(prompt)
 
     def _with_room(self, work: Callable[[Backend], T]) -> T:
         """Run something that needs room in the cache; where streams hold it all, they give way and go on later."""
@@ -348,10 +341,11 @@ class LLM:
         """Queue n completions of one prompt of token ids, for a caller that drives the batch itself with `step`.
 
         `on_chunk` gets the completion's number with each token; `continues_text` is False for answers in a chat.
-        Raises UsageError and ContextLengthExceeded before anything is queued.
+        Raises UsageError and ContextLengthExceeded before anything is queued. A grammar is not tried once more, as that
+        may take a second in which the batch stands still: `max_tokens` has done so, or what it says is not known here.
         """
         ids = self._check_ids(prompt)
-        max_tokens = self.max_tokens(ids, sampling)
+        max_tokens = self.max_tokens(ids, replace(sampling, grammar=None))
         seed = fresh_seed() if sampling.seed is None else sampling.seed
         sequences: list[LiveSequence] = []
         with self._lock:
@@ -461,10 +455,13 @@ class LLM:
     def _fitting(self, texts: Prompt | Prompts) -> tuple[list[list[int]], bool]:
         """The same, of prompts that fit in the context."""
         sequences, single = self._prompts(texts)
+        self._check_fit(sequences)
+        return sequences, single
+
+    def _check_fit(self, sequences: Sequence[Sequence[int]]) -> None:
         for ids in sequences:
             if len(ids) > self.context:
                 raise self._too_long(len(ids))
-        return sequences, single
 
     def _encode(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_id

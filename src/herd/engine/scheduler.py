@@ -207,6 +207,8 @@ class Scheduler:
         self._waiting: deque[LiveSequence] = deque()
         self._preparing: list[LiveSequence] = []  # those of them whose grammars are not compiled yet
         self._running: list[LiveSequence] = []
+        self.most_running: int | None = None
+        """So many sequences go on together at most, also where there is room for more; None: any number."""
         self.prefill_tokens = PREFILL_TOKENS
         self.tokens = 0
         """Tokens that were computed so far, of prompts and answers."""
@@ -250,6 +252,11 @@ class Scheduler:
         return len(self._waiting) - len(self._preparing)
 
     @property
+    def short_of_room(self) -> list[LiveSequence]:
+        """Sequences that could begin, and do not for want of room; not those that wait for their leader's prompt."""
+        return [s for s in self._waiting if s.prepared and (s.leader is None or s.leader.choices)]
+
+    @property
     def preparing(self) -> int:
         """Requests whose first answer waits until its grammar is compiled."""
         return sum(sequence.leader is None for sequence in self._preparing)
@@ -257,6 +264,15 @@ class Scheduler:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def size(self) -> int:
+        """All sequences, those that wait as well."""
+        return len(self._running) + len(self._waiting)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.most_running is not None and len(self._running) >= self.most_running
 
     @property
     def idle(self) -> bool:
@@ -308,7 +324,7 @@ class Scheduler:
         """
         self._prepare()
         entering = sum(len(s.tokens) - s.n_computed for s in self._running if not s.choices)
-        while entering < self.prefill_tokens:
+        while entering < self.prefill_tokens and not self._is_full:
             sequence = next((s for s in self._waiting if s.prepared), None)
             if sequence is None:
                 return
@@ -470,7 +486,7 @@ class Scheduler:
         self._prepare()  # some may have become ready during the step
         for sequence in [s for s in self._waiting if s.leader is leader and s.prepared]:
             assert leader.handle is not None
-            handle = self._backend.fork(leader.handle, sequence.capacity)
+            handle = None if self._is_full else self._backend.fork(leader.handle, sequence.capacity)
             if handle is None:
                 break
             self._waiting.remove(sequence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import secrets
@@ -13,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from herd.errors import HerdError
@@ -23,10 +22,11 @@ from herd.serve.api.messages import count_tokens, messages
 from herd.serve.api.openapi import describe
 from herd.serve.api.responses import delete_response, get_response, input_items, responses
 from herd.serve.api.tokens import detokenize, embeddings, model, models, tokenize
+from herd.serve.bodies import Bodies
 from herd.serve.config import ServeConfig
 from herd.serve.errors import ApiError, as_api_error, error_response
 from herd.serve.keys import Keys
-from herd.serve.metrics import Metrics
+from herd.serve.metrics import Metrics, path_of
 from herd.serve.page import chat_page
 from herd.serve.pools import Pools
 from herd.serve.registry import Registry
@@ -146,7 +146,7 @@ def application(
         exception_handlers={HTTPException: _http_error},
     )
     app.state.config, app.state.metrics = config, counts
-    app.state.parsing = asyncio.Lock()  # of large bodies
+    app.state.bodies = Bodies(config)
     app.state.pools = Pools()
     return app
 
@@ -167,8 +167,7 @@ def _endpoint(handler: Handler, path: str, counts: Metrics) -> Handler:
             if told.code == "internal_error" or not isinstance(error, HerdError):
                 log.error("%s failed", path, exc_info=error)
             counts.response(path, told.status)
-            # Anthropic's clients look for the type of the whole.
-            return error_response(told, **({"type": "error"} if path.startswith("/v1/messages") else {}))
+            return error_response(told, path)
         if not isinstance(response, EventStream):  # which counts itself, at its end
             counts.response(path, response.status_code)
         return response
@@ -189,4 +188,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: f"there is no {request.url.path[:200]!r} here", 405: "not with this method"}
     message = what.get(error.status_code, str(error.detail))
-    return error_response(ApiError(error.status_code, message, code="no_such_route"))
+    counts: Metrics = request.app.state.metrics
+    counts.response(path_of(request.app, request.scope), error.status_code)
+    response = error_response(ApiError(error.status_code, message, code="no_such_route"), request.scope["path"])
+    if error.status_code == 405:
+        response.headers["allow"] = ", ".join(_methods_of(request))
+    return response
+
+
+def _methods_of(request: Request) -> list[str]:
+    """With which a path is there. Each method has a route of its own; Starlette names those of one."""
+    here = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in here for method in route.methods})

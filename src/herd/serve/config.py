@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from herd.config import Config
 
@@ -20,10 +22,22 @@ class ServeConfig(Config):
     allow_hosts: tuple[str, ...] = Field(default=(), description="Further names that this server goes by.")
     allow_origins: tuple[str, ...] = Field(default=(), description="Web pages of other servers that may use this one.")
 
+    @field_validator("allow_hosts")
+    @classmethod
+    def _names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_host, names))
+
+    @field_validator("allow_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_origin, origins))
+
     max_body_bytes: int = Field(default=8 * MiB, ge=1024, le=1024 * MiB, description="Of a request; more is refused.")
     max_json_depth: int = Field(default=64, ge=4, le=512, description="Lists and objects inside each other.")
     body_timeout: float = Field(default=30.0, gt=0, le=3600, description="Seconds in which a request must arrive.")
-    write_timeout: float = Field(default=60.0, gt=0, le=3600, description="Seconds a client may take to read an event.")
+    write_timeout: float = Field(
+        default=60.0, gt=0, le=3600, description="Seconds a client may read nothing it is sent."
+    )
     ping_seconds: float = Field(default=15.0, gt=0, le=3600, description="Silence after which a stream says it lives.")
 
     max_queue: int = Field(default=256, ge=0, le=100_000, description="Requests that may wait, over all keys.")
@@ -44,3 +58,28 @@ class ServeConfig(Config):
         description="Bytes for models; the one used longest ago makes way. None: what is free.",
     )
     store: Path | None = Field(default=None, description="SQLite file that keeps responses. None: nothing is kept.")
+
+
+def _host(name: str) -> str:
+    """As requests are compared with it: a name or an address, without a port. Raises ValueError."""
+    plain = name.lower().rstrip(".")
+    try:
+        return str(ipaddress.ip_address(plain.strip("[]")))
+    except ValueError:
+        if not plain or urlsplit(f"//{plain}").hostname != plain:  # a port, a path, or whatever else
+            raise ValueError("a name or an address alone, without a scheme and a port") from None
+    return plain
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def _origin(url: str) -> str:
+    """As browsers write it: a scheme, a name, and a port unless it is the scheme's own. Raises ValueError."""
+    parts = urlsplit(url.lower())
+    if url.lower().rstrip("/") != f"{parts.scheme}://{parts.netloc}" or "@" in url or parts.hostname is None:
+        raise ValueError("http://NAME or https://NAME, without a path")
+    if parts.scheme not in _DEFAULT_PORTS:
+        raise ValueError("http://NAME or https://NAME, with a port if it is another than usual")
+    name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{name}" + ("" if parts.port in (None, _DEFAULT_PORTS[parts.scheme]) else f":{parts.port}")

@@ -12,19 +12,22 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from herd.engine import LLM, Chunk, Sampling
+from herd.engine.backend import CacheFull
 from herd.engine.prompts import check_ids
-from herd.engine.scheduler import PREFILL_TOKENS, LiveSequence
+from herd.engine.scheduler import PREFILL_TOKENS
 from herd.errors import ContextLengthExceeded
 from herd.serve.errors import ApiError
 from herd.serve.keys import Client
 from herd.serve.pace import Pace
 from herd.serve.piecework import Pieces, Piecework
 from herd.serve.queue import FairQueue, Job
+from herd.serve.ticket import Ticket, hand_out, queue_full, too_late, too_slow
+from herd.serve.turns import Turns
 
 J = TypeVar("J", bound=Job)
 T = TypeVar("T")
@@ -35,67 +38,6 @@ _STEP_SECONDS = 0.25
 _PIECES = (64, PREFILL_TOKENS)  # fewer tokens are slower one by one
 _FIRST_PIECE = 256  # when nothing is known of the speed
 _COMPILING = 4  # requests whose grammars are compiled at a time, in the batch: others wait for that in the queue
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One request: n answers to a prompt. Tokens are read from it as from an iterator of (answer's number, chunk)."""
-
-    prompt: list[int]
-    sampling: Sampling
-    n: int
-    client: Client
-    continues_text: bool
-    cost: int
-    """Tokens of prompt and answers, at most."""
-    deadline: float
-    """By time.monotonic()."""
-    loop: asyncio.AbstractEventLoop
-    arrived: float = field(default_factory=time.monotonic)
-    events: asyncio.Queue[tuple[int, Chunk] | BaseException] = field(default_factory=asyncio.Queue)
-    sequences: list[LiveSequence] = field(default_factory=list)
-    """In the engine's batch; empty while the request waits."""
-    over: bool = False
-    """Nothing more comes."""
-    credited: float = 0.0
-    """How much of it is done, as the pace of the model counts it."""
-
-    @property
-    def tokens(self) -> int:
-        """Of the prompt and of what has been generated so far; none while it waits."""
-        return len(self.prompt) + sum(len(s.choices) for s in self.sequences) if self.sequences else 0
-
-    @property
-    def computed(self) -> int:
-        """Of the same, those that were computed for it: not what was remembered of the prompt."""
-        if not self.sequences:
-            return 0
-        first = self.sequences[0]
-        of_prompt = min(first.n_computed, len(self.prompt)) - first.n_reused
-        return max(0, of_prompt) + sum(len(s.choices) for s in self.sequences)
-
-    @property
-    def computable(self) -> int:
-        """So many at most."""
-        return self.cost - (self.sequences[0].n_reused if self.sequences else 0)
-
-    @property
-    def owner(self) -> str:
-        return self.client.name
-
-    @property
-    def weight(self) -> float:
-        return self.client.limits.weight
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Chunk]]:
-        """Chunks until each answer has had its last one. Raises what ended the request before that."""
-        left = self.n
-        while left:
-            event = await self.events.get()
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-            left -= event[1].finish_reason is not None
 
 
 class Driver:
@@ -125,7 +67,9 @@ class Driver:
         self._stopping: BaseException | None = None
         self._queued_cost = 0
         self._pace, self._works_pace = Pace(), Pace()
+        self._turns = Turns()
         self._prompt_speed = _FIRST_PIECE / _STEP_SECONDS
+        llm.scheduler.most_running = max_running
         llm.scheduler.prefill_tokens = self._piece
         self._events: list[tuple[Ticket, int, Chunk]] = []  # of the step that runs
         self._thread = threading.Thread(target=self._run, name=f"herd-{name}", daemon=True)
@@ -143,14 +87,17 @@ class Driver:
         continues_text: bool = True,
         deadline: float | None = None,
     ) -> Ticket:
-        """Queue a request. Raises UsageError, ContextLengthExceeded, and ApiError when too many wait already."""
+        """Queue a request. Raises UsageError, ContextLengthExceeded, and ApiError when too many wait already.
+
+        A grammar has been tried with `LLM.max_tokens`: that may take a second, and nobody's event loop has one.
+        """
         with self._state:
             if self._stopping is not None:
                 raise self._stopping
         if len(prompt) >= self.llm.context:
             raise ContextLengthExceeded(len(prompt) + 1, self.llm.context, self.llm.config.context_length)
         ids = check_ids(prompt, self.llm.config.vocab_size)
-        max_tokens = self.llm.max_tokens(ids, sampling)
+        max_tokens = self.llm.max_tokens(ids, replace(sampling, grammar=None))
         ticket = Ticket(
             prompt=ids,
             sampling=sampling,
@@ -164,8 +111,8 @@ class Driver:
         with self._state:
             if self._stopping is not None:
                 raise self._stopping
-            full = _full(self._pace.seconds(self._queued_cost))
-            crowd_out = self._put(self._queue, ticket, bool(self._running), full)
+            full = self._full()
+            crowd_out = self._put(self._queue, ticket, full)
             if crowd_out is not None:
                 self._queued_cost -= crowd_out.cost
                 crowd_out.over = True
@@ -175,31 +122,62 @@ class Driver:
             crowd_out.events.put_nowait(full)
         return ticket
 
-    def _put(self, queue: FairQueue[J], job: J, busy: bool, full: ApiError) -> J | None:
+    def _put(self, queue: FairQueue[J], job: J, full: ApiError) -> J | None:
         """Let a job wait. Returns the one that gives way to it in a full queue; raises `full` where none does."""
-        crowd_out = None
-        if len(queue) >= self._max_queue and (queue or busy):
-            crowd_out = queue.last_of_the_longest(than=job)
-            if crowd_out is None:
-                raise full
+        crowd_out = self._check_full(queue, job.owner, full)
+        if crowd_out is not None:
             queue.remove(crowd_out)
         queue.put(job)
         return crowd_out
 
+    def _check_full(self, queue: FairQueue[J], owner: str, full: ApiError) -> J | None:
+        """The job that would give way to one of this owner, if the queue is full; raises `full` where none does."""
+        busy = self._working is not None if queue is self._works else bool(self._running)
+        if len(queue) < self._max_queue or not (queue or busy):
+            return None
+        crowd_out = queue.last_of_the_longest(owner)
+        if crowd_out is None:
+            raise full
+        return crowd_out
+
     def check_wait(self, client: Client, *, beside: bool = False) -> None:
-        """Raises ApiError when a request of this client, or work beside the batch, would wait longer than one may.
+        """Raises ApiError when a request of this client, or work beside the batch, has no room in the queue now, or
+        would wait there longer than one may.
 
         That costs nothing. So a server that is asked for three times what it can do goes on doing what it can, in time.
         """
-        if self._max_wait is None:
-            return
         with self._state:
             if beside:
+                self._check_full(self._works, client.name, self._works_full())
                 wait = self._works_pace.seconds(self._works.ahead_of(client.name))
             else:
-                wait = self._pace.seconds(self._queue.ahead_of(client.name))
-        if wait > self._max_wait:
-            raise _too_slow(wait - self._max_wait)
+                self._check_full(self._queue, client.name, self._full())
+                wait = self._pace.seconds(self._queue.ahead_of(client.name) + self._until_a_place(client))
+        if self._max_wait is not None and wait > self._max_wait:
+            raise too_slow(wait - self._max_wait)
+
+    def _full(self) -> ApiError:
+        return queue_full(self._pace.seconds(self._queued_cost))
+
+    def _works_full(self) -> ApiError:
+        return queue_full(self._works_pace.seconds(sum(work.cost for work in self._works.jobs())))
+
+    def _until_a_place(self, client: Client) -> float:
+        """What the batch will do, in the unit of cost, until one of its requests has ended; 0 where a place is free."""
+        batch = self.llm.scheduler
+        if not self._running or (batch.waiting == 0 and batch.running < self._places(client)):
+            return 0.0
+        return len(self._running) * min(ticket.cost * (1 - ticket.credited) for ticket in self._running)
+
+    def _places(self, client: Client) -> int:
+        """How many answers may be in the batch when one of this client enters it.
+
+        Where there are several keys, some places are kept for those that have no answer in it: long answers of one key
+        else let another one wait for as long as they take, however fair the queue is.
+        """
+        if client.shares and any(ticket.client is client for ticket in self._running):
+            return self._max_running - min(self._max_running - 1, max(1, self._max_running // 4))
+        return self._max_running
 
     def cancel(self, ticket: Ticket) -> None:
         """Give up a request, wherever it is; nothing when it is over. One that runs ends before the next step."""
@@ -214,19 +192,24 @@ class Driver:
                 self._state.notify()
 
     async def between_steps(
-        self, begin: Callable[[list[int]], Pieces[T]], texts: Sequence[list[int]], client: Client
+        self,
+        begin: Callable[[list[int]], Pieces[T]],
+        texts: Sequence[list[int]],
+        client: Client,
+        on_end: Callable[[int], None] = lambda tokens: None,
     ) -> list[T]:
         """What work on texts gives that uses the model in another way than the batch: a piece of it before each step.
 
         Texts are done one after the other, so that no two of them wait for each other's room in the cache; whose is
-        next is as fair between keys as the queue. Raises ApiError as `submit` does, and when all of it takes too long.
+        next is as fair between keys as the queue. `on_end` gets the tokens that were computed, however it ends. Raises
+        ApiError as `submit` does, and when all of it takes too long.
         """
         work = Piecework(begin, texts, client)
         with self._state:
             if self._stopping is not None:
                 raise self._stopping
-            full = _full(self._works_pace.seconds(sum(waits.cost for waits in self._works.jobs())))
-            crowd_out = self._put(self._works, work, self._working is not None, full)
+            full = self._works_full()
+            crowd_out = self._put(self._works, work, full)
             self._state.notify()
         if crowd_out is not None:
             crowd_out.give_up(full)
@@ -238,6 +221,7 @@ class Driver:
         finally:
             with self._state:
                 self._works.remove(work)
+            on_end(work.tokens)
 
     @property
     def waiting(self) -> int:
@@ -316,8 +300,13 @@ class Driver:
         if work is None:
             return False
         tokens, start = self._piece, time.perf_counter()
-        if work.advance(tokens):
-            self._learn(tokens, time.perf_counter() - start)
+        goes_on = self._advance(work, tokens)
+        if goes_on is None:
+            return True  # it does nothing, and its time passes
+        seconds = time.perf_counter() - start
+        self._turns.worked(seconds, self.llm.scheduler.short_of_room)
+        if goes_on:
+            self._learn(tokens, seconds)
             with self._state:
                 self._works_pace.went_on(work)
             return True
@@ -329,6 +318,20 @@ class Driver:
                 self._works.put(work)
         return True
 
+    def _advance(self, work: Piecework[Any], tokens: int) -> bool | None:
+        """Do a piece of work beside the batch, for which answers may have to give way; None where it is their turn."""
+        if work.next_is_new and not self._turns.of_texts:
+            return None
+        try:
+            return work.advance(tokens)
+        except CacheFull:
+            self.llm.scheduler.make_way()
+        try:
+            return work.advance(tokens)
+        except CacheFull as error:  # it is larger than all there is
+            work.give_up(error)
+            return False
+
     def _admit(self) -> None:
         """Requests whose turn it is enter the batch, as long as all that is in it has room.
 
@@ -337,8 +340,7 @@ class Driver:
         batch = self.llm.scheduler
         while batch.waiting == 0 and batch.running < self._max_running:
             with self._state:
-                may_compile = batch.preparing < _COMPILING and len(self._running) < self._max_running
-                ticket = self._queue.pop() if may_compile else self._queue.pop(lambda job: job.sampling.grammar is None)
+                ticket = self._queue.pop(self._may_enter, self._fits)
                 if ticket is None:
                     return
                 self._queued_cost -= ticket.cost
@@ -356,6 +358,19 @@ class Driver:
                 continue
             batch.admit()
 
+    def _may_enter(self, ticket: Ticket) -> bool:
+        """Else others go past it."""
+        batch = self.llm.scheduler
+        may_compile = batch.preparing < _COMPILING and len(self._running) < self._max_running
+        if ticket.sampling.grammar is not None and not may_compile:
+            return False
+        places = self._places(ticket.client)
+        return places == self._max_running or batch.size + ticket.n <= places
+
+    def _fits(self, ticket: Ticket) -> bool:
+        """All its answers find a place, or as many as there are."""
+        return ticket.n <= self._max_running - self.llm.scheduler.running or self.llm.scheduler.running == 0
+
     def _collector(self, ticket: Ticket) -> Callable[[int, Chunk], None]:
         return lambda j, chunk: self._events.append((ticket, j, chunk))
 
@@ -368,10 +383,11 @@ class Driver:
             log.exception("a step failed: %d requests end", len(self._running))
         seconds = time.perf_counter() - start
         self._learn(batch.tokens - tokens, seconds)
+        self._turns.stepped(seconds)
         events, self._events = self._events, []
         if events:
             # One call a step: the loop is woken once, however many answers go on.
-            events[0][0].loop.call_soon_threadsafe(_hand_out, events)
+            events[0][0].loop.call_soon_threadsafe(hand_out, events)
         with self._state:
             for ticket in self._running:
                 self._pace.went_on(ticket)
@@ -427,9 +443,9 @@ class Driver:
         for ticket in late:
             self._leave(ticket, too_late())
         for ticket in tired:
-            self._leave(ticket, _too_slow(1.0))
+            self._leave(ticket, too_slow(1.0))
         for work in tired_works:
-            work.give_up(_too_slow(1.0))
+            work.give_up(too_slow(1.0))
 
     def _end_all(self, why: BaseException) -> None:
         with self._state:
@@ -446,24 +462,3 @@ class Driver:
             work.give_up(why)
         for ticket in tickets:
             self._leave(ticket, why)
-
-
-def _full(wait: float) -> ApiError:
-    """`wait`: seconds until what waits now has been done, at the speed of late."""
-    retry_after = min(60.0, max(1.0, wait))
-    return ApiError(429, "too many requests wait already", code="queue_full", retry_after=retry_after)
-
-
-def too_late() -> ApiError:
-    """For what has taken as long as it may."""
-    return ApiError(503, "the request took too long", code="deadline_exceeded", retry_after=5)
-
-
-def _too_slow(retry_after: float) -> ApiError:
-    message = "requests wait longer now than this server lets them"
-    return ApiError(429, message, code="queue_too_slow", retry_after=min(60.0, retry_after))
-
-
-def _hand_out(events: list[tuple[Ticket, int, Chunk]]) -> None:
-    for ticket, j, chunk in events:
-        ticket.events.put_nowait((j, chunk))

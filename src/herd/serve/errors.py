@@ -74,16 +74,17 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed; its log says how", code="internal_error")
 
 
-def error_body(error: ApiError) -> dict[str, Any]:
-    """The JSON of an error, in a response as well as in a stream."""
-    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+def error_body(error: ApiError, path: str) -> dict[str, Any]:
+    """The JSON of an error, in a response as well as in a stream. Anthropic's clients look for its own type."""
+    told = {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+    return {"type": "error", **told} if path.startswith("/v1/messages") else told
 
 
-def error_response(error: ApiError, **more: Any) -> Response:
-    """The response that tells it; `more` members stand beside the error."""
+def error_response(error: ApiError, path: str) -> Response:
+    """The response that tells it to who asked for `path`."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     if error.challenge is not None:
         headers["www-authenticate"] = error.challenge
-    return Response(orjson.dumps({**more, **error_body(error)}), error.status, headers, "application/json")
+    return Response(orjson.dumps(error_body(error, path)), error.status, headers, "application/json")

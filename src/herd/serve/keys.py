@@ -79,6 +79,8 @@ class Client:
         self.owner = owner
         """The key's hash, as names of keys may change: whose kept responses are theirs. Empty for `NOBODY`."""
         self.limits = limits
+        self.shares = False
+        """Others have keys of their own for the same models."""
         self.running = 0
         self._requests = None if limits.requests_per_minute is None else Bucket(limits.requests_per_minute, clock)
         self._tokens = None if limits.tokens_per_minute is None else Bucket(limits.tokens_per_minute, clock)
@@ -99,6 +101,15 @@ class Client:
 
     def enter(self, prompts: int = 1) -> None:
         self.running += 1
+        if self._requests is not None:
+            self._requests.take(prompts)
+
+    def wait_for_prompts(self, prompts: int) -> float:
+        """Seconds until a request that has entered may have so many prompts more."""
+        return 0.0 if self._requests is None else self._requests.wait_for(prompts)
+
+    def take_prompts(self, prompts: int) -> None:
+        """Count so many prompts more; fewer than none were counted and are not to be."""
         if self._requests is not None:
             self._requests.take(prompts)
 
@@ -126,7 +137,21 @@ class Keys:
             self._clients.append((digest.digest(), Client(name, KeyLimits(), owner=digest.hexdigest())))
         for name, entry in (stored or {}).items():
             self._clients.append((bytes.fromhex(entry.sha256), Client(name, entry, owner=entry.sha256)))
+        for _, client in self._clients:
+            client.shares = len(self._clients) > 1
+        self._check_different()
         self._nobody = Client(NOBODY, KeyLimits())
+
+    def _check_different(self) -> None:
+        """A key twice would have the limits of one entry only; what goes by a name must be one key's."""
+        by_owner: dict[str, str] = {}
+        for _, client in self._clients:
+            if client.owner in by_owner:
+                names = f"{by_owner[client.owner]}, {client.name}"
+                raise UsageError("two keys are the same", value=names, fix="leave one of them out")
+            if client.name in by_owner.values():
+                raise UsageError("two keys have the same name", value=client.name, fix="rename it in --api-keys FILE")
+            by_owner[client.owner] = client.name
 
     @property
     def needed(self) -> bool:

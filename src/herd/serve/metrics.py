@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
+from starlette.applications import Starlette
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from herd.engine import Completion
 
@@ -15,6 +18,13 @@ if TYPE_CHECKING:
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _PER_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+def path_of(app: Starlette, scope: Scope) -> str:
+    """The path of a request as routes have it; "other" where there is none, or strangers would make up labels."""
+    here = (route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE)
+    route = next(here, None)
+    return "other" if route is None else route.path.replace(":path", "")
 
 
 class Metrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,24 +29,19 @@ def lists_in_parts(slices: Iterable[Mapping[str, Sequence[Any]]]) -> Iterator[by
 
 
 class PartsResponse(Response):
-    """A response whose JSON is sent part by part. A client that does not read it for `timeout` seconds is cut off."""
+    """A response whose JSON is sent part by part, as the client takes it."""
 
     media_type = "application/json"
 
-    def __init__(self, parts: Iterable[bytes], timeout: float) -> None:
+    def __init__(self, parts: Iterable[bytes]) -> None:
         super().__init__()
         self._parts = _grouped(parts)
-        self._timeout = timeout
         self.headers["content-length"] = str(sum(map(len, self._parts)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            for i, part in enumerate(self._parts, 1):
-                async with asyncio.timeout(self._timeout):
-                    await send({"type": "http.response.body", "body": part, "more_body": i < len(self._parts)})
-        except TimeoutError:
-            return
+        for i, part in enumerate(self._parts, 1):
+            await send({"type": "http.response.body", "body": part, "more_body": i < len(self._parts)})
 
 
 def _grouped(parts: Iterable[bytes]) -> list[bytes]:

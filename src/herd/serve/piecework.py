@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Generic, TypeVar
 
+from herd.engine.backend import CacheFull
 from herd.serve.keys import Client
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ class Piecework(Generic[T]):
         self.computed = 0
         """Tokens of the text whose turn it is."""
         self.credited = 0.0
+        self.tokens = 0
+        """Of all texts, those that have been computed; not of a piece that is under way."""
 
     @property
     def owner(self) -> str:
@@ -58,8 +61,16 @@ class Piecework(Generic[T]):
         """A text has been done."""
         return self._at > 0
 
+    @property
+    def next_is_new(self) -> bool:
+        """The next piece is the first one of a text, and somebody waits for it."""
+        return self._pieces is None and not self.result.cancelled()
+
     def advance(self, tokens: int) -> bool:
-        """Do a piece of so many tokens; False at the end of the text, also when nobody waits for it any more."""
+        """Do a piece of so many tokens; False at the end of the text, also when nobody waits for it any more.
+
+        Raises CacheFull, and is as it was, where there is no room to begin it.
+        """
         if self.result.cancelled():
             self._close()
             return False
@@ -69,17 +80,24 @@ class Piecework(Generic[T]):
             self._pieces.send(tokens)
         except StopIteration as end:
             self._pieces = None
-            self.computed = self.cost
+            self._count(self.cost)
             self._found.append(end.value)
             if len(self._found) == self._end:
                 self._loop.call_soon_threadsafe(_resolve, self.result, self._found)
+        except CacheFull:  # all of a text's room is taken as it begins
+            raise
         except BaseException as error:
             self._end = self._at + 1
             self._loop.call_soon_threadsafe(_fail, self.result, error)
         else:
-            self.computed = min(self.computed + tokens, self.cost)
+            self._count(min(self.computed + tokens, self.cost))
             return True
         return False
+
+    def _count(self, computed: int) -> None:
+        """So many tokens of the text have been computed by now."""
+        self.tokens += computed - self.computed
+        self.computed = computed
 
     def next_text(self) -> bool:
         """Go on to the next text; False where there is none, or nobody waits for it."""
@@ -91,6 +109,7 @@ class Piecework(Generic[T]):
 
     def give_up(self, why: BaseException) -> None:
         """End the work where it is; `why` is what waits for its result meets."""
+        self._end = self._at + 1
         self._close()
         self._loop.call_soon_threadsafe(_fail, self.result, why)
 

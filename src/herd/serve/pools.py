@@ -37,6 +37,10 @@ class Pool:
         job.add_done_callback(leave)  # not before its end, also where nobody waits for that any more
         return await asyncio.wrap_future(job)
 
+    def do(self, work: Callable[[], T]) -> T:
+        """The result of `work`, of nobody in particular, done in a thread. Waits for it, on no event loop."""
+        return self._threads.submit(work).result()
+
     def close(self) -> None:
         """Begin nothing more."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -54,20 +54,27 @@ class FairQueue(Generic[J]):
         self._number_of[id(job)] = number
         heapq.heappush(self._heap, (start, number, job))
 
-    def pop(self, may_go: Callable[[J], bool] = lambda job: True) -> J | None:
-        """The job whose turn it is, of those that may go: others keep their turn. None when there is none."""
+    def pop(
+        self, may_go: Callable[[J], bool] = lambda job: True, fits: Callable[[J], bool] = lambda job: True
+    ) -> J | None:
+        """The job whose turn it is, of those that may go: others keep their turn. None when there is none, or when it
+        does not fit yet: then nobody goes past it, as it might wait for ever.
+        """
         kept: list[tuple[float, int, J]] = []
         found: J | None = None
         while self._heap and found is None:
             start, number, job = heapq.heappop(self._heap)
             if number in self._gone:
                 self._gone.remove(number)
-            elif may_go(job):
+            elif not may_go(job):
+                kept.append((start, number, job))
+            elif not fits(job):
+                kept.append((start, number, job))
+                break
+            else:
                 found = job
                 self._now = max(self._now, start)  # it began before, if it was kept
                 del self._number_of[id(job)]
-            else:
-                kept.append((start, number, job))
         for entry in kept:
             heapq.heappush(self._heap, entry)
         if found is not None and not self._number_of:  # nobody waits: what was is forgotten
@@ -88,14 +95,14 @@ class FairQueue(Generic[J]):
             self._gone.clear()
         return True
 
-    def last_of_the_longest(self, than: J) -> J | None:
-        """The newest job of the owner with the most that wait, if that is another one than of `than`, who has fewer."""
+    def last_of_the_longest(self, than: str) -> J | None:
+        """The newest job of the owner with the most that wait, if that is another one than `than`, who has fewer."""
         waiting: dict[str, list[tuple[float, int, J]]] = {}
         for _, number, job in self._heap:
             if number not in self._gone:
                 waiting.setdefault(job.owner, []).append((job.arrived, number, job))
-        longest = max(waiting, key=lambda owner: len(waiting[owner]), default=than.owner)
-        if longest == than.owner or len(waiting[longest]) <= len(waiting.get(than.owner, ())) + 1:
+        longest = max(waiting, key=lambda owner: len(waiting[owner]), default=than)
+        if longest == than or len(waiting[longest]) <= len(waiting.get(than, ())) + 1:
             return None
         return max(waiting[longest], key=lambda entry: entry[:2])[2]  # who waits again has not come again
 

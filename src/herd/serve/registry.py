@@ -6,6 +6,7 @@ import asyncio
 import gc
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from herd.serve.errors import ApiError
 
 log = logging.getLogger("herd.serve")
 _BACK_OFF = 30.0  # seconds in which a model that could not be loaded is not tried again
-_PATIENCE = 50  # looks for a model that can be unloaded, 20 ms apart
+_PATIENCE = 5.0  # seconds in which a model that is in use may become one that can be unloaded
 
 
 @dataclass(eq=False)
@@ -64,6 +65,10 @@ class Registry:
         self.on_failure: Callable[[str, BaseException], None] = lambda name, error: None
         """Called with the name of a model that could not be loaded, and why."""
         self._turn = asyncio.Lock()  # one model is loaded at a time
+        self._room = asyncio.Event()  # nobody waits for loaded ones to make way, else new requests of them wait
+        self._room.set()
+        self._gave_up = -math.inf  # when they did not make way in time
+        self._has_begun = False  # the first model has been there
         self.draining = False
 
     @property
@@ -92,9 +97,10 @@ class Registry:
         self.path_of(name)
         if self.draining:
             raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
+        await self._room.wait()
         model = self._models.get(name)
         if model is None:
-            if name == self.first and name in self._tasks and not self._tasks[name].done():
+            if name == self.first and not self._has_begun and name in self._tasks and not self._tasks[name].done():
                 raise self.not_there(name)
             if self._recently_failed(name):
                 raise self.not_there(name)
@@ -150,7 +156,7 @@ class Registry:
                     llm = await asyncio.to_thread(LLM, path, **self._loading)
                     break
                 except ResourceError:  # the memory plan says no
-                    if not await self._unload_one():
+                    if not self.loaded or not await self._unload_in_time():
                         raise
             try:
                 fingerprint = await asyncio.to_thread(_fingerprint, path, llm, self._loading)
@@ -169,6 +175,7 @@ class Registry:
                 name=name,
             )
             await asyncio.to_thread(_settle)
+            self._has_begun |= name == self.first
             model = self._models[name] = Model(name, llm, driver, fingerprint, size)
             log.info("loaded %s from %s, %d tokens of context", name, path, llm.context)
             return model
@@ -178,12 +185,28 @@ class Registry:
         if limit is not None and size > limit:
             raise ResourceError("the model is larger than the memory that models may take", value=size)
         while limit is not None and sum(model.bytes for model in self.loaded) + size > limit:
-            for _ in range(_PATIENCE):  # one that is in use may be about to end
-                if await self._unload_one():
-                    break
+            if not await self._unload_in_time():
+                message = "other models are in use, and there is no memory for one more"
+                raise ApiError(503, message, code="models_in_use", retry_after=_PATIENCE)
+
+    async def _unload_in_time(self) -> bool:
+        """Unload an idle model, waiting for one a while; False when none became idle.
+
+        New requests wait meanwhile, as a model that is asked for all the time would never be idle. But where that was
+        in vain, as answers are too long, they do not wait again for the same while, or nothing would go on any more.
+        """
+        end = time.monotonic() + _PATIENCE
+        if time.monotonic() - self._gave_up > _PATIENCE:
+            self._room.clear()
+        try:
+            while not await self._unload_one():
+                if time.monotonic() > end:
+                    self._gave_up = time.monotonic()
+                    return False
                 await asyncio.sleep(0.02)
-            else:
-                raise ApiError(503, "other models are in use, and there is no memory for one more", retry_after=5)
+            return True
+        finally:
+            self._room.set()
 
     async def _unload_one(self) -> bool:
         """Unload the idle model that was used longest ago; False when there is none."""

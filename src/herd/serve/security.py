@@ -10,11 +10,13 @@ import ipaddress
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.applications import Starlette
+from starlette.types import Message, Receive, Scope, Send
 
 from herd.serve.config import ServeConfig
 from herd.serve.errors import ApiError, error_response
 from herd.serve.keys import Keys
+from herd.serve.metrics import Metrics, path_of
 
 OPEN = frozenset({"/health"})
 """Paths that need no key: whether the process lives, and nothing else."""
@@ -42,7 +44,7 @@ def is_local(host: str) -> bool:
 class Gate:
     """The layer: an ASGI application around another."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, keys: Keys) -> None:
+    def __init__(self, app: Starlette, config: ServeConfig, keys: Keys) -> None:
         self._app = app
         self._config = config
         self._keys = keys
@@ -50,10 +52,10 @@ class Gate:
         # key such a page can do nothing, as it does not know it, so a server for others may have any name. Without one,
         # others name it by its address.
         anybody = keys.needed and not is_local(config.host) and not config.allow_hosts
-        names = {*_LOCAL, config.host.strip("[]").lower(), *(name.lower() for name in config.allow_hosts)}
+        names = {*_LOCAL, config.host.strip("[]").lower(), *config.allow_hosts}
         self._hosts: Collection[str] | None = None if anybody else names
         self._by_address = not is_local(config.host)
-        self._origins = frozenset(origin.rstrip("/") for origin in config.allow_origins)
+        self._origins = frozenset(config.allow_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,7 +65,7 @@ class Gate:
                 await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        origin = headers.get(b"origin", b"").decode("latin-1")
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
         guarded = self._with_headers(send, origin)
         try:
             self._check_host(headers)
@@ -74,7 +76,9 @@ class Gate:
             self._check_key(scope, headers)
             self._check_content(scope, headers)
         except ApiError as error:
-            await error_response(error)(scope, receive, guarded)
+            counts: Metrics = self._app.state.metrics
+            counts.response(path_of(self._app, scope), error.status)
+            await error_response(error, scope["path"])(scope, receive, guarded)
             return
         await self._app(scope, receive, guarded)
 
@@ -100,7 +104,7 @@ class Gate:
                 raise ApiError(403, "requests of other servers' pages are refused", code="wrong_origin")
             return True
         own = headers.get(b"host", b"").decode("latin-1").lower()
-        if origin.lower() in (f"http://{own}", f"https://{own}"):
+        if origin in (f"http://{own}", f"https://{own}"):
             return True
         if origin not in self._origins:
             raise ApiError(403, f"pages of {origin[:100]!r} may not use this server", code="wrong_origin")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -22,11 +23,13 @@ from herd.serve.config import ServeConfig
 from herd.serve.keys import Keys
 from herd.serve.registry import Registry
 from herd.serve.security import is_local
+from herd.serve.sse import UNREAD
 
 log = logging.getLogger("herd.serve")
 Drain = Callable[[float], Awaitable[None]]
 _BACKLOG = 512
 _FIRST_REQUEST = 30.0  # seconds
+_KERNEL_BUFFER = 256 << 10  # bytes; it tells of progress when a third of it is free, which a slow reader must reach
 _FILES = 16_384  # that the process may have open, if the system lets it
 
 
@@ -53,9 +56,9 @@ def listen(config: ServeConfig) -> socket.socket:
         found.close()
         reason = error.strerror or str(error)
         where = f"{config.host}:{config.port}"
-        raise ResourceError(
-            f"the address cannot be used ({reason})", value=where, fix="choose another --port"
-        ) from None
+        no_such_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        fix = f"choose another {'--host' if no_such_host else '--port'}"
+        raise ResourceError(f"the address cannot be used ({reason})", value=where, fix=fix) from None
     return found
 
 
@@ -69,42 +72,91 @@ def connection_limit() -> int:
 
 
 class Connection(H11Protocol):
-    """A connection that must bring a request soon, or is cut; of too many, one that has brought none makes way."""
+    """A connection that must bring a request soon and take what it is sent, or is cut; of too many, the oldest that
+    does neither makes way.
+
+    What a client has not taken lies in the transport's buffer, also while that is being closed. The buffer's limit is
+    0: the transport tells when anything is left in it and when nothing is, and nothing more is sent in between.
+    """
 
     most = 512
     """Connections at a time."""
+    write_timeout = 60.0
+    """Seconds in which a client must take some of what waits for it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._since = self.loop.time()
         self._patience = self.loop.call_later(_FIRST_REQUEST, self._cut_if_silent)
+        self._taking: asyncio.TimerHandle | None = None
+        self._left = 0  # bytes in the buffer when that was looked at
+        self._is_cut = False
+        transport.set_write_buffer_limits(high=0)
+        raw = transport.get_extra_info("socket")
+        if raw is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BUFFER)
         if len(self.connections) > self.most:
-            others = [each for each in self.connections if isinstance(each, Connection) and each.silent]
-            min(others, key=lambda each: each._since).transport.abort()  # this one, if all others wait for answers
+            others = [each for each in self.connections if isinstance(each, Connection) and each.can_go]
+            min(others, key=lambda each: each._since).cut()  # this one, if all others wait for answers
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._patience.cancel()
+        self._stop_watching()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._left = self.transport.get_write_buffer_size()
+        self._taking = self.loop.call_later(self.write_timeout, self._cut_if_unread)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_watching()
 
     @property
-    def silent(self) -> bool:
-        """Open, and nobody waits for an answer on it: a request whose body has not come has asked for nothing yet."""
+    def can_go(self) -> bool:
+        """Nobody waits for an answer on it, or the client does not take it as it comes. A request whose body has not
+        come has asked for nothing yet."""
         waits = self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body)
-        return not (waits or self.transport.is_closing())
+        return not self._is_cut and (not waits or self.flow.write_paused or self.transport.is_closing())
+
+    def cut(self) -> None:
+        """End it now, with all that is left in the buffer."""
+        self._is_cut = True
+        self.transport.abort()
 
     def _cut_if_silent(self) -> None:
         if self.cycle is None:
-            self.transport.abort()
+            self.cut()
+
+    def _cut_if_unread(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left >= self._left:
+            if self.scope is not None:
+                self.scope["state"][UNREAD] = True
+            self.cut()
+        else:
+            self._left = left
+            self._taking = self.loop.call_later(self.write_timeout, self._cut_if_unread)
+
+    def _stop_watching(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
 
-def settings_for(app: ASGIApp) -> uvicorn.Config:
+def settings_for(app: ASGIApp, config: ServeConfig) -> uvicorn.Config:
     """How uvicorn runs the application."""
+
+    class Timed(Connection):
+        write_timeout = config.write_timeout
+
     return uvicorn.Config(
         app,
         host="127.0.0.1",
         port=0,
         loop="asyncio",  # also where another package has brought another one
-        http=Connection,
+        http=Timed,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -172,7 +224,7 @@ def serve(
 
     registry.on_failure = end
     with listening(config, keys) as bound:
-        run(create_app(registry, config, keys), registry.drain, config.grace, bound, on_start)
+        run(create_app(registry, config, keys), registry.drain, config, bound, on_start)
     if failed:
         raise failed[0]
 
@@ -188,10 +240,10 @@ def listening(config: ServeConfig, keys: Keys) -> Iterator[socket.socket]:
         bound.close()
 
 
-def run(app: ASGIApp, drain: Drain, grace: float, bound: socket.socket, on_start: Callable[[str], None]) -> None:
+def run(app: ASGIApp, drain: Drain, config: ServeConfig, bound: socket.socket, on_start: Callable[[str], None]) -> None:
     """Serve an application until a signal comes; `drain` gets the seconds that running answers have then."""
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     Connection.most = connection_limit()
-    server = Server(settings_for(app), drain, grace, lambda: on_start(f"http://{shown}:{port}"))
+    server = Server(settings_for(app, config), drain, config.grace, lambda: on_start(f"http://{shown}:{port}"))
     server.run(sockets=[bound])

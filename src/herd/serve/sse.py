@@ -1,7 +1,7 @@
 """Server-sent events, and noticing that whoever asked has gone.
 
 A stream begins with its first event: what fails before that is an ordinary response with its status. Between events a
-comment says that the server lives; a client that does not read what it is sent is cut off.
+comment says that the server lives. A client that does not read what it is sent has its connection cut by the server.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ T = TypeVar("T")
 log = logging.getLogger("herd.serve")
 
 DONE = b"data: [DONE]\n\n"
+UNREAD = "unread"
+"""In a request's state, once the connection was cut as the client had read nothing for too long."""
 _PING = b": ping\n\n"
 
 End = Literal["done", "error", "deadline", "stopped", "disconnected", "unread"]
@@ -104,18 +106,15 @@ class EventStream(Response):
                             log.error("a stream failed", exc_info=error)
                         if not started:
                             status = told.status
-                            await error_response(told)(scope, receive, send)
+                            await error_response(told, scope["path"])(scope, receive, send)
                             return
-                        part, last, end = event(error_body(told)), True, end_with(told)
+                        part, last, end = event(error_body(told, scope["path"])), True, end_with(told)
                 if not started:
                     started, status = True, 200
                     await send(_START)
-                async with asyncio.timeout(self._config.write_timeout):
-                    await send({"type": "http.response.body", "body": part, "more_body": not last})
+                await send({"type": "http.response.body", "body": part, "more_body": not last})
                 if last:
                     return
-        except TimeoutError:
-            end = "unread"
         except OSError:
             end = "disconnected"
         finally:
@@ -123,6 +122,8 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(following, leaving, return_exceptions=True)
             await self._events.aclose()
+            if scope.get("state", {}).get(UNREAD):
+                end = "unread"
             self._on_close(status, end if started else None)
 
 

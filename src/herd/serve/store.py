@@ -1,19 +1,17 @@
 """Responses that are kept: one SQLite file, in which everybody finds their own and nobody else's.
 
 What is in it is data: JSON that goes out as it is, or is checked again before it becomes part of a prompt. One thread
-has the only connection; each change is one transaction. There is a bound on how many responses there are and on their
-size: beyond it, the key that has most of them loses the one that was used longest ago, as a response or as the
-beginning of a conversation.
+has the only connection, and does one thing of each key after the other; each change is one transaction. There is a
+bound on how many responses there are and on their size: beyond it, the key that has most of them loses the one that was
+used longest ago, as a response or as the beginning of a conversation.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +19,7 @@ import orjson
 
 from herd.errors import FileFormatError, ResourceError
 from herd.serve.errors import ApiError
+from herd.serve.pools import Pool
 
 T = TypeVar("T")
 
@@ -52,17 +51,17 @@ class Store:
     def __init__(self, path: Path, *, max_rows: int = 10_000, max_bytes: int = 1 << 30) -> None:
         self._max_rows = max_rows
         self._max_bytes = max_bytes
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="herd-store")
+        self._thread = Pool("store", threads=1, share=1)
         try:
-            self._db = self._thread.submit(_open, path.absolute()).result()
+            self._db = self._thread.do(lambda: _open(path.absolute()))
         except BaseException:
-            self._thread.shutdown()
+            self._thread.close()
             raise
 
     def close(self) -> None:
         """Write everything into the one file."""
-        self._thread.submit(self._db.close).result()
-        self._thread.shutdown()
+        self._thread.do(self._db.close)
+        self._thread.close()
 
     async def put(
         self,
@@ -80,7 +79,7 @@ class Store:
             db.execute(f"INSERT INTO responses VALUES (?, ?, ?, {_NEXT_USE}, ?, ?, ?, ?)", values)
             self._make_room(db, new)
 
-        await self._do(work)
+        await self._do(owner, work)
 
     async def get(self, owner: str, name: str) -> bytes | None:
         """A response as JSON; None where its owner has none of that name."""
@@ -89,16 +88,34 @@ class Store:
             row = db.execute("SELECT response FROM responses WHERE id = ? AND owner = ?", (name, owner)).fetchone()
             return None if row is None else bytes(row[0])
 
-        return await self._do(work)
+        return await self._do(owner, work)
 
-    async def inputs(self, owner: str, name: str) -> list[dict[str, Any]] | None:
-        """The items of a response's input, in order."""
+    async def inputs(
+        self, owner: str, name: str, *, limit: int, newest_first: bool, after: str | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Up to `limit` items of a response's input, of those that come after the one with the id `after`.
+
+        None where its owner has no response of that name. Raises KeyError when there is no such item.
+        """
+        order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
 
         def work(db: sqlite3.Connection) -> list[dict[str, Any]] | None:
-            row = db.execute("SELECT items, inputs FROM responses WHERE id = ? AND owner = ?", (name, owner)).fetchone()
-            return None if row is None else list(orjson.loads(row[0]))[: row[1]]
+            found = (name, owner)
+            if db.execute("SELECT 1 FROM responses WHERE id = ? AND owner = ?", found).fetchone() is None:
+                return None
+            # SQLite reads the list, without Python's lock; only what is asked for becomes objects.
+            item = "FROM responses, json_each(CAST(items AS TEXT)) item WHERE responses.id = ? AND item.key < inputs"
+            place = None
+            if after is not None:
+                at = f"SELECT item.key {item} AND json_extract(item.value, '$.id') = ?"
+                place = db.execute(at, (name, after)).fetchone()
+                if place is None:
+                    raise KeyError(after)
+            page = f"SELECT item.value {item} AND (? OR item.key {beyond} ?) ORDER BY item.key {order} LIMIT ?"
+            rows = db.execute(page, (name, place is None, place and place[0], limit))
+            return [orjson.loads(value) for (value,) in rows]
 
-        return await self._do(work)
+        return await self._do(owner, work)
 
     async def delete(self, owner: str, name: str) -> bool:
         """Whether there was one."""
@@ -106,7 +123,7 @@ class Store:
         def work(db: sqlite3.Connection) -> bool:
             return db.execute("DELETE FROM responses WHERE id = ? AND owner = ?", (name, owner)).rowcount > 0
 
-        return await self._do(work)
+        return await self._do(owner, work)
 
     async def conversation(self, owner: str, name: str, max_bytes: int) -> list[dict[str, Any]]:
         """All items up to a response and with it, oldest first. Raises ApiError when a part is missing or too large."""
@@ -131,7 +148,7 @@ class Store:
             db.executemany("UPDATE responses SET used = ? WHERE id = ?", [(use, each) for each in names])
             return parts
 
-        parts = await self._do(work)
+        parts = await self._do(owner, work)
         return [item for part in reversed(parts) for item in orjson.loads(part)]
 
     def _make_room(self, db: sqlite3.Connection, new: str) -> None:
@@ -149,7 +166,7 @@ class Store:
             db.execute("DELETE FROM responses WHERE id = ?", (name,))
             rows, size = rows - 1, size - freed
 
-    async def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def _do(self, owner: str, work: Callable[[sqlite3.Connection], T]) -> T:
         """The result of `work`, which is one transaction, in the thread that has the connection."""
 
         def run() -> T:
@@ -159,7 +176,7 @@ class Store:
             except sqlite3.Error as error:
                 raise ResourceError(f"the store of responses cannot be used ({error})") from error
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        return await self._thread.run(owner, run)
 
 
 def _not_found(name: str, missing: str) -> ApiError:

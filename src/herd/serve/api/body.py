@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import orjson
@@ -16,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from herd._native import json_size
 from herd.config import Config
 from herd.errors import near
+from herd.serve.bodies import Bodies
 from herd.serve.config import ServeConfig
 from herd.serve.errors import ApiError
 from herd.serve.security import too_large
@@ -48,6 +50,8 @@ class Body(Config):
 
 
 _UNKNOWN = "unknown_name"
+NOT_THERE = "not_there"
+"""Type of a validator's error for what the protocol has and Herd has not; its `ctx` has the `place` below the field."""
 _MEMBERS = 50_000  # lists, objects, names and strings: 4,096 messages have 20,000
 _BYTES_PER_ELEMENT = 32  # of the largest body: token ids are what a request may have a quarter of a million of
 _LARGE = 1 << 16  # bytes that are parsed in a millisecond at most
@@ -73,23 +77,35 @@ async def read_body(request: Request, config: ServeConfig, kind: type[B]) -> B:
 
 async def read_json(request: Request, config: ServeConfig, check: Callable[[dict[str, Any]], T]) -> T:
     """What `check` makes of the object that a body is."""
-    return await parse_json(request, await read_bytes(request, config), config, check)
+    async with body_of(request, config) as body:
+        return await parse_json(request, body, config, check)
 
 
-async def read_bytes(request: Request, config: ServeConfig) -> bytes:
-    """The body, within its bounds of size and time."""
-    raw = bytearray()
+@contextlib.asynccontextmanager
+async def body_of(request: Request, config: ServeConfig) -> AsyncIterator[bytes]:
+    """The body, within its bounds of size and time; for the time of the block it counts as one that is there."""
+    bodies: Bodies = request.app.state.bodies
+    key = request.scope["state"]["client"].name
+    parts: list[bytes] = []
+    size = 0
     try:
-        async with asyncio.timeout(config.body_timeout):
-            async for part in request.stream():
-                raw += part
-                if len(raw) > config.max_body_bytes:
-                    raise too_large(config.max_body_bytes)
-    except TimeoutError:
-        raise ApiError(408, "the request did not arrive in time", code="request_timeout") from None
-    except ClientDisconnect:
-        raise ApiError(400, "the client went away", code="disconnected") from None
-    return bytes(raw)
+        try:
+            async with asyncio.timeout(config.body_timeout):
+                async for part in request.stream():
+                    if size + len(part) > config.max_body_bytes:
+                        raise too_large(config.max_body_bytes)
+                    bodies.hold(key, len(part))
+                    size += len(part)
+                    parts.append(part)
+        except TimeoutError:
+            raise ApiError(408, "the request did not arrive in time", code="request_timeout") from None
+        except ClientDisconnect:
+            raise ApiError(400, "the client went away", code="disconnected") from None
+        body = b"".join(parts)
+        parts.clear()
+        yield body
+    finally:
+        bodies.free(key, size)
 
 
 async def parse_json(request: Request, body: bytes, config: ServeConfig, check: Callable[[dict[str, Any]], T]) -> T:
@@ -97,15 +113,10 @@ async def parse_json(request: Request, body: bytes, config: ServeConfig, check: 
     if len(body) <= _LARGE:
         check_size(body, config)
         return _parsed(body, check)
-    # The parser holds Python's lock, in a thread as well as here. One at a time, with a turn of the loop for all others
-    # after each, none of them waits for more than one.
-    lock: asyncio.Lock = request.app.state.parsing
-    async with lock:
+    bodies: Bodies = request.app.state.bodies
+    async with bodies.turn(request.scope["state"]["client"].name):
         await asyncio.to_thread(check_size, body, config)
-        try:
-            return _parsed(body, check)
-        finally:
-            await asyncio.sleep(0)
+        return _parsed(body, check)
 
 
 def _parsed(body: bytes, check: Callable[[dict[str, Any]], T]) -> T:
@@ -150,12 +161,14 @@ def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> 
     first = error.errors(include_url=False)[0]
     # Of a union all members complain, each under a name of its own in the path, which is none of the request's.
     path = [part for part in first["loc"] if not isinstance(part, str) or (part.isidentifier() and part != "str")]
-    unknown = first["type"] == _UNKNOWN
-    path += [first["ctx"]["name"]] if unknown else []
+    unknown, not_there = first["type"] == _UNKNOWN, first["type"] == NOT_THERE
+    path += [first["ctx"]["name"]] if unknown else [first["ctx"]["place"]] if not_there else []
     param = (where + ".".join(str(part) for part in path))[:200]
     if unknown:
         known = f"; {near(param[:100], kind.names())}" if not first["loc"] else ""
         return ApiError(400, f"there is no field {param[:200]!r}{known}", param=param, code="unknown_parameter")
+    if not_there:
+        return ApiError(400, f"{param}: {first['msg']}", param=param, code="unsupported_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing", param=param, code="missing_parameter")
     message = re.sub("^Input should be ", "allowed is ", first["msg"].removeprefix("Value error, "))

@@ -18,9 +18,9 @@ from herd.serve.api.conversation import ChatMessage, characters_of, dialogue
 from herd.serve.api.fields import Generation
 from herd.serve.api.formats import ResponseFormat, grammar_of
 from herd.serve.api.tools import Plan, Tool, ToolChoice, plan_tools
-from herd.serve.driver import Ticket
 from herd.serve.errors import bad
 from herd.serve.sse import DONE, event
+from herd.serve.ticket import Ticket
 
 
 class ChatRequest(Generation):
@@ -78,7 +78,6 @@ async def chat_completions(request: Request) -> Response:
         prompt_in="messages",
         n=body.n,
         continues_text=False,
-        timeout=body.timeout,
         grammars=grammars,
     )
     answer = _Answer(call, ticket, body, plan)

@@ -18,10 +18,10 @@ from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, SeveralIds, Texts, each_of
 from herd.serve.api.formats import ResponseFormat, grammar_of
-from herd.serve.driver import Ticket
 from herd.serve.errors import bad
 from herd.serve.parts import SLICE, lists_in_parts
 from herd.serve.sse import DONE, event
+from herd.serve.ticket import Ticket
 
 
 class CompletionRequest(Generation):
@@ -47,8 +47,11 @@ async def completions(request: Request) -> Response:
         raise bad("max_tokens", "0 is for scoring a prompt, with echo and logprobs")
     if body.stream and body.echo:
         raise bad("echo", "is not there for streams")
-    if body.stream and len(each_of(body.prompt)) > 1:
+    count, room = len(each_of(body.prompt)), max(1, call.config.max_queue)
+    if body.stream and count > 1:
         raise bad("prompt", "a stream is of one prompt")
+    if count > room:  # they wait together, and so would never find room
+        raise bad("prompt", f"{count} prompts are too many for one request; so many may wait here: {room}")
     grammar = grammar_of(body.response_format)
     grammars = {} if grammar is None else {"response_format": grammar}
     sampling = body.sampling(
@@ -62,7 +65,7 @@ async def completions(request: Request) -> Response:
     prompts = await call.token_ids(body.prompt, "prompt")
     if n > config.max_n or n * len(prompts) > MOST_PROMPTS:
         raise bad("n", f"{n} answers to {len(prompts)} prompts are too many for one request")
-    how: dict[str, Any] = {"prompt_in": "prompt", "n": n, "timeout": body.timeout, "grammars": grammars}
+    how: dict[str, Any] = {"prompt_in": "prompt", "n": n, "grammars": grammars}
     tickets = [await call.submit(prompt, sampling, **how) for prompt in prompts]
     answer = _Answer(call, tickets, body)
     if body.stream:
@@ -77,6 +80,7 @@ class _Answer:
         self._call = call
         self._tickets = tickets
         self._body = body
+        self._generates = body.max_tokens != 0  # else one token is, as the engine knows no less, and not shown
         self._head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -123,19 +127,19 @@ class _Answer:
         parts = [orjson.dumps(self._head)[:-1], b',"choices":[']
         for i, choice in enumerate(choices):
             parts += [b"," if i else b"", *choice]
-        return [*parts, b'],"usage":', orjson.dumps(usage_of(prompt_tokens, everything)), b"}"]
+        usage = usage_of(prompt_tokens, everything if self._generates else ())
+        return [*parts, b'],"usage":', orjson.dumps(usage), b"}"]
 
     def _choice(self, index: int, ticket: Ticket, completion: Completion) -> list[bytes]:
         """Its JSON, in parts."""
-        generated = self._body.max_tokens != 0
-        text = completion.text if generated else ""
+        text = completion.text if self._generates else ""
         tokens: list[_Token] = []
         if self._body.logprobs is not None:
             if self._body.echo:
                 tokens += [_Token(ticket.prompt[0], None, None)]
                 tops = completion.prompt_top_logprobs or [[]] * (len(ticket.prompt) - 1)
                 tokens += map(_Token, ticket.prompt[1:], completion.prompt_logprobs or [], tops)
-            if generated:
+            if self._generates:
                 tops = completion.top_logprobs or [[]] * len(completion.token_ids)
                 tokens += map(_Token, completion.token_ids, completion.logprobs or [], tops)
         if self._body.echo:
@@ -144,7 +148,7 @@ class _Answer:
         logprobs = [b"null"]
         if self._body.logprobs is not None:
             logprobs = list(lists_in_parts(self._slices(tokens, hidden)))
-        reason = _reason(completion) if generated else "length"
+        reason = _reason(completion) if self._generates else "length"
         head = orjson.dumps({"index": index, "text": text})[:-1]
         return [head, b',"logprobs":', *logprobs, b',"finish_reason":', orjson.dumps(reason), b"}"]
 

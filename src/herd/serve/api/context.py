@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import orjson
 from starlette.requests import Request
@@ -19,7 +21,6 @@ from herd.errors import ContextLengthExceeded, UsageError
 from herd.serve.api.body import Body
 from herd.serve.api.fields import each_of
 from herd.serve.config import ServeConfig
-from herd.serve.driver import Ticket
 from herd.serve.errors import SHORTEN, ApiError, as_api_error, bad, too_long
 from herd.serve.keys import Client
 from herd.serve.metrics import Metrics
@@ -27,9 +28,11 @@ from herd.serve.parts import PartsResponse
 from herd.serve.pools import Pool, Pools
 from herd.serve.registry import Model, Registry
 from herd.serve.sse import End, EventStream, end_with, while_connected
+from herd.serve.ticket import Ticket, too_late
 from herd.tokenizer import Tokenizer
 
 B = TypeVar("B", bound=Body)
+H = TypeVar("H", bound=Callable[..., Any])
 T = TypeVar("T")
 log = logging.getLogger("herd.serve")
 
@@ -37,9 +40,12 @@ _CHARACTERS_PER_TOKEN = 16  # no text of any language has more than 6
 
 
 class Call:
-    """One request for text, from its arrival to its end."""
+    """One request for text that was admitted, from its arrival to its end.
 
-    def __init__(self, request: Request, model: Model) -> None:
+    `end`: when it is given up, by the clock of the event loop.
+    """
+
+    def __init__(self, request: Request, model: Model, end: float) -> None:
         state = request.app.state
         self.request = request
         self.model = model
@@ -51,30 +57,27 @@ class Call:
         self._start = time.perf_counter()
         self._tickets: list[Ticket] = []
         self._tokens = 0  # of what has no ticket
-        self._inside = False
         self._open = True
+        self.end = end
         self._failure: End | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.model.llm.tokenizer
 
-    def enter(self, prompts: int = 1, field: str | None = None) -> None:
-        """Count the request for its key, as `admit` does."""
-        admit(self.client, prompts, field)
-        self._inside = True
-
     @property
     def most_characters(self) -> int:
         """Of a prompt: more cannot fit in the context."""
         return _CHARACTERS_PER_TOKEN * self.model.llm.context
 
-    def check_room(self, characters: int, param: str, *, beside: bool = False) -> None:
+    def check_room(self, characters: int, param: str, *, queued: bool = True, beside: bool = False) -> None:
         """Refuse a text whose turn would come too late, or that cannot fit, before it is made into tokens.
 
-        That takes seconds where it is a thousand times too long. `beside`: it is for work beside the batch.
+        That takes seconds where it is a thousand times too long. `queued`: it waits for a turn, `beside` for one of the
+        work beside the batch.
         """
-        self.model.driver.check_wait(self.client, beside=beside)
+        if queued:
+            self.model.driver.check_wait(self.client, beside=beside)
         most = self.most_characters
         if characters > most:
             context = self.model.llm.context
@@ -116,7 +119,6 @@ class Call:
         advice: str = SHORTEN,
         n: int | None = None,
         continues_text: bool = True,
-        timeout: float | None = None,
         grammars: Mapping[str, Grammar],
     ) -> Ticket:
         """Queue answers to a prompt; they are given up when the call is closed.
@@ -136,8 +138,11 @@ class Call:
                 await self._beside(self._pools.grammars, partial(self.model.llm.max_tokens, prompt, given))
             except UsageError as error:
                 raise bad(field, str(error)) from None
+        left = self.end - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise too_late()
         ticket = self.model.driver.submit(
-            prompt, sampling, self.client, n=n or 1, continues_text=continues_text, deadline=timeout
+            prompt, sampling, self.client, n=n or 1, continues_text=continues_text, deadline=left
         )
         self._tickets.append(ticket)
         return ticket
@@ -147,10 +152,11 @@ class Call:
         return await self._beside(self._pools.texts, work)
 
     async def _beside(self, pool: Pool, work: Callable[[], T]) -> T:
-        return await while_connected(self.request.receive, pool.run(self.client.name, work))
+        async with until(self.end):
+            return await while_connected(self.request.receive, pool.run(self.client.name, work))
 
     def done(self, completions: Sequence[Completion], prompt_tokens: int) -> None:
-        """Answers are complete, or a prompt that needs none: what they took is counted."""
+        """Answers are complete, or as much of prompts that need none as was computed: what that took is counted."""
         if not completions:
             self._tokens += prompt_tokens
         self._metrics.answered(self.model.name, completions, prompt_tokens)
@@ -163,10 +169,9 @@ class Call:
         self.model.users -= 1
         for ticket in self._tickets:
             self.model.driver.cancel(ticket)
-        if self._inside:
-            # What was computed counts, also where nobody waited for the end of it.
-            self.client.leave(self._tokens + sum(ticket.tokens for ticket in self._tickets))
-            self._metrics.seconds(self.request.scope["path"], time.perf_counter() - self._start)
+        # What was computed counts, also where nobody waited for the end of it.
+        self.client.leave(self._tokens + sum(ticket.tokens for ticket in self._tickets))
+        self._metrics.seconds(self.request.scope["path"], time.perf_counter() - self._start)
         self._tickets.clear()  # a connection keeps its last call, and so would all that was computed for it
 
     def fail(self, error: Exception) -> ApiError:
@@ -186,33 +191,88 @@ class Call:
             self._metrics.stream(path, self._failure or end)
 
 
-def admit(client: Client, prompts: int = 1, field: str | None = None) -> None:
-    """Count a request for its key, as many times as it has prompts, which are in `field`.
+@contextlib.asynccontextmanager
+async def until(end: float) -> AsyncIterator[None]:
+    """A block that ends with an ApiError when it is not over by then, by the clock of the event loop."""
+    limit = asyncio.timeout_at(end)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if limit.expired():
+            raise too_late() from None
+        raise
 
-    Raises ApiError when the key has no more now, or never has so many at once.
+
+def admit(client: Client) -> None:
+    """Count a request for its key, before any of it is read. Raises ApiError when the key has no more now."""
+    wait = client.wait()
+    if wait > 0:
+        raise _limited(wait)
+    client.enter()
+
+
+def admit_prompts(client: Client, prompts: int, field: str | None) -> None:
+    """Count the further ones where a request that was admitted has several prompts, which are in `field`.
+
+    Raises ApiError when the key has no more now, or never has so many at once: then the request counts for nothing.
     """
     most = client.most
-    if prompts > most:
-        allowed = f"this key may send {most:g} a minute, so at most {int(most)} in one request"
-        raise ApiError(400, f"{field}: {prompts} are too many; {allowed}", param=field, code="rate_limit_exceeded")
-    wait = client.wait(prompts)
-    if wait > 0:
-        raise ApiError(429, "this key's limit is reached", code="rate_limit_exceeded", retry_after=wait)
-    client.enter(prompts)
+    wait = client.wait_for_prompts(prompts - 1)
+    if prompts <= most and wait == 0:
+        client.take_prompts(prompts - 1)
+        return
+    client.take_prompts(-1)
+    if prompts <= most:
+        raise _limited(wait)
+    allowed = f"this key may send {most:g} a minute, so at most {int(most)} in one request"
+    raise ApiError(400, f"{field}: {prompts} are too many; {allowed}", param=field, code="rate_limit_exceeded")
+
+
+def _limited(wait: float) -> ApiError:
+    return ApiError(429, "this key's limit is reached", code="rate_limit_exceeded", retry_after=wait)
+
+
+def counted(handler: H) -> H:
+    """A handler whose requests count for their key, though they ask for no text."""
+
+    @wraps(handler)
+    async def answer(request: Request) -> Response:
+        client: Client = request.scope["state"]["client"]
+        admit(client)
+        try:
+            return cast("Response", await handler(request))
+        finally:
+            client.leave(0)
+
+    answer.counted = True  # type: ignore[attr-defined]
+    return cast("H", answer)
 
 
 async def begin(
     request: Request, read: Callable[[ServeConfig], Awaitable[B]], prompts_in: str | None = None
 ) -> tuple[Call, B]:
-    """The call that a request is, and its body. The body comes first: without it there is no model.
+    """The call that a request is, and its body. The request is counted first, as reading costs too; the body comes
+    next, as without it there is no model.
 
     `prompts_in`: the field that may have several prompts or texts, each of which counts as a request.
     """
     registry: Registry = request.app.state.registry
-    body = await read(request.app.state.config)
-    model = await registry.get(getattr(body, "model", None))  # which has one user more from here on
-    call = request.state.call = Call(request, model)  # closed with the response, or by the application without one
-    call.enter(1 if prompts_in is None else len(each_of(getattr(body, prompts_in))), prompts_in)
+    config: ServeConfig = request.app.state.config
+    client: Client = request.scope["state"]["client"]
+    arrived = asyncio.get_running_loop().time()
+    admit(client)
+    try:
+        body = await read(config)
+        end = arrived + min(config.deadline, getattr(body, "timeout", None) or config.deadline)
+        if prompts_in is not None:
+            admit_prompts(client, len(each_of(getattr(body, prompts_in))), prompts_in)
+        async with until(end):
+            model = await registry.get(getattr(body, "model", None))  # which has one user more from here on
+    except BaseException:
+        client.leave(0)
+        raise
+    call = request.state.call = Call(request, model, end)  # closed with the response, or by the application without one
     return call, body
 
 
@@ -224,9 +284,10 @@ def stream_response(call: Call, events: AsyncGenerator[bytes, None]) -> Response
 async def json_response(call: Call, work: Awaitable[dict[str, Any] | bytes | list[bytes]]) -> Response:
     """A response of one object, or of its JSON, in parts where it is long; the work ends when the client goes."""
     try:
-        data = await while_connected(call.request.receive, work)
+        async with until(call.end):
+            data = await while_connected(call.request.receive, work)
     finally:
         call.close()
     if isinstance(data, list):
-        return PartsResponse(data, call.config.write_timeout)
+        return PartsResponse(data)
     return Response(data if isinstance(data, bytes) else orjson.dumps(data), media_type="application/json")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
-from herd.serve.api.body import Body
+from herd.serve.api.body import NOT_THERE, Body
 from herd.serve.errors import bad
 from herd.tokenizer import Message
 
@@ -15,8 +17,39 @@ MOST_PARTS = 4096
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+NOT_YET = {
+    **dict.fromkeys(("image_url", "image", "input_image"), "images"),
+    **dict.fromkeys(("input_audio", "audio"), "sounds"),
+    **dict.fromkeys(("file", "input_file", "document"), "files"),
+}
+"""What parts of a content may be in OpenAI's and Anthropic's APIs, by their types, and not here."""
+
+
+def check_parts(content: Any) -> Any:
+    """A content as it is, before its type is checked: of that, all members would complain, and none say why."""
+    for place, part in _parts(content):
+        kind = part.get("type")
+        if isinstance(kind, str) and kind in NOT_YET:
+            raise PydanticCustomError(NOT_THERE, "{what} are not there yet", {"what": NOT_YET[kind], "place": place})
+    return content
+
+
+def _parts(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Parts and their places; after what a tool gave, the parts of that."""
+    for i, part in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(part, dict):
+            yield str(i), part
+            inside = part.get("content")
+            for j, inner in enumerate(inside if isinstance(inside, list) else ()):
+                if isinstance(inner, dict):
+                    yield f"{i}.content.{j}", inner
+
+
+OfParts = BeforeValidator(check_parts)
+
+
 class TextPart(Body):
-    """A part of a message's content. Others, such as images, are not there yet."""
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -40,7 +73,9 @@ class ChatMessage(Body):
     """One message. Fields that clients send back from answers are taken where they are empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)] | None, OfParts
+    ] = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     refusal: None = None

@@ -10,11 +10,12 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from herd.engine import Chunk
+from herd.engine import Chunk, Grammar
+from herd.errors import UsageError
 from herd.serve.api.answers import new_id
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
-from herd.serve.api.conversation import MOST_PARTS, characters_of
+from herd.serve.api.conversation import MOST_PARTS, OfParts, characters_of
 from herd.serve.api.fields import Id, Text, checked_sampling
 from herd.serve.api.tools import (
     FunctionName,
@@ -26,10 +27,12 @@ from herd.serve.api.tools import (
     ToolChoice,
     plan_tools,
 )
-from herd.serve.driver import Ticket
 from herd.serve.errors import bad, error_body
 from herd.serve.sse import event
+from herd.serve.ticket import Ticket
 from herd.tokenizer import Message
+
+_SCHEMA = "output_config.format.schema"
 
 
 class TextBlock(Body):
@@ -60,7 +63,7 @@ Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminato
 
 class Turn(Body):
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[Block], Field(max_length=MOST_PARTS, fail_fast=True)]
+    content: Annotated[str | Annotated[list[Block], Field(max_length=MOST_PARTS, fail_fast=True)], OfParts]
 
 
 class AnthropicTool(Body):
@@ -78,6 +81,17 @@ class AnthropicChoice(Body):
     disable_parallel_tool_use: bool | None = None
 
 
+class SchemaOutput(Body):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    """What an answer must look like; what the client's `parse` sends."""
+
+    format: SchemaOutput | None = None
+
+
 class Metadata(Body):
     user_id: Id | None = None
 
@@ -91,6 +105,7 @@ class CountRequest(Body):
     system: str | TextBlocks | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: AnthropicChoice | None = None
+    output_config: OutputConfig | None = Field(default=None, description="The schema that an answer is held to.")
 
     def plan(self) -> Plan:
         """What may be called, in the words of the other API."""
@@ -141,18 +156,29 @@ class MessagesRequest(CountRequest):
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     seed: int | None = Field(default=None, ge=0, le=(1 << 63) - 1)
+    timeout: float | None = Field(default=None, gt=0, le=86_400, description="Seconds after which to give up.")
+
+    def held(self) -> tuple[Plan, dict[str, Grammar]]:
+        """What may be called, and the grammars that must be possible, by their fields."""
+        plan = self.plan()
+        wanted = None if self.output_config is None else self.output_config.format
+        try:
+            grammar = None if wanted is None else Grammar.json_schema(wanted.schema_)
+        except UsageError as error:
+            raise bad(_SCHEMA, str(error)) from None
+        return plan, plan.grammars(grammar, _SCHEMA)
 
 
 @takes(MessagesRequest)
 async def messages(request: Request) -> Response:
     """Answer a dialogue."""
     call, body = await begin(request, lambda config: read_body(request, config, MessagesRequest))
-    plan = await call.text_work(body.plan)
+    plan, grammars = await call.text_work(body.held)
+    grammar = next(iter(grammars.values()), None)
     given = {name: getattr(body, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
-    given |= {"stop": body.stop_sequences, "grammar": plan.grammar, "skip_specials": not plan.functions}
+    given |= {"stop": body.stop_sequences, "grammar": grammar, "skip_specials": not plan.functions}
     sampling = checked_sampling(given)
-    prompt = await _prompt(call, body, plan)
-    grammars = plan.grammars(None, "tools")
+    prompt = await _prompt(call, body, plan, queued=True)
     ticket = await call.submit(prompt, sampling, prompt_in="messages", continues_text=False, grammars=grammars)
     answer = _Answer(call, ticket, plan)
     if body.stream:
@@ -164,7 +190,7 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How long the prompt would be."""
     call, body = await begin(request, lambda config: read_body(request, config, CountRequest))
-    prompt = await _prompt(call, body, await call.text_work(body.plan))
+    prompt = await _prompt(call, body, await call.text_work(body.plan), queued=False)
 
     async def count() -> dict[str, Any]:
         return {"input_tokens": len(prompt)}
@@ -172,10 +198,10 @@ async def count_tokens(request: Request) -> Response:
     return await json_response(call, count())
 
 
-async def _prompt(call: Call, body: CountRequest, plan: Plan) -> list[int]:
+async def _prompt(call: Call, body: CountRequest, plan: Plan, *, queued: bool) -> list[int]:
     tools = [tool.described for tool in body.functions] if plan.described else None
     dialogue = body.dialogue()
-    call.check_room(characters_of(dialogue, tools), "messages")
+    call.check_room(characters_of(dialogue, tools), "messages", queued=queued)
     return await call.text_work(lambda: call.model.llm.chat_ids(dialogue, tools))
 
 
@@ -228,7 +254,7 @@ class _Answer:
         except Exception as error:
             if not begun:
                 raise
-            yield event({"type": "error", **error_body(self._call.fail(error))}, "error")
+            yield event(error_body(self._call.fail(error), self._call.request.scope["path"]), "error")
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         begun = False
@@ -317,5 +343,5 @@ def _loaded(arguments: str) -> Any:
     """Arguments of a call; what the model could not finish is given as it is."""
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):  # a thousand lists inside each other are deeper than Python goes
         return {"unfinished": arguments}

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from herd import __version__
+from herd.serve.security import OPEN
 
 Routes = tuple[tuple[str, str, Callable[..., Any]], ...]
 
@@ -55,10 +56,14 @@ def describe(routes: Routes) -> dict[str, Any]:
             schema = names[body, "validation"]
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         place = path.replace(":path}", "}")
+        if path in OPEN:
+            operation["security"] = []
+        parameters = [{"name": name, "in": "query", **how} for name, how in getattr(handler, "query", {}).items()]
         if "{" in place:
             name = place.partition("{")[2].partition("}")[0]
-            parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            operation["parameters"] = [parameter]
+            parameters.insert(0, {"name": name, "in": "path", "required": True, "schema": {"type": "string"}})
+        if parameters:
+            operation["parameters"] = parameters
         paths.setdefault(place, {})[method.lower()] = operation
     return {
         "openapi": "3.1.0",

@@ -14,8 +14,8 @@ from herd.serve.api.answers import chat_logprob
 from herd.serve.api.context import Call
 from herd.serve.api.response_items import new_item_id
 from herd.serve.api.tools import Plan
-from herd.serve.driver import Ticket
 from herd.serve.sse import event
+from herd.serve.ticket import Ticket
 
 log = logging.getLogger("herd.serve")
 
@@ -140,8 +140,8 @@ class Answer:
         self._item = None
 
     def _end(self, last: Chunk) -> None:
-        assert last.completion is not None
-        cut = last.finish_reason == "length"
+        assert last.completion is not None and last.finish_reason is not None
+        cut = self._voice.reason(last.finish_reason) == "length"
         if not self._response["output"]:
             self._begin_message()
         self._close(broke_off=cut)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from herd.serve.api.body import Body, parse_body
-from herd.serve.api.conversation import MOST_PARTS
+from herd.serve.api.conversation import MOST_PARTS, NOT_YET
 from herd.serve.api.tools import FunctionName
 from herd.serve.errors import ApiError, bad
 from herd.tokenizer import Message
@@ -146,8 +146,10 @@ def read_item(data: object, where: str) -> Item:
 def _read_part(data: object, where: str, kind: type[InputText | OutputText]) -> InputText | OutputText:
     if not isinstance(data, dict):
         raise bad(where, "a part is an object")
-    if data.get("type") != _PART_OF[kind]:
-        raise unsupported(f"{where}.type", data.get("type"), f"here it is {_PART_OF[kind]}")
+    if (given := data.get("type")) != _PART_OF[kind]:
+        other = NOT_YET.get(given) if isinstance(given, str) else None
+        advice = f"here it is {_PART_OF[kind]}" if other is None else f"{other} are not there yet"
+        raise unsupported(f"{where}.type", given, advice)
     return parse_body({name: value for name, value in data.items() if value is not None}, kind, f"{where}.")
 
 

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from herd.engine import Grammar, Sampling
 from herd.engine.request import DEFAULT_MAX_TOKENS
 from herd.serve.api.body import Body, parse_body, read_json, takes
-from herd.serve.api.context import Call, begin, json_response, stream_response
+from herd.serve.api.context import Call, begin, counted, json_response, stream_response
 from herd.serve.api.conversation import characters_of
 from herd.serve.api.fields import Generation, Id
 from herd.serve.api.formats import JsonObject, JsonSchema, PlainText, grammar_of
@@ -52,6 +52,7 @@ _MAX_ITEMS = 4096  # in a request
 _LOGPROBS = "message.output_text.logprobs"
 _NO_STORE = "responses are not kept here; start the server with --store FILE"
 _SHORTEN = "Shorten the input, lower max_output_tokens, or leave the oldest turns out with truncation: auto."
+_SHORTEN_LAST = "All turns but the last are left out: shorten that or the instructions, or lower max_output_tokens."
 
 
 class SchemaFormat(JsonSchema):
@@ -261,9 +262,8 @@ async def responses(request: Request) -> Response:
         prompt,
         sampling,
         prompt_in="input",
-        advice=_SHORTEN,
+        advice=_SHORTEN_LAST if cut else _SHORTEN,
         continues_text=False,
-        timeout=body.timeout,
         grammars=grammars,
     )
     kept = store is not None and body.store is not False
@@ -284,6 +284,7 @@ async def responses(request: Request) -> Response:
     return await json_response(call, answer.whole())
 
 
+@counted
 async def get_response(request: Request) -> Response:
     """A response that was kept, as it was sent."""
     _check_query(request, {"stream": ("false",)})
@@ -294,6 +295,7 @@ async def get_response(request: Request) -> Response:
     return Response(found, media_type="application/json")
 
 
+@counted
 async def delete_response(request: Request) -> Response:
     """Forget a response. What went on from it cannot go on any more."""
     _check_query(request, {})
@@ -303,6 +305,7 @@ async def delete_response(request: Request) -> Response:
     return Response(orjson.dumps({"id": name, "object": "response", "deleted": True}), media_type="application/json")
 
 
+@counted
 async def input_items(request: Request) -> Response:
     """The items in the input of the request that made a response, without those of responses before it."""
     _check_query(request, {"order": ("asc", "desc"), "limit": None, "after": None})
@@ -311,17 +314,15 @@ async def input_items(request: Request) -> Response:
     if not re.fullmatch("[0-9]{1,3}", limit) or not 1 <= int(limit) <= 100:
         raise bad("limit", "allowed is a whole number from 1 to 100")
     store, owner, name = _kept(request)
-    items = await store.inputs(owner, name)
+    newest_first = query.get("order") != "asc"
+    most, after = int(limit), query.get("after")
+    try:
+        items = await store.inputs(owner, name, limit=most + 1, newest_first=newest_first, after=after)
+    except KeyError:
+        raise bad("after", "there is no such item") from None
     if items is None:
         raise _not_found(name)
-    if query.get("order") != "asc":
-        items.reverse()
-    if "after" in query:
-        places = [i for i, item in enumerate(items) if item["id"] == query["after"]]
-        if not places:
-            raise bad("after", "there is no such item")
-        items = items[places[0] + 1 :]
-    shown = items[: int(limit)]
+    shown = items[:most]
     first, last = (shown[0]["id"], shown[-1]["id"]) if shown else ("", "")
     listed = {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": len(items) > len(shown)}
     return Response(orjson.dumps(listed), media_type="application/json")
@@ -348,6 +349,13 @@ def _check_query(request: Request, known: Mapping[str, Collection[str] | None]) 
         allowed = known[name]
         if allowed is not None and value not in allowed:
             raise unsupported(name, value, f"allowed is {' or '.join(allowed)}")
+
+
+input_items.query = {  # type: ignore[attr-defined]
+    "order": {"schema": {"enum": ["asc", "desc"], "default": "desc"}},
+    "limit": {"schema": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}},
+    "after": {"description": "Id of the item before the first one.", "schema": {"type": "string"}},
+}
 
 
 async def _earlier(call: Call, store: Store | None, owner: str, name: str | None) -> list[Item]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from herd.serve.api.conversation import ChatMessage, characters_of, dialogue
 from herd.serve.api.fields import Id, Ids, SeveralIds, Texts, Whole
 from herd.serve.api.tools import Tool
 from herd.serve.errors import bad, too_long
+from herd.serve.parts import SLICE, lists_in_parts
 from herd.serve.registry import Registry
 
 MOST_CHARACTERS = 1 << 20  # more may be no prompt of any model
@@ -47,6 +49,7 @@ class EmbeddingRequest(Body):
     model: str | None = Field(default=None, max_length=200)
     input: str | Ids | Texts | SeveralIds
     encoding_format: Literal["float", "base64"] | None = None
+    timeout: float | None = Field(default=None, gt=0, le=86_400, description="Seconds after which to give up.")
     user: Id | None = None
 
 
@@ -56,14 +59,19 @@ async def tokenize(request: Request) -> Response:
     call, body = await begin(request, lambda config: read_body(request, config, TokenizeRequest))
     if (body.content is None) == (body.messages is None):
         raise bad("content", "give either content or messages")
+    if body.messages is not None and body.add_special:
+        raise bad("add_special", "is for content; messages have their beginning")
+    if body.content is not None and body.tools is not None:
+        raise bad("tools", "are for messages")
     messages = None if body.messages is None else dialogue(body.messages)
     tools = [tool.described for tool in body.tools or ()] or None
-    if messages is not None and characters_of(messages, tools) > MOST_CHARACTERS:
+    characters = len(body.content or "") if messages is None else characters_of(messages, tools)
+    if characters > MOST_CHARACTERS:
         raise bad("messages", f"allowed are up to {MOST_CHARACTERS:,} characters")
-    if body.with_pieces and len(body.content or "") > _PIECES:
-        raise bad("with_pieces", f"is there for texts of up to {_PIECES:,} characters")
+    if body.with_pieces and characters > _PIECES:
+        raise bad("with_pieces", f"is there for up to {_PIECES:,} characters")
 
-    def work() -> bytes:
+    def work() -> list[bytes]:
         tokenizer = call.tokenizer
         if messages is not None:
             ids = call.model.llm.chat_ids(messages, tools)
@@ -71,10 +79,14 @@ async def tokenize(request: Request) -> Response:
             ids = tokenizer.encode(body.content or "")
             if body.add_special and tokenizer.bos_id is not None:
                 ids = [tokenizer.bos_id, *ids]
-        if not body.with_pieces:
-            return orjson.dumps({"tokens": ids})
-        pieces = [{"id": i, "piece": tokenizer.token_bytes(i).decode("utf-8", "replace")} for i in ids]
-        return orjson.dumps({"tokens": pieces})
+
+        def shown(some: list[int]) -> list[Any]:
+            if not body.with_pieces:
+                return some
+            return [{"id": i, "piece": tokenizer.token_bytes(i).decode("utf-8", "replace")} for i in some]
+
+        slices = ({"tokens": shown(ids[i : i + SLICE])} for i in range(0, max(1, len(ids)), SLICE))
+        return list(lists_in_parts(slices))
 
     return await json_response(call, call.text_work(work))
 
@@ -99,10 +111,10 @@ async def _embed(call: Call, body: EmbeddingRequest) -> dict[str, Any]:
     longest = max(map(len, encoded))
     if longest > llm.context:
         raise too_long(ContextLengthExceeded(longest, llm.context), "input", "Shorten the text.")
-    found = await call.model.driver.between_steps(llm.embed_in_pieces, encoded, call.client)
+    done = partial(call.done, ())
+    found = await call.model.driver.between_steps(llm.embed_in_pieces, encoded, call.client, done)
     vectors = [vector_D / np.linalg.norm(vector_D[None], axis=1) for vector_D in found]  # rounded as LLM.embed does it
     tokens = sum(map(len, encoded))
-    call.done([], tokens)
     packed = body.encoding_format == "base64"
     return {
         "object": "list",

@@ -64,6 +64,8 @@ class Plan:
     free: bool = True
     """An answer may be text."""
 
+    single: bool = False
+    """An answer has one call at most: of several that the model writes, the first."""
     schemas: dict[str, Grammar] = dataclasses.field(default_factory=dict)
     """Those that calls are held to, by the fields of the request where they are."""
 
@@ -81,7 +83,7 @@ class Plan:
 
     def voice(self) -> Voice:
         # Under a grammar, calls are what an answer begins with, and text holds none.
-        return Voice(self.functions, anywhere=self.grammar is None)
+        return Voice(self.functions, anywhere=self.grammar is None, single=self.single)
 
 
 def plan_tools(
@@ -108,7 +110,7 @@ def plan_tools(
     names = frozenset({choice.function.name} if isinstance(choice, NamedTool) else by_name)
     free = choice in (None, "auto")
     if free and not any(function.strict for function in by_name.values()):
-        return Plan(names, described=True)
+        return Plan(names, described=True, single=parallel is False)
     schemas = {
         name: (where := f"tools.{i}.{schemas_in}", _of_object(where, function.parameters))
         for i, (name, function) in enumerate(by_name.items())
@@ -141,10 +143,15 @@ def _read(where: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class Voice:
-    """One answer on its way out: text and calls, in pieces and as a whole. The pieces add up to the whole."""
+    """One answer on its way out: text and calls, in pieces and as a whole. The pieces add up to the whole.
 
-    def __init__(self, functions: frozenset[str], *, anywhere: bool) -> None:
+    With `single`, what comes from the second call on is left out: a client that wants one call could not answer more.
+    """
+
+    def __init__(self, functions: frozenset[str], *, anywhere: bool, single: bool = False) -> None:
         self._parser = CallParser(functions, anywhere=anywhere) if functions else None
+        self._single = single
+        self._over = False
         self._content: list[str] = []
         self._calls: list[dict[str, Any]] = []
 
@@ -159,7 +166,7 @@ class Voice:
 
     def reason(self, finish_reason: str) -> str:
         """Why the answer ended, as clients expect it."""
-        if self._calls and finish_reason == "stop":
+        if self._calls and (finish_reason == "stop" or self._over):  # then the first call is whole
             return "tool_calls"
         return "length" if finish_reason == "length" else "stop"
 
@@ -175,6 +182,10 @@ class Voice:
     def _take(self, deltas: list[TextDelta | CallStart | ArgumentsDelta]) -> list[dict[str, Any]]:
         out: list[dict[str, Any]] = []
         for delta in deltas:
+            if self._single and self._calls and isinstance(delta, CallStart):
+                self._over = True
+            if self._over:
+                break
             if isinstance(delta, TextDelta):
                 self._content.append(delta.text)
                 out.append({"content": delta.text})

@@ -234,10 +234,13 @@ class Answer(Exchange):
         elif self.complete:  # whatever became of the connection afterwards
             record.outcome = "ok"
             return
+        elif record.finish_reason is not None and not self.failed:  # HTTP's own end, of a server that says no [DONE]
+            record.outcome, record.ended = "ok", self.now - self._start
+            return
         elif self.body and not self.failed:
             record.outcome, record.detail = "broken", "the answer is not a stream of events"
         else:
-            record.outcome, record.detail = "broken", self.failed or "the stream ended without [DONE]"
+            record.outcome, record.detail = "broken", self.failed or "the stream ended without a finish_reason"
         record.ended = now() - self._start
 
 

@@ -66,7 +66,14 @@ def check_replicas(count: int, config: ServeConfig, loading: Mapping[str, Any]) 
             fix="leave out --store, or RAY_ADDRESS",
         )
     if importlib.util.find_spec("ray") is None:  # it is not imported yet: see Cluster
-        raise MissingDependency("ray[serve]", extra="ray")
+        raise RayMissing("it is not installed")
+
+
+class RayMissing(MissingDependency):
+    """Ray, or a part of it that only its own extra brings: so the fix names Herd's extra, which asks for all of it."""
+
+    def __init__(self, why: str) -> None:
+        HerdError.__init__(self, f"replicas need Ray ({why})", fix="pip install 'llama-herd[ray]'")
 
 
 def joins() -> bool:
@@ -128,7 +135,7 @@ class Cluster:
             import ray
             from ray import serve
         except ImportError as error:
-            raise MissingDependency(f"ray[serve] ({error})", extra="ray") from None
+            raise RayMissing(str(error)) from None
 
         self._started = True
         common: dict[str, Any] = {"logging_level": logging.WARNING, "namespace": "herd"}

@@ -23,8 +23,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 
-from herd.serve.api.body import parse_json, read_bytes
-from herd.serve.api.context import admit
+from herd.serve.api.body import body_of, parse_json
+from herd.serve.api.context import admit, admit_prompts
 from herd.serve.api.fields import each_of
 from herd.serve.app import ROUTES, Handler, application, description, health, page
 from herd.serve.config import ServeConfig
@@ -114,15 +114,27 @@ class Front:
     def _passing_on(self, path: str, handler: Handler) -> Handler:
         """What a route does here: whoever asks for text is counted, and all go to a replica."""
         body = getattr(handler, "body", None)
+        counts = body is not None or getattr(handler, "counted", False)
 
         async def pass_on(request: Request) -> Response:
             client: Client = request.scope["state"]["client"]
-            raw, facts = await read_bytes(request, self._config), _Facts()
-            if body is not None:
-                facts = await parse_json(request, raw, self._config, lambda data: _facts_of(path, data))
-                if self._draining:
-                    raise _stopping()
-                admit(client, facts.prompts, _SEVERAL.get(path))
+            if counts:
+                admit(client)
+            async with contextlib.AsyncExitStack() as reading:  # it ends when the response begins
+                try:
+                    raw, facts = await reading.enter_async_context(body_of(request, self._config)), _Facts()
+                    if body is not None:
+                        facts = await parse_json(request, raw, self._config, lambda data: _facts_of(path, data))
+                        admit_prompts(client, facts.prompts, _SEVERAL.get(path))
+                    if counts and self._draining:
+                        raise _stopping()
+                except BaseException:
+                    if counts:
+                        client.leave(0)
+                    raise
+                return await send_on(request, client, raw, facts)
+
+        async def send_on(request: Request, client: Client, raw: bytes, facts: _Facts) -> Response:
             forwarded = Forwarded(
                 number=next(self._number),
                 method=request.method,
@@ -134,12 +146,13 @@ class Front:
                 client=client.name,
                 owner=client.owner,
                 weight=client.limits.weight,
+                shares=client.shares,
             )
             start = time.perf_counter()
 
             def close(tokens: int) -> None:
                 self._open -= 1
-                if body is not None:
+                if counts:
                     client.leave(tokens)
                     self._metrics.seconds(path, time.perf_counter() - start)
 
@@ -234,4 +247,4 @@ def serve_replicas(
     check_replicas(count, config, loading)
     with listening(config, keys) as bound, Cluster(paths, config, loading, count) as cluster:
         front = Front(cluster.handles, config)
-        run(Gate(front.app, config, keys), front.drain, config.grace, bound, on_start)
+        run(Gate(front.app, config, keys), front.drain, config, bound, on_start)

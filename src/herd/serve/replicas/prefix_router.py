@@ -85,10 +85,6 @@ class PrefixRouter:
         """It has been started again, and has computed nothing."""
         self._seen[replica].clear()
 
-    def remembered(self, replica: int) -> int:
-        """How many blocks are known of a replica."""
-        return len(self._seen[replica])
-
     def _match(self, replica: int, blocks: Sequence[bytes]) -> int:
         """So many of the blocks it has been sent, from the first one on."""
         seen = self._seen[replica]

@@ -30,28 +30,34 @@ class Relay(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         leaving = asyncio.ensure_future(gone(receive))
         try:
-            while True:
-                if self._part.tokens is not None:  # whoever has all of it may ask for more at once
-                    self._close()
-                for message in self._part.messages:
-                    await self._send(send, message)
-                if self._part.tokens is not None:
-                    return
-                following = asyncio.ensure_future(self._exchange.next())
-                await asyncio.wait({following, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if leaving.done():
-                    following.cancel()
-                    return
-                self._part = following.result()
-        except ReplicaLost:
-            if self._events:
-                await self._send(send, {"type": "http.response.body", "body": _lost(scope["path"]), "more_body": False})
-            # Else the connection is cut: half an answer must not look like a whole one.
+            try:
+                await self._relay(send, leaving)
+            except ReplicaLost:
+                if self._events:
+                    last = {"type": "http.response.body", "body": _lost(scope["path"]), "more_body": False}
+                    await self._send(send, last)
+                # Else the connection is cut: half an answer must not look like a whole one.
         except (TimeoutError, OSError):
             return  # the client does not read, or has gone
         finally:
             leaving.cancel()
             self._close()
+
+    async def _relay(self, send: Send, leaving: asyncio.Task[None]) -> None:
+        """All parts, until the last one or until the client leaves. Raises ReplicaLost."""
+        while True:
+            if self._part.tokens is not None:  # whoever has all of it may ask for more at once
+                self._close()
+            for message in self._part.messages:
+                await self._send(send, message)
+            if self._part.tokens is not None:
+                return
+            following = asyncio.ensure_future(self._exchange.next())
+            await asyncio.wait({following, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                following.cancel()
+                return
+            self._part = following.result()
 
     async def _send(self, send: Send, message: Message) -> None:
         async with asyncio.timeout(self._config.write_timeout):
@@ -65,5 +71,5 @@ class Relay(Response):
 
 def _lost(path: str) -> bytes:
     """The last event of a stream whose replica is gone."""
-    data = error_body(replica_lost())
-    return event({"type": "error", **data}, "error") if path.startswith("/v1/messages") else event(data)
+    data = error_body(replica_lost(), path)
+    return event(data, "error") if path.startswith("/v1/messages") else event(data)

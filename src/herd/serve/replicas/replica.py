@@ -44,6 +44,7 @@ class Forwarded:
     client: str
     owner: str
     weight: float
+    shares: bool = False
 
     @property
     def scope(self) -> dict[str, Any]:
@@ -100,6 +101,7 @@ class Caller(Client):
 
     def __init__(self, request: Forwarded) -> None:
         super().__init__(request.client, KeyLimits(weight=request.weight), owner=request.owner)
+        self.shares = request.shares
         self.tokens = 0
 
     def leave(self, tokens: int) -> None:
