@@ -1,8 +1,9 @@
-"""`herd extend`: the stages that take a model to a longer context."""
+"""`herd extend`: a model for a longer context, stage by stage."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -12,7 +13,7 @@ from herd.cli.output import emit, table
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A checkpoint, a GGUF file, a run, or a release of `herd list`.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, a GGUF file, a run, or with --plan a release's name.")],
     to: Annotated[int, typer.Option(metavar="TOKENS", help="The context to reach.")],
     plan: Annotated[bool, typer.Option("--plan", help="Print the stages and train nothing.")] = False,
     method: Annotated[
@@ -21,29 +22,70 @@ def command(
             help="How RoPE is stretched: law (larger theta), card (the published thetas), ntk, linear, yarn, llama3."
         ),
     ] = "law",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Folder of `herd corpus` to train on and judge by.  [default: the run's own]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the stages; an extension begun there goes on.")] = Path("extend"),
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of each stage.  [default: the plan's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a step.  [default: the plan's]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: the plan's]")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Share by which bits per byte of short text may rise.  [default: 0.02]")
+    ] = None,
+    needles: Annotated[
+        float | None, typer.Option(help="Share of needles to find at each length; 0: do not ask.  [default: 1]")
+    ] = None,
+    depths: Annotated[int, typer.Option(min=2, max=1000, help="Depths at which needles lie.")] = 11,
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Needles at each depth.")] = 2,
+    digits: Annotated[int, typer.Option(min=1, max=18, help="Digits of their numbers.")] = 7,
+    haystack: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Text to hide them in; may be repeated.  [default: python-stdlib]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the data.  [default: 0]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the result as JSON.")] = False,
 ) -> None:
-    """Plan the stages of training that take a model to a longer context.
+    """Take a model to a longer context, in stages of training that each have to keep what the model could.
 
     Stages follow the card of Gradient's Llama 3 8B with 4M tokens: 8, 32, 64, 128 and 512 times the model's context,
-    each from the last, with its batch, steps and learning rate.
+    each from the last, with its batch, steps and learning rate, on documents that are joined to the new length. After
+    each one held-out short text must be read as well as before, and numbers hidden in texts of the new length be found;
+    else it stops there and says why.
 
     Examples:
 
         herd extend llama3-8b --to 4194304 --plan
 
-        herd extend runs/pocket --to 4096 --plan --json
+        herd extend runs/pocket --to 4096 --lr 5e-4 --out runs/pocket-long
 
-        herd extend llama3-8b --to 262144 --plan --method card
+        herd extend Llama-3-8B --to 262144 --method card --corpus books --out runs/long
     """
-    from herd.errors import UsageError
+    from herd.config import parse_config
+    from herd.pretrain.extension import ExtendConfig
+
+    given = {
+        "method": method, "steps": steps, "batch_size": batch_size, "lr": lr, "tolerance": tolerance,
+        "needles": needles, "seed": seed,
+    }  # fmt: skip
+    config = parse_config(ExtendConfig, {k: v for k, v in given.items() if v is not None}, "herd extend")
+    if plan:
+        data = _plan(model, to, method)
+        emit(data, as_json, lambda: _show(data))
+        return
+    from herd.pretrain import extend
+
+    grid = {"depths": depths, "samples": samples, "digits": digits} | ({"haystack": haystack} if haystack else {})
+    texts = corpus or _corpus_of(model)
+    state = extend(model, to, texts, out, config, lambda path, context, place: _found(grid, path, context, place))
+    emit(state, as_json, lambda: _show_result(state))
+
+
+def _plan(model: str, to: int, method: str) -> dict[str, Any]:
     from herd.pretrain.extension import PlanMethod, plan_extension
 
-    if not plan:
-        raise UsageError("herd extend does not train yet, it plans", allowed="--plan")
     config = shape_of(model)
     stages = plan_extension(config, to, cast("PlanMethod", method))
-    data: dict[str, Any] = {
+    return {
         "model": model,
         "context": config.context_length,
         "rope_theta": config.rope_theta,
@@ -52,18 +94,51 @@ def command(
         "tokens": sum(stage.tokens for stage in stages),
         "stages": [dataclasses.asdict(stage) for stage in stages],
     }
-    emit(data, as_json, lambda: _show(data))
+
+
+def _corpus_of(model: str) -> Path:
+    """The corpus that a run was trained on. Raises UsageError where `model` is no run with one."""
+    from herd import checkpoint
+    from herd.architecture import releases
+    from herd.errors import UsageError
+    from herd.recipe import read_run
+
+    path = Path(model).expanduser()
+    if model in releases and not path.exists():
+        raise UsageError(f"{model} is a release's name, there are no weights to train", fix="--plan, or herd pull")
+    checkpoint.resolve(model)  # raises where there is no such model
+    if (path / "run.json").is_file():
+        entry = read_run(path)["stages"].get("corpus")
+        if entry and (path / entry["directory"] / "train.jsonl").is_file():
+            return path / str(entry["directory"])
+    raise UsageError(
+        "there is no text to train on", value=model, allowed="a run with its corpus, or --corpus DIR",
+        fix="herd corpus SOURCES... --out DIR",
+    )  # fmt: skip
+
+
+def _found(grid: dict[str, Any], path: Path, context: int, place: Path) -> float:
+    """The share of needles that the model at `path` finds in prompts of `context` tokens."""
+    from herd.config import parse_config
+    from herd.engine import LLM
+    from herd.evaluate.needle import NeedleConfig, even_depths, run, write_page
+
+    options = grid | {"lengths": [context], "depths": even_depths(grid["depths"])}
+    config = parse_config(NeedleConfig, options, "herd extend")
+    with LLM(str(path)) as llm:
+        results = run(config, llm, place)
+    write_page(results, place / "needle.html")
+    return float(results["overall"]["score"])
 
 
 def _show(data: dict[str, Any]) -> None:
     print(f"{data['model']}: {data['context']:,} → {data['to']:,} tokens, from theta {data['rope_theta']:.4g}\n")
     rows = []
     for stage in data["stages"]:
-        scaling = stage["rope_scaling"]
         rows.append([
             f"{stage['context']:,}",
             f"{stage['rope_theta']:.4g}",
-            f"{scaling['kind']} x{scaling['factor']:g}" if scaling else "none",
+            _scaling(stage),
             f"{stage['batch']} x {stage['accumulation']}",
             f"{stage['steps']}",
             f"{stage['tokens']:,}",
@@ -72,3 +147,29 @@ def _show(data: dict[str, Any]) -> None:
         ])  # fmt: skip
     print(table(["context", "theta", "scaling", "batch x accum", "steps", "tokens", "lr", "as the card's"], rows))
     print(f"\n{data['tokens']:,} tokens in all")
+
+
+def _scaling(stage: dict[str, Any]) -> str:
+    scaling = stage["rope_scaling"]
+    return f"{scaling['kind']} x{scaling['factor']:g}" if scaling else "none"
+
+
+def _show_result(state: dict[str, Any]) -> None:
+    rows = []
+    for stage in state["stages"]:
+        plan, result = stage["plan"], stage.get("result")
+        rows.append([
+            f"{plan['context']:,}",
+            f"{plan['rope_theta']:.4g}",
+            _scaling(plan),
+            f"{result['tokens']:,}" if result else "",
+            f"{result['loss']:.3f}" if result else "",
+            f"{stage['short']:.4f}" if "short" in stage else "",
+            f"{100 * stage['needles']:.0f} %" if "needles" in stage else "",
+            ("yes" if all(one["met"] for one in stage["criteria"]) else "no") if "criteria" in stage else "",
+        ])  # fmt: skip
+    headings = ["context", "theta", "scaling", "tokens", "loss", "bits per byte, short", "needles", "promoted"]
+    print(table(headings, rows))
+    print(f"\nbits per byte of short text before: {state['short_before']:.4f}")
+    end = f"stopped {state['stopped']}" if state["stopped"] else f"reached {state['settings']['to']:,} tokens"
+    print(f"{end}\nmodel: {state['model']}")

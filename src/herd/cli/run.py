@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,13 @@ def command(
         str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all after it again.")
     ] = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run no other stage.")] = None,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="Run a small copy of it, in a minute or two, in runs/NAME-shrunk.")
+    ] = False,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="What the small copy reads.  [default: Python's standard library]"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
 ) -> int:
@@ -43,10 +51,19 @@ def command(
         herd run recipes/pocket.yaml base.train.lr=2e-3 --dry-run
 
         herd run recipes/pocket.yaml --from evaluate
-    """
-    from herd.recipe import load_recipe, place, preview, run, stage_table
 
-    loaded = load_recipe(recipe, overrides or [])
+        herd run llama3.1-405b --shrink
+    """
+    from herd.corpus import STDLIB
+    from herd.errors import UsageError
+    from herd.recipe import load_recipe, place, preview, run, stage_table
+    from herd.train.launch import Ranks
+
+    if text is not None and not shrink:
+        raise UsageError(
+            "--text is what a small copy reads, and needs --shrink", fix="corpus.sources=[FOLDER] for the recipe itself"
+        )
+    loaded = load_recipe(recipe, overrides or [], shrink=shrink, text=text or STDLIB, ranks=Ranks().size)
     run_dir = out or Path("runs") / loaded.name
     stages = stage_table()
     if dry_run:
@@ -60,6 +77,8 @@ def command(
     except (KeyboardInterrupt, SystemExit) as stop:
         console().print(f"Stopped. {again} continues where it was.", markup=False, soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+    if os.environ.get("RANK", "0") != "0":  # started by torchrun, and not the rank that leads
+        return 0
     emit({"run": str(run_dir), **state}, as_json, lambda: _summary(run_dir, state, lines.skipped))
     return 0
 
@@ -92,6 +111,8 @@ class _Lines:
     def _print(self, text: str, style: str) -> None:
         from herd.progress import status
 
+        if os.environ.get("RANK", "0") != "0":
+            return
         status("")
         console().print(text, style=style, markup=False, soft_wrap=True)
 
@@ -103,7 +124,7 @@ def _plan_data(run_dir: Path, decisions: list[tuple[Placed, Decision]]) -> dict[
             "action": decision.action,
             "reason": decision.reason,
             "directory": str(item.directory),
-            "config": item.key["config"],
+            "config": item.bound.config.model_dump(mode="json"),
         }
         for item, decision in decisions
     ]

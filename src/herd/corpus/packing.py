@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from herd.corpus.order import permutation
 from herd.corpus.shards import Ids, TokenShards
+from herd.corpus.shuffle import shuffled
 from herd.errors import HerdError, UsageError
 
 I64 = npt.NDArray[np.int64]
@@ -33,6 +34,9 @@ AnyInts = npt.NDArray[np.integer[Any]]
 
 # What is drawn from the seed: documents' order, rows' order. Apart, or one would repeat the other.
 _DOCUMENTS, _ROWS = 0, 1
+
+LONGEST_TABLE = 1 << 20
+"""Rows of an epoch whose order is kept as a table; the order of more is computed row by row."""
 
 
 class Batch(NamedTuple):
@@ -56,22 +60,20 @@ class Piece(NamedTuple):
 
 
 class RowSource(ABC):
-    """Rows of pieces turned into batches; subclasses say which pieces a row has."""
+    """An endless sequence of rows of pieces, turned into batches; subclasses say which pieces a row has."""
 
-    def __init__(self, seq_len: int, batch_size: int, seed: int, rows_per_epoch: int, pad_id: int) -> None:
+    def __init__(self, seq_len: int, batch_size: int, pad_id: int) -> None:
         if seq_len < 1 or batch_size < 1:
             raise UsageError("seq_len and batch_size must be positive", value=(seq_len, batch_size))
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.rows_per_epoch = rows_per_epoch
+        self.seq_len, self.batch_size = seq_len, batch_size
         self.pad_id = pad_id
-        self._row_orders: dict[int, I64] = {}
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of a step, or only `rows` of it (a rank's or a micro-batch's share)."""
         if step < 0:
             raise UsageError("a step is counted from 0", value=step)
         start, stop, stride = rows.indices(self.batch_size)
-        return self._fill([step * self.batch_size + row for row in range(start, stop, stride)])
+        return self._fill(range(step * self.batch_size + start, step * self.batch_size + stop, stride))
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -79,25 +81,21 @@ class RowSource(ABC):
 
     def rows(self, first: int, count: int) -> Batch:
         """Rows first … first + count - 1 of the endless sequence of rows, for batches whose size changes."""
-        return self._fill(list(range(first, first + count)))
+        return self._fill(range(first, first + count))
 
     @abstractmethod
-    def _pieces(self, epoch: int, row: int) -> Iterator[Piece]:
-        """The pieces of a row, in order; together they fit into it."""
+    def _pieces(self, numbers: range) -> Iterable[Iterable[Piece]]:
+        """The pieces of each of these rows, in order; those of a row fit into it together."""
 
-    def _row_order(self, epoch: int) -> I64:
-        return _remember(self._row_orders, epoch, lambda: permutation(self.rows_per_epoch, self.seed, epoch, _ROWS))
-
-    def _fill(self, numbers: Sequence[int]) -> Batch:
+    def _fill(self, numbers: range) -> Batch:
         shape = (len(numbers), self.seq_len)
         tokens = np.full(shape, self.pad_id, dtype=np.int64)
         targets = np.full(shape, self.pad_id, dtype=np.int64)
         document_ids = np.zeros(shape, dtype=np.int32)
         weights = np.zeros(shape, dtype=np.float32)
-        for b, number in enumerate(numbers):
-            epoch, place = divmod(number, self.rows_per_epoch)
+        for b, pieces in enumerate(self._pieces(numbers)):
             at = count = 0
-            for piece in self._pieces(epoch, int(self._row_order(epoch)[place])):
+            for piece in pieces:
                 end = at + len(piece.ids) - 1
                 tokens[b, at:end] = piece.ids[:-1]
                 targets[b, at:end] = piece.ids[1:]
@@ -108,7 +106,59 @@ class RowSource(ABC):
         return Batch(tokens, targets, document_ids, weights)
 
 
-class PackedDataset(RowSource):
+class EpochRows(RowSource):
+    """Rows numbered through epochs of equal length, each of which has the same pieces in an order of its own."""
+
+    def __init__(self, seq_len: int, batch_size: int, seed: int, rows_per_epoch: int, pad_id: int) -> None:
+        super().__init__(seq_len, batch_size, pad_id)
+        self.seed, self.rows_per_epoch = seed, rows_per_epoch
+        self._row_orders: dict[int, I64] = {}
+
+    @property
+    def last_pairs(self) -> int:
+        """Pairs before the padding of the row that comes last before rows are put into their order."""
+        return self.seq_len
+
+    def place_of_last(self, epoch: int) -> int | None:
+        """Where an epoch has that row; None where its order is not kept."""
+        if self.rows_per_epoch > LONGEST_TABLE:
+            return None
+        return int(np.flatnonzero(self._row_order(epoch) == self.rows_per_epoch - 1)[0])
+
+    def row(self, number: int) -> Iterator[Piece]:
+        """The pieces of row `number` of the endless sequence."""
+        epoch, place = divmod(number, self.rows_per_epoch)
+        if self.rows_per_epoch > LONGEST_TABLE:
+            row = shuffled(np.array([place]), self.rows_per_epoch, self.seed, epoch, _ROWS)[0]
+        else:
+            row = self._row_order(epoch)[place]
+        return self._row(epoch, int(row))
+
+    @abstractmethod
+    def _row(self, epoch: int, row: int) -> Iterator[Piece]:
+        """The pieces of a row of an epoch, before the rows are put into their order."""
+
+    def _pieces(self, numbers: range) -> Iterator[Iterator[Piece]]:
+        return map(self.row, numbers)
+
+    def _row_order(self, epoch: int) -> I64:
+        return _remember(self._row_orders, epoch, lambda: permutation(self.rows_per_epoch, self.seed, epoch, _ROWS))
+
+
+def row_part(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
+    """Places start … stop - 1 of a row as a row of their own; a piece that a border cuts goes on behind it."""
+    at = 0
+    for ids, weights in pieces:
+        length = len(ids) - 1
+        low, high = max(start - at, 0), min(stop - at, length)
+        if low < high:
+            yield Piece(ids[low : high + 1], None if weights is None else weights[low:high])
+        at += length
+        if at >= stop:
+            return
+
+
+class PackedDataset(EpochRows):
     """Pretraining batches from token shards.
 
     "concat" (as Llama 3 is trained) lays the documents of an epoch end to end and cuts the stream every `seq_len`
@@ -143,11 +193,16 @@ class PackedDataset(RowSource):
         self._packing = packing
         super().__init__(seq_len, batch_size, seed, rows, shards.eos_id)
 
+    @property
+    def last_pairs(self) -> int:
+        rest = self.pairs_per_epoch - (self.rows_per_epoch - 1) * self.seq_len
+        return rest if self._packing == "concat" else self.seq_len
+
     def fingerprint(self) -> str:
         made_of = (self._shards.checksums, self._packing, self.seq_len, self.batch_size, self.seed)
         return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
-    def _pieces(self, epoch: int, row: int) -> Iterator[Piece]:
+    def _row(self, epoch: int, row: int) -> Iterator[Piece]:
         slots = self._slots
         if slots is not None:
             dealt = _remember(self._pieces_of_epoch, epoch, lambda: slots.assign(self.seed, epoch))
@@ -169,10 +224,11 @@ class PackedDataset(RowSource):
         return order, np.concatenate(([0], np.cumsum(self._pairs[order])))
 
     def _slice(self, document: int, start: int, length: int) -> Ids:
-        return self._shards.slice(document, start, start + length + 1)
+        whole = np.asarray(self._shards[document])  # slices of a memmap cost more than what they hold
+        return whole[start : start + length + 1]
 
 
-class PackedExamples(RowSource):
+class PackedExamples(EpochRows):
     """Fine-tuning batches: whole examples in rows by best-fit decreasing. Made by `pack_examples`."""
 
     def __init__(
@@ -197,7 +253,7 @@ class PackedExamples(RowSource):
             state.update(len(ids).to_bytes(8) + np.asarray(ids, np.int64).tobytes() + weights.tobytes())
         return state.hexdigest()
 
-    def _pieces(self, epoch: int, row: int) -> Iterator[Piece]:
+    def _row(self, epoch: int, row: int) -> Iterator[Piece]:
         order = _remember(self._orders, epoch, lambda: self._slots.assign(self.seed, epoch))
         for example, _ in self._slots.row(row, order):
             yield Piece(*self._examples[example])

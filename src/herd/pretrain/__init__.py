@@ -13,7 +13,8 @@ from herd.lazy import lazy_names
 
 if TYPE_CHECKING:
     from herd.pretrain.config import PretrainConfig
-    from herd.pretrain.extension import CARD, CardStage, ExtensionStage, plan_extension
+    from herd.pretrain.extending import extend
+    from herd.pretrain.extension import CARD, CardStage, ExtendConfig, ExtensionStage, plan_extension
     from herd.pretrain.heldout import HeldOut
     from herd.pretrain.stage import run
 
@@ -21,10 +22,21 @@ __getattr__ = lazy_names(
     __name__,
     {
         "config": ("PretrainConfig",),
-        "extension": ("CARD", "CardStage", "ExtensionStage", "plan_extension"),
+        "extending": ("extend",),
+        "extension": ("CARD", "CardStage", "ExtendConfig", "ExtensionStage", "plan_extension"),
         "heldout": ("HeldOut",),
         "stage": ("run",),
     },
 )
 
-__all__ = ["CARD", "CardStage", "ExtensionStage", "HeldOut", "PretrainConfig", "plan_extension", "run"]
+__all__ = [
+    "CARD",
+    "CardStage",
+    "ExtendConfig",
+    "ExtensionStage",
+    "HeldOut",
+    "PretrainConfig",
+    "extend",
+    "plan_extension",
+    "run",
+]

@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from pydantic import Field
+
 from herd.architecture import LlamaConfig, RopeScaling, StretchMethod, law_theta, stretched
+from herd.config import Config
 from herd.errors import UsageError
 
 PlanMethod = Literal["card"] | StretchMethod
@@ -60,6 +63,24 @@ class ExtensionStage:
     tokens: int
     lr: float
     card: str
+
+
+class ExtendConfig(Config):
+    """How the planned stages are trained and judged. What is null is as in the plan."""
+
+    method: PlanMethod = Field(default="law", description="how RoPE is stretched")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the order of the data")
+    steps: int | None = Field(default=None, ge=1, description="optimiser steps of each stage")
+    batch_size: int | None = Field(default=None, ge=1, description="rows of a step")
+    lr: float | None = Field(default=None, gt=0, le=1, description="learning rate")
+    warmup: float = Field(default=0.1, ge=0, description="linear warm-up, then constant; below 1: a share of the steps")
+    related: bool = Field(default=True, description="join related documents to ones as long as the context")
+    tolerance: float = Field(
+        default=0.02, ge=0, le=1, description="bits per byte of short text may rise by this share; more ends it"
+    )
+    needles: float = Field(default=1.0, ge=0, le=1, description="share of the needles to find at the new length")
+    probe_tokens: int = Field(default=65_536, ge=1, description="about so many held-out tokens judge short text")
+    save_dtype: Literal["f32", "bf16"] = Field(default="f32", description="number format of the checkpoints")
 
 
 def plan_extension(config: LlamaConfig, to: int, method: PlanMethod = "law") -> list[ExtensionStage]:

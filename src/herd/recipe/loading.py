@@ -6,6 +6,14 @@
       corpus: {sources: [python-stdlib]}
       tokenizer: {vocab_size: 4096}
 
+A recipe for a family has `sizes`, name → what is otherwise in some stages; `size=NAME` chooses one, the first by
+default, and the recipe is then called NAME of the family-NAME of the size:
+
+    name: llama1
+    sizes:
+      7b: {base: {model: {release: llama1-7b}}}
+      65b: {base: {model: {release: llama1-65b}, train: {lr: 1.5e-4}}}
+
 Values of a stage are checked later, by that stage's own config class; this file knows the outer shape only.
 """
 
@@ -22,15 +30,19 @@ from typing import Any
 
 import yaml
 
+from herd.corpus import STDLIB
 from herd.errors import FileFormatError, UsageError, near
+from herd.recipe.shrink import shrunk
 
-_TOP_LEVEL = ("description", "name", "seed", "stages")
+_PLAIN = ("description", "name", "seed")
+_TOP_LEVEL = (*_PLAIN, "sizes", "stages")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a user asked for: stage name → plain values, in the order they run. `source` is named in errors."""
+    """What a user asked for: stage name → plain values, in the order they run. `source` is named in errors, `options`
+    are those of the command line that decided on the content."""
 
     name: str
     stages: Mapping[str, Mapping[str, Any]]
@@ -38,20 +50,25 @@ class Recipe:
     description: str = ""
     source: str = "recipe"
     overrides: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
         """The command line that runs this recipe with these overrides."""
-        return shlex.join(["herd", "run", self.source, *self.overrides])
+        return shlex.join(["herd", "run", self.source, *self.overrides, *self.options])
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, shrink: bool = False, text: str = STDLIB, ranks: int = 1
+) -> Recipe:
     """Read a recipe and apply `stage.field=value` overrides, whose values are YAML (`3e-4`, `true`, `[a, b]`).
 
-    `path` is a file, or the name of one in ./recipes. A stage whose value is `false` is left out. Raises UsageError
-    for unknown names and FileFormatError for broken YAML.
+    `path` is a file, or the name of one in ./recipes, with `-SIZE` behind it maybe. `size=NAME` among the overrides
+    chooses one of the recipe's sizes. A stage whose value is `false` is left out. With `shrink` the overrides change
+    what `herd.recipe.shrink` made of it, on `text` and for so many `ranks`. Raises UsageError for unknown names and
+    FileFormatError for broken YAML.
     """
-    file = find_recipe(path)
+    file, size = _find(path)
     data = _read_yaml(file)
     if not isinstance(data, dict):
         raise FileFormatError("a recipe is a mapping with the keys name, seed and stages", file=file)
@@ -59,20 +76,38 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if key not in _TOP_LEVEL:
             raise UsageError(f"{file}: there is no key {key!r} at the top", allowed=near(str(key), _TOP_LEVEL))
     data["stages"] = _stage_mapping(data.get("stages"), file)
+    if size is not None:
+        overrides = (f"size={size}", *overrides)
+    chosen = [override.partition("=")[2] for override in overrides if override.startswith("size=")]
+    _choose_size(data, file, chosen[-1] if chosen else None)
+    options: tuple[str, ...] = ()
+    if shrink:
+        _checked(data, file, (), ())
+        data = shrunk(data, str(file), text=text, ranks=ranks)
+        options = ("--shrink", *(() if text == STDLIB else ("--text", text)))
     for override in overrides:
-        _apply(data, override)
-    return _checked(data, file, tuple(overrides))
+        if not override.startswith("size="):
+            _apply(data, override)
+    return _checked(data, file, tuple(overrides), options)
 
 
 def find_recipe(path: str | Path) -> Path:
     """The recipe file a user means: a path, or a bare name such as `pocket` for recipes/pocket.yaml."""
+    return _find(path)[0]
+
+
+def _find(path: str | Path) -> tuple[Path, str | None]:
+    """The file, and the size that a bare name such as llama1-65b has."""
     file = Path(path)
     if file.is_file():
-        return file
+        return file, None
     folder = Path("recipes")
     known = sorted(entry.stem for entry in folder.glob("*.yaml")) if folder.is_dir() else []
-    if str(path) in known:
-        return folder / f"{path}.yaml"
+    for stem in sorted(known, key=len, reverse=True):
+        if str(path) == stem:
+            return folder / f"{stem}.yaml", None
+        if str(path).startswith(f"{stem}-"):
+            return folder / f"{stem}.yaml", str(path).removeprefix(f"{stem}-")
     close = difflib.get_close_matches(file.stem, known, n=3)
     raise UsageError(
         "there is no such recipe file",
@@ -80,6 +115,37 @@ def find_recipe(path: str | Path) -> Path:
         allowed=", ".join(f"recipes/{name}.yaml" for name in close or known) or "a path of a .yaml file",
         fix=f"herd run recipes/{(close or known)[0]}.yaml" if known else None,
     )
+
+
+def _choose_size(data: dict[str, Any], file: Path, size: str | None) -> None:
+    """Put what one of the recipe's sizes has otherwise into its stages, and the size into its name."""
+    sizes = data.pop("sizes", None) or {}
+    if not isinstance(sizes, dict):
+        raise FileFormatError("sizes are a mapping from a name to stages", file=file, field="sizes", value=sizes)
+    if not sizes:
+        if size is not None:
+            raise UsageError(f"{file}: this recipe has one size only", value=size)
+        return
+    named = {str(name): values for name, values in sizes.items()}
+    size = next(iter(named)) if size is None else size
+    if size not in named:
+        raise UsageError(f"{file}: there is no such size", value=size, allowed=", ".join(named))
+    for stage in named[size] or {}:
+        if stage not in data["stages"]:
+            raise UsageError(
+                f"{file}: size {size} names a stage that this recipe does not have",
+                value=stage,
+                allowed=near(str(stage), data["stages"]),
+            )
+    data["name"] = f"{data.get('name', file.stem)}-{size}"
+    data["stages"] = _merged(data["stages"], named[size] or {})
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings one into the other, all the way down; any other value of `above` as it is."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{name: _merged(below.get(name), value) for name, value in above.items()}}
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,7 +228,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         value = _parse_yaml(text)
     except yaml.YAMLError:
         raise UsageError(f"the value of {dotted!r} is not valid YAML", value=text, fix=f"{dotted}='...'") from None
-    if path[0] in _TOP_LEVEL[:3] and len(path) == 1:
+    if path[0] in _PLAIN and len(path) == 1:
         data[path[0]] = value
         return
     if path[0] not in data["stages"]:
@@ -183,7 +249,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     target[path[-1]] = value
 
 
-def _checked(data: dict[str, Any], file: Path, overrides: tuple[str, ...]) -> Recipe:
+def _checked(data: dict[str, Any], file: Path, overrides: tuple[str, ...], options: tuple[str, ...]) -> Recipe:
     name, seed, description = data.get("name", file.stem), data.get("seed", 0), data.get("description") or ""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"{file}: name", value=name, allowed="1 to 64 letters, digits and . _ - (it names a folder)")
@@ -199,5 +265,11 @@ def _checked(data: dict[str, Any], file: Path, overrides: tuple[str, ...]) -> Re
             raise UsageError(f"{file}: stage {stage!r}", value=values, allowed="a mapping of its fields, or false")
         stages[stage] = copy.deepcopy(values or {})
     return Recipe(
-        name=name, stages=stages, seed=seed, description=description.strip(), source=str(file), overrides=overrides
+        name=name,
+        stages=stages,
+        seed=seed,
+        description=description.strip(),
+        source=str(file),
+        overrides=overrides,
+        options=options,
     )

@@ -9,14 +9,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from herd import evaluate, pretrain, tokenizer
 from herd.align import sft
 from herd.config import Config
 from herd.corpus import STDLIB, CorpusConfig, check_sources, curate, read_documents
 from herd.files import read_json
-from herd.pretrain import PretrainConfig
+from herd.pretrain import PretrainConfig, distil
+from herd.pretrain.adapting import AdaptConfig, adapt
+from herd.recipe.earlier import earlier, fingerprint
 from herd.recipe.hashing import fingerprint_paths
 from herd.recipe.quantise import QuantiseConfig, quantise
 from herd.recipe.report import ReportConfig, RunData, write_report
@@ -24,6 +26,9 @@ from herd.recipe.shape import ModelShape
 from herd.recipe.stage import Stage, StageContext
 from herd.recipe.tokenise import TokenizerConfig, train_tokenizer
 from herd.recipe.units import count, size
+from herd.train.distillation import DistilConfig
+from herd.train.trainer import pick_device
+from herd.train.world import current_world
 
 Inputs = Mapping[str, Path]
 
@@ -32,16 +37,59 @@ class BaseConfig(PretrainConfig):
     """Pretraining, and the shape of the model to train."""
 
     model: ModelShape = Field(default_factory=ModelShape, description="the model's shape")
+    adapt: AdaptConfig | None = Field(
+        default=None,
+        description="make init_from's checkpoint fit: prune it to the model's shape, add rows for new tokens:"
+        " {calibration_rows, calibration_tokens}; null: it must fit",
+    )
+    distil: DistilConfig | None = Field(
+        default=None, description="train on what teachers predict as well: {teachers, weight}; null: on the text alone"
+    )
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> BaseConfig:
+        if self.adapt is not None and self.init_from is None:
+            raise ValueError("adapt is of the checkpoint that init_from names, and there is none")
+        return self
+
+    @property
+    def earlier(self) -> list[str]:
+        """Names of the checkpoints that it reads."""
+        return [*([self.init_from] if self.init_from else []), *(self.distil.teachers if self.distil else [])]
 
 
 def stage_table() -> list[Stage]:
     """All known stages."""
     return [
         Stage("corpus", CorpusConfig, _corpus, fingerprint=_sources, check=_sources_exist),
-        Stage("tokenizer", TokenizerConfig, _tokenizer, inputs=("corpus",)),
-        Stage("base", BaseConfig, _base, inputs=("corpus", "tokenizer"), version=2, resumes=True, check=_rows_fit),
         Stage(
-            "sft", sft.SftConfig, _sft, inputs=("corpus", "tokenizer", "base"), version=2, resumes=True, check=_rows_fit
+            "tokenizer",
+            TokenizerConfig,
+            _tokenizer,
+            inputs=("corpus",),
+            fingerprint=lambda config: fingerprint([config.file]),
+            check=_vocabulary_exists,
+        ),
+        Stage(
+            "base",
+            BaseConfig,
+            _base,
+            inputs=("corpus", "tokenizer"),
+            version=2,
+            resumes=True,
+            ranks=True,
+            fingerprint=lambda config: fingerprint(config.earlier),
+            check=_base_fits,
+        ),
+        Stage(
+            "sft",
+            sft.SftConfig,
+            _sft,
+            inputs=("corpus", "tokenizer", "base"),
+            version=2,
+            resumes=True,
+            ranks=True,
+            check=_rows_fit,
         ),
         Stage(
             "evaluate",
@@ -69,9 +117,21 @@ def _sources_exist(config: CorpusConfig, configs: Mapping[str, Config]) -> None:
     check_sources(config.sources)
 
 
-def _rows_fit(config: BaseConfig | sft.SftConfig, configs: Mapping[str, Config]) -> None:
-    """Rows are at most as long as the context of the base model, which this stage makes or reads."""
-    base = config if isinstance(config, BaseConfig) else configs["base"]
+def _vocabulary_exists(config: TokenizerConfig, configs: Mapping[str, Config]) -> None:
+    if config.file is not None:
+        earlier(config.file)
+
+
+def _base_fits(config: BaseConfig, configs: Mapping[str, Config]) -> None:
+    """What it begins with is there, and the longest rows are no longer than the context."""
+    for name in config.earlier:
+        earlier(name)
+    config.train.model_copy(update={"seq_len": config.longest_row}).check_context(config.model.context_length)
+
+
+def _rows_fit(config: sft.SftConfig, configs: Mapping[str, Config]) -> None:
+    """Rows are at most as long as the context of the base model."""
+    base = configs["base"]
     assert isinstance(base, BaseConfig)
     config.train.check_context(base.model.context_length)
 
@@ -88,8 +148,16 @@ def _tokenizer(config: TokenizerConfig, inputs: Inputs, out: Path, context: Stag
 
 
 def _base(config: BaseConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
-    words = tokenizer.load(inputs["tokenizer"])
-    pretrain.run(config, config.model.to_llama(words.vocab_size), inputs["corpus"], words, out)
+    words, corpus = tokenizer.load(inputs["tokenizer"]), inputs["corpus"]
+    shape = config.model.to_llama(words.vocab_size)
+    if config.adapt is not None and config.init_from is not None:
+        world = current_world(config.train.parallel, pick_device(config.train).type)
+        begin = adapt(config.adapt, config.init_from, shape, corpus, words, out / "adapted", config.seed, world)
+        config = config.model_copy(update={"init_from": str(begin)})
+    if config.distil is not None:
+        distil.run(config, config.distil, shape, corpus, words, out)
+    else:
+        pretrain.run(config, shape, corpus, words, out)
     return _trained(out)
 
 

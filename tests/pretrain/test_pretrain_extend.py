@@ -1,0 +1,212 @@
+"""An extension that is trained: shapes, texts and criteria of each stage, and where it stops."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from herd import checkpoint, tokenizer
+from herd import model as models
+from herd.architecture import LlamaConfig, law_theta
+from herd.cli import main
+from herd.corpus import Document, TokenShards, read_documents
+from herd.corpus.document import write_documents
+from herd.errors import UsageError
+from herd.pretrain import ExtendConfig, PretrainConfig, extend, run
+
+
+def _text(n: int) -> str:
+    """Text that gets shorter rows to say what longer ones need: names come back later."""
+    return "\n".join(f"def add_{n}_{i}(a):\n    return a + {i}\n" for i in range(3))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_documents(folder / "train.jsonl", [Document(_text(n), f"lib{n % 5}/{n}.py") for n in range(120)])
+    write_documents(folder / "heldout.jsonl", [Document(_text(n), f"heldout/{n}") for n in range(200, 220)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(corpus: Path) -> tokenizer.Tokenizer:
+    return tokenizer.train([document.text for document in read_documents(corpus / "train.jsonl")], 300, n_specials=16)
+
+
+@pytest.fixture(scope="module")
+def short(corpus: Path, words: tokenizer.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A little model that has learnt rows of 32 tokens."""
+    out = tmp_path_factory.mktemp("short")
+    shape = LlamaConfig(
+        dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64, vocab_size=words.vocab_size,
+        context_length=32, rope_theta=1e4,
+    )  # fmt: skip
+    train = {"steps": 40, "seq_len": 32, "batch_size": 16, "lr": 0.01, "compile": "off", "checkpoint_seconds": 0}
+    run(PretrainConfig.model_validate({"evaluations": 0, "train": train}), shape, corpus, words, out)
+    return out / "checkpoint"
+
+
+FAST: dict[str, Any] = {"steps": 3, "batch_size": 4, "lr": 1e-4}
+
+
+def _needles(shares: dict[int, float], asked: list[int]) -> Any:
+    def needles(path: Path, context: int, place: Path) -> float:
+        with checkpoint.open_checkpoint(path) as opened:
+            assert opened.config.context_length == context
+        asked.append(context)
+        return shares[context]
+
+    return needles
+
+
+@pytest.fixture(scope="module")
+def extended(
+    short: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], list[int]]:
+    """To 1,024 tokens, where 256 come first; all criteria are met."""
+    out, asked = tmp_path_factory.mktemp("extended"), list[int]()
+    config = ExtendConfig(**FAST, tolerance=0.5)
+    state = extend(short, 1024, corpus, out, config, _needles({256: 1.0, 1024: 1.0}, asked))
+    return out, state, asked
+
+
+def _bits(path: Path, shards: TokenShards, context: int) -> float:
+    """Bits per byte by hand: one document at a time, windows that overlap by half."""
+    llama = models.load(path, dtype=torch.float32)
+    nats = 0.0
+    for document in shards:
+        ids = torch.from_numpy(document.astype("int64"))
+        scored = start = 0
+        while scored < len(ids) - 1:
+            end = min(start + context, len(ids) - 1)
+            with torch.no_grad():
+                logits = llama(ids[None, start:end])[0]
+            losses = functional.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none")
+            nats += losses[scored - start :].sum().item()
+            scored, start = end, start + context // 2
+    return nats / math.log(2) / int(shards.text_bytes.sum())
+
+
+def test_stages_follow_each_other_with_their_own_shape(
+    extended: tuple[Path, dict[str, Any], list[int]], short: Path
+) -> None:
+    out, state, asked = extended
+    assert asked == [256, 1024] and state["stopped"] is None
+    assert state["model"] == str(out / "stage-1024" / "checkpoint")
+    for context in asked:
+        with checkpoint.open_checkpoint(out / f"stage-{context}" / "checkpoint") as opened:
+            assert opened.config.context_length == context
+            assert opened.config.rope_theta == pytest.approx(law_theta(1e4, 32, context), rel=5e-4)
+    # The second begins with the first's weights: three steps of at most 1e-4 each away.
+    with (
+        checkpoint.open_checkpoint(out / "stage-256" / "checkpoint") as one,
+        checkpoint.open_checkpoint(out / "stage-1024" / "checkpoint") as other,
+        checkpoint.open_checkpoint(short) as first,
+    ):
+        for a, b in ((first, one), (one, other)):
+            assert 1e-6 < max(abs(a[name] - b[name]).max() for name in a) < 4e-4
+    result = json.loads((out / "stage-256" / "result.json").read_text())
+    assert result["steps"] == 3 and result["tokens"] == 3 * 4 * 256
+
+
+def test_rows_are_filled_by_joined_documents(extended: tuple[Path, dict[str, Any], list[int]], corpus: Path) -> None:
+    out = extended[0]
+    for context in (256, 1024):
+        joined = list(read_documents(out / f"stage-{context}" / "corpus" / "train.jsonl"))
+        urls = [url for document in joined for url in document.meta.get("parts", [document.url])]
+        assert sorted(urls) == sorted(document.url for document in read_documents(corpus / "train.jsonl"))
+        lengths = TokenShards(out / f"stage-{context}" / "tokens" / "train").lengths
+        long = lengths[lengths > context]
+        assert long.sum() > 0.8 * lengths.sum(), "most text is in documents that fill a row"
+
+
+def test_short_text_is_measured_in_short_windows(extended: tuple[Path, dict[str, Any], list[int]], short: Path) -> None:
+    out, state, _ = extended
+    probe = TokenShards(out / "tokens" / "probe")
+    assert state["short_before"] == pytest.approx(_bits(short, probe, 32), rel=1e-4)
+    for stage in state["stages"]:
+        path = out / f"stage-{stage['plan']['context']}" / "checkpoint"
+        assert stage["short"] == pytest.approx(_bits(path, probe, 32), rel=1e-4)
+        assert [one["name"] for one in stage["criteria"]] == ["bits per byte of short text", "needles found"]
+        assert stage["criteria"][0]["wanted"] == pytest.approx(1.5 * state["short_before"])
+
+
+def test_called_again_it_only_judges(
+    extended: tuple[Path, dict[str, Any], list[int]], short: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, state, _ = extended
+    monkeypatch.setattr("herd.pretrain.extending.run", lambda *_: pytest.fail("trained again"))
+    config = ExtendConfig(**FAST, tolerance=0.5)
+    never = _needles({}, [])
+    again = extend(short, 1024, corpus, out, config, never)
+    assert again == state
+    # Judged otherwise, the same stages end elsewhere.
+    strict = extend(short, 1024, corpus, out, config.model_copy(update={"tolerance": 0.0}), never)
+    first = state["stages"][0]["short"]
+    assert (strict["stopped"] is None) == (first <= state["short_before"] >= state["stages"][1]["short"])
+    with pytest.raises(UsageError, match="was begun with steps=3; got steps=4"):
+        extend(short, 1024, corpus, out, config.model_copy(update={"steps": 4}), never)
+    with pytest.raises(UsageError, match="was begun with to=1024; got to=512"):
+        extend(short, 512, corpus, out, config, never)
+    extend(short, 1024, corpus, out, config, never)
+
+
+def test_it_stops_where_needles_are_lost(
+    short: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+    config = ExtendConfig(**FAST, tolerance=1.0, needles=0.9)
+    state = extend(short, 1024, corpus, tmp_path, config, _needles({256: 0.8, 1024: 1.0}, asked))
+    assert asked == [256] and not (tmp_path / "stage-1024").exists()
+    assert state["stopped"] == "at 256 tokens: needles found 0.8, at least 0.9 wanted"
+    assert state["model"] == str(short)
+    assert "the extension stops at 256 tokens" in capsys.readouterr().err
+    assert json.loads((tmp_path / "extension.json").read_text()) == state
+
+
+def test_it_stops_where_short_text_is_lost(short: Path, corpus: Path, tmp_path: Path) -> None:
+    """At a rate that destroys the model."""
+    config = ExtendConfig(steps=3, batch_size=4, lr=0.5, warmup=0)
+    state = extend(short, 256, corpus, tmp_path, config)
+    assert state["stopped"].startswith("at 256 tokens: bits per byte of short text")
+    assert state["stages"][0]["short"] > 1.02 * state["short_before"]
+
+
+def test_what_cannot_be_extended(short: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    write_documents(alone / "train.jsonl", [Document(_text(1), "a")])
+    with pytest.raises(UsageError, match="no held-out text"):
+        extend(short, 256, alone, tmp_path / "out", ExtendConfig())
+    with pytest.raises(UsageError, match="more than 32"):
+        extend(short, 32, alone, tmp_path / "out", ExtendConfig())
+
+
+def _herd(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    return int(left.value.code or 0)
+
+
+def test_the_verb(short: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way, the native engine's needle grid included; a model that has learnt nothing finds none."""
+    pytest.importorskip("herd._native")
+    out = str(tmp_path / "out")
+    options = ["--corpus", str(corpus), "--out", out, "--steps", "2", "--batch-size", "2", "--tolerance", "1"]
+    options += ["--depths", "2", "--samples", "1", "--haystack", str(corpus / "train.jsonl")]
+    assert _herd("extend", str(short), "--to", "256", *options, "--json") == 0
+    state = json.loads(capsys.readouterr().out)
+    assert state["stages"][0]["needles"] == 0 and "needles found 0, at least 1 wanted" in state["stopped"]
+    grid = json.loads((tmp_path / "out" / "stage-256" / "needle" / "needle.json").read_text())
+    assert grid["config"]["lengths"] == [256] and grid["overall"]["n"] == 2
+    assert _herd("extend", str(short), "--to", "256", *options, "--needles", "0") == 0
+    assert "reached 256 tokens" in capsys.readouterr().out
+    assert _herd("extend", str(short), "--to", "256") == 2
+    assert "--corpus" in capsys.readouterr().err
+    assert _herd("extend", str(short), "--to", "256", "--tolerance", "2", *options[:4]) == 2
+    assert "tolerance" in capsys.readouterr().err
