@@ -105,7 +105,7 @@ def command(
 
     def started(url: str) -> None:
         data: dict[str, Any] = {"url": url, "models": list(paths), "key": keys.needed}
-        emit(data, as_json, lambda: speak(f"{url}  serves {', '.join(paths)}; Ctrl-C stops\n"))
+        emit(data, as_json, lambda: speak(f"{url}  will serve {', '.join(paths)} once loaded (/ready); Ctrl-C stops\n"))
         sys.stdout.flush()
 
     if replicas == 1:

@@ -183,7 +183,12 @@ class Registry:
     async def _make_room(self, size: int) -> None:
         limit = self._config.memory
         if limit is not None and size > limit:
-            raise ResourceError("the model is larger than the memory that models may take", value=size)
+            raise ResourceError(
+                "the model is larger than the memory that models may take",
+                value=f"{size:,} bytes",
+                allowed=f"up to {limit:,} bytes",
+                fix="raise --memory",
+            )
         while limit is not None and sum(model.bytes for model in self.loaded) + size > limit:
             if not await self._unload_in_time():
                 message = "other models are in use, and there is no memory for one more"

@@ -33,11 +33,12 @@ def differences(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, tuple[float, float]]:
     """Worst (loss, gradient) differences from one process by number of the case: all cases of this session."""
-    wanted = {
-        item.callspec.params["number"]
+    runs = [
+        item
         for item in request.session.items
-        if "differences" in item.fixturenames and hasattr(item, "callspec")
-    }
+        if isinstance(item, pytest.Function) and not item.get_closest_marker("skip")
+    ]
+    wanted = {item.callspec.params["number"] for item in runs if item.function is test_many_ranks_equal_one}
     found = {}
     for ranks in RANKS:
         numbers = [number for number in sorted(wanted) if CASES[number].ranks == ranks]

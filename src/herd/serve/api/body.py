@@ -154,13 +154,12 @@ def parse_body(data: Mapping[str, Any], kind: type[B], where: str = "") -> B:
     try:
         return kind.model_validate({name: value for name, value in data.items() if name not in kind.UNSUPPORTED})
     except pydantic.ValidationError as error:
-        raise _first_of(error, kind, where) from None
+        raise _first_of(error, data, kind, where) from None
 
 
-def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> ApiError:
-    first = error.errors(include_url=False)[0]
-    # Of a union all members complain, each under a name of its own in the path, which is none of the request's.
-    path = [part for part in first["loc"] if not isinstance(part, str) or (part.isidentifier() and part != "str")]
+def _first_of(error: pydantic.ValidationError, data: Any, kind: type[Body], where: str) -> ApiError:
+    first = _told(error.errors(include_url=False))
+    path = _path(first["loc"], data)
     unknown, not_there = first["type"] == _UNKNOWN, first["type"] == NOT_THERE
     path += [first["ctx"]["name"]] if unknown else [first["ctx"]["place"]] if not_there else []
     param = (where + ".".join(str(part) for part in path))[:200]
@@ -175,3 +174,29 @@ def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> 
     given = first["input"]
     got = f"; got {given!r}" if isinstance(given, int | float) else ""
     return ApiError(400, f"{param}: {message}{got[:60]}", param=param, code="invalid_value")
+
+
+def _told(errors: list[Any]) -> Any:
+    """Of all errors about the first field at fault, the one to tell. Of a union all members complain: told is the one
+    whose type the value has, or else the one that got furthest."""
+    field = errors[0]["loc"][:1]
+
+    def order(error: Any) -> tuple[bool, int, int]:
+        places = [part for part in error["loc"] if isinstance(part, int)]
+        return not error["type"].endswith("_type"), len(error["loc"]), places[-1] if places else 0
+
+    return max((error for error in errors if error["loc"][:1] == field), key=order)
+
+
+def _path(loc: tuple[int | str, ...], data: Any) -> list[int | str]:
+    """Where in the request an error is: pydantic's path without the names it has for members of unions."""
+    path: list[int | str] = []
+    for i, part in enumerate(loc):
+        if isinstance(part, int):
+            data = data[part] if isinstance(data, list) and part < len(data) else None
+        elif isinstance(data, dict) and part in data:
+            data = data[part]
+        elif not (isinstance(data, dict) and i + 1 == len(loc)):
+            continue
+        path.append(part)
+    return path

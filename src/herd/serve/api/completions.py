@@ -45,6 +45,8 @@ async def completions(request: Request) -> Response:
     call, body = await begin(request, lambda config: read_body(request, config, CompletionRequest), "prompt")
     if body.max_tokens == 0 and not (body.echo and body.logprobs is not None):
         raise bad("max_tokens", "0 is for scoring a prompt, with echo and logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise bad("stream_options", "needs stream to be true")
     if body.stream and body.echo:
         raise bad("echo", "is not there for streams")
     count, room = len(each_of(body.prompt)), max(1, call.config.max_queue)

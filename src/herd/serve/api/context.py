@@ -128,6 +128,10 @@ class Call:
         """
         if n is not None and n > self.config.max_n:
             raise bad("n", f"{n} is more than the {self.config.max_n} answers that a request may have")
+        size = self.model.llm.config.vocab_size
+        for field, ids in (("logit_bias", sampling.logit_bias or ()), ("stop_token_ids", sampling.stop_token_ids)):
+            if (most := max(ids, default=0)) >= size:
+                raise bad(field, f"token {most} is none of the model's {size}")
         try:
             self.model.llm.max_tokens(prompt, replace(sampling, grammar=None))
         except ContextLengthExceeded as error:
@@ -261,6 +265,8 @@ async def begin(
     config: ServeConfig = request.app.state.config
     client: Client = request.scope["state"]["client"]
     arrived = asyncio.get_running_loop().time()
+    if unread := [name for name in request.query_params if name != "beta"]:  # Anthropic's client says ?beta=true
+        raise bad(unread[0][:100], "this path takes no query", code="unknown_parameter")
     admit(client)
     try:
         body = await read(config)

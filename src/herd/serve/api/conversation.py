@@ -92,9 +92,19 @@ class ChatMessage(Body):
             raise bad(f"{where}.tool_calls", "only the assistant calls tools")
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         message: Message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        for i, call in enumerate(self.tool_calls or ()):
+            if not _is_object(call.function.arguments):
+                raise bad(f"{where}.tool_calls.{i}.function.arguments", "is no JSON object")
         if self.tool_calls:
             message["tool_calls"] = [{"function": call.function.model_dump()} for call in self.tool_calls]
         return message
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except orjson.JSONDecodeError:
+        return False
 
 
 def characters_of(messages: list[Message], tools: list[dict[str, Any]] | None) -> int:

@@ -117,6 +117,8 @@ class CountRequest(Body):
                 raise bad("tool_choice.name", "is needed for a tool")
             wanted = NamedTool(type="function", function=NamedFunction(name=choice.name))
         elif choice is not None:
+            if choice.name is not None:
+                raise bad("tool_choice.name", f"is for a tool, and the type is {choice.type}")
             wanted = names[choice.type]
         single = None if choice is None else choice.disable_parallel_tool_use
         return plan_tools(self.functions, wanted, None if single is None else not single, "input_schema")
@@ -138,8 +140,9 @@ class CountRequest(Body):
         found: list[Message] = []
         if self.system:
             found.append({"role": "system", "content": _text(self.system)})
+        called: set[str] = set()
         for i, turn in enumerate(self.messages):
-            found += _turn(f"messages.{i}", turn)
+            found += _turn(f"messages.{i}", turn, called)
         return found
 
 
@@ -209,7 +212,8 @@ def _text(content: str | list[TextBlock]) -> str:
     return content if isinstance(content, str) else "".join(block.text for block in content)
 
 
-def _turn(where: str, turn: Turn) -> list[Message]:
+def _turn(where: str, turn: Turn, called: set[str]) -> list[Message]:
+    """The messages of a turn; `called` has the calls before it, and gets its own."""
     if isinstance(turn.content, str):
         return [{"role": turn.role, "content": turn.content}]
     text, calls, results = "", [], []
@@ -219,10 +223,13 @@ def _turn(where: str, turn: Turn) -> list[Message]:
         elif isinstance(block, ToolUseBlock):
             if turn.role != "assistant":
                 raise bad(f"{where}.content.{i}", "only the assistant calls tools")
+            called.add(block.id)
             calls.append({"function": {"name": block.name, "arguments": block.input}})
         else:
             if turn.role != "user":
                 raise bad(f"{where}.content.{i}", "results of tools come from the user")
+            if block.tool_use_id not in called:
+                raise bad(f"{where}.content.{i}.tool_use_id", "is of no call before it")
             results.append(Message(role="tool", content=_text(block.content)))
     if calls:
         return [{"role": "assistant", "content": text, "tool_calls": calls}]

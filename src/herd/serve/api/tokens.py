@@ -95,6 +95,9 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     call, body = await begin(request, lambda config: read_body(request, config, DetokenizeRequest))
+    size = call.model.llm.config.vocab_size
+    if (most := max(body.tokens, default=0)) >= size:
+        raise bad("tokens", f"token {most} is none of the model's {size}")
     return await json_response(call, call.text_work(lambda: {"content": call.tokenizer.decode(body.tokens)}))
 
 

@@ -95,9 +95,10 @@ def plan_tools(
     must be a call is one, and another one may be several.
     """
     by_name: dict[str, FunctionTool] = {}
+    named_in = "function.name" if schemas_in.startswith("function.") else "name"
     for i, tool in enumerate(tools or ()):
         if tool.function.name in by_name:
-            raise bad(f"tools.{i}.function.name", f"{tool.function.name!r} is there twice")
+            raise bad(f"tools.{i}.{named_in}", f"{tool.function.name!r} is there twice")
         by_name[tool.function.name] = tool.function
     if not by_name:
         if choice not in (None, "none", "auto"):
@@ -106,7 +107,7 @@ def plan_tools(
     if choice == "none":
         return Plan(described=False)
     if isinstance(choice, NamedTool) and choice.function.name not in by_name:
-        raise bad("tool_choice.function.name", f"{choice.function.name!r} is not among the tools")
+        raise bad(f"tool_choice.{named_in}", f"{choice.function.name!r} is not among the tools")
     names = frozenset({choice.function.name} if isinstance(choice, NamedTool) else by_name)
     free = choice in (None, "auto")
     if free and not any(function.strict for function in by_name.values()):
