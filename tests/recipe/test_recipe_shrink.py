@@ -15,7 +15,7 @@ import yaml
 
 from herd.architecture import LlamaConfig, parameter_count, releases
 from herd.cli import main
-from herd.errors import UsageError
+from herd.errors import FileFormatError, UsageError
 from herd.pretrain.config import PretrainConfig
 from herd.pretrain.rows import stretches
 from herd.recipe import load_recipe
@@ -159,6 +159,20 @@ def test_a_small_model_with_short_rows_stays() -> None:
     assert (base["train"]["seq_len"], base["train"]["batch_size"]) == (128, 2)
 
 
+def test_figures_are_lowered_and_never_raised() -> None:
+    data = copy.deepcopy(RAMP)
+    data["stages"]["base"] |= {"evaluations": 0, "probe_tokens": 99}
+    data["stages"] |= {"evaluate": {"exercises": 5, "heldout_bytes": None}, "sft": {"max_turns": 9}}
+    found = shrunk(data, "x.yaml")["stages"]
+    assert (found["base"]["evaluations"], found["base"]["probe_tokens"]) == (0, 99)
+    assert (found["evaluate"]["exercises"], found["evaluate"]["heldout_bytes"], found["evaluate"]["shots"]) == (
+        5,
+        5000,
+        1,
+    )
+    assert found["sft"]["max_turns"] == 1 and found["sft"]["epochs"] is None and found["sft"]["train"]["seq_len"] <= 512
+
+
 def test_every_source_has_a_part_of_the_text_and_no_document_two() -> None:
     data = copy.deepcopy(RAMP)
     data["stages"]["base"]["sources"] = {f"s{i}": {"weight": i + 1, "shards": ["x"]} for i in range(7)}
@@ -261,6 +275,10 @@ def test_sizes_are_chosen_by_name_and_by_override(tmp_path: Path, monkeypatch: p
     (tmp_path / "recipes" / "fam.yaml").write_text(yaml.safe_dump(text))
     with pytest.raises(UsageError, match="size d names a stage that this recipe does not have; got three"):
         load_recipe("fam-d")
+    for sizes, words in (("[a]", "sizes are a mapping"), ("{a: [one]}", "a size is a mapping of stages")):
+        (tmp_path / "recipes" / "bad.yaml").write_text(f"sizes: {sizes}\nstages: {{one: {{}}}}")
+        with pytest.raises(FileFormatError, match=words):
+            load_recipe("bad")
     (tmp_path / "recipes" / "one.yaml").write_text("stages: {one: {}}")
     with pytest.raises(UsageError, match="one size only"):
         load_recipe("one-b")

@@ -26,12 +26,13 @@ from tests.recipe.published import NAMES, recipes_at
 
 QUICK = ("llama1-7b", "llama3.1-405b", "llama4-maverick")
 """Seven sources; rows and steps that grow; mixtures of experts with NoPE layers and chunks."""
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES if name != "pocket"]
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a user has it, with some 300 kB of text: modules of the standard library of all letters."""
+    """A folder as a user has it, with some 300 kB of text: modules of the standard library of all letters, and the
+    beginnings of others, short enough to be infilled."""
     folder = recipes_at(tmp_path_factory.mktemp("project"))
     (folder / "text").mkdir()
     taken: dict[str, int] = {}
@@ -40,6 +41,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if small and taken.get(file.name[0], 0) < 3:
             taken[file.name[0]] = taken.get(file.name[0], 0) + 1
             shutil.copy(file, folder / "text")
+        else:
+            (folder / "text" / f"{file.stem}_begins.py").write_bytes(file.read_bytes()[:400])
     return folder
 
 
@@ -81,18 +84,22 @@ def test_a_small_copy_runs_to_its_end(name: str, run_small: Any) -> None:
     assert happened == [(size.seq_len, size.batch_size) for size in (config.train, *config.phases)]
     _sources_have_their_shares(config, result)
     rates = [row["lr"] for row in rows if "loss" in row]
-    assert (rates[-1] == 0) is bool(config.train.anneal) and max(rates) == pytest.approx(config.train.lr, rel=1e-6)
+    assert (rates[-1] == 0) is bool(config.train.anneal or not config.train.final_lr_ratio)
+    assert max(rates) == pytest.approx(config.train.lr, rel=1e-6)
     found = model.load(base / "checkpoint")
     words = tokenizer.load(base / "checkpoint")
     assert found.config == ModelShape(**stages["base"]["model"]).to_llama(words.vocab_size)
     assert all(parameter.isfinite().all() for parameter in found.parameters())
     for source, entry in config.sources.items():
         shards = TokenShards(base / "tokens" / f"train-{source}")
-        marked = sum(bool((document == words.specials.get("▁<PRE>", -1)).any()) for document in shards)
+        mark, most = words.specials.get("▁<PRE>", -1), config.longest_row + 1
+        marked = [bool((document == mark).any()) for document in shards]
+        short = [length <= most for length in shards.lengths.tolist()]
+        assert not any(m for m, fits in zip(marked, short, strict=True) if not fits), "rows would cut them"
         if entry.infilling:
-            assert 0.7 * len(shards) <= marked, "nine in ten, of a few"
+            assert sum(short) >= 5 and sum(marked) >= 0.6 * sum(short), "nine in ten, of a few"
         else:
-            assert marked == 0
+            assert not any(marked)
 
 
 def _sources_have_their_shares(config: PretrainConfig, result: dict[str, Any]) -> None:

@@ -114,4 +114,4 @@ def serving(
         yield served
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(5)

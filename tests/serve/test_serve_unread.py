@@ -106,7 +106,7 @@ def test_who_reads_nothing_is_cut(serving: Any, model_path: Path, caplog: pytest
 
 def test_who_reads_slowly_gets_all_of_it(serving: Any, model_path: Path) -> None:
     """It takes longer than the patience for all of it, and less for each part."""
-    config = ServeConfig(port=0, write_timeout=0.5)
+    config = ServeConfig(port=0, write_timeout=2.0)
     with serving({"tiny": model_path}, config) as served:
         with served.client() as client:
             whole = len(client.post("/v1/chat/completions", json=LONG_CHAT).content)
@@ -118,7 +118,7 @@ def test_who_reads_slowly_gets_all_of_it(serving: Any, model_path: Path) -> None
                 assert part, "it was cut"
                 read += len(part)
                 most = max([most, *(each.transport.get_write_buffer_size() for each in connections(served))])
-                ahead = read / whole * 1.5 - (time.monotonic() - start)
+                ahead = read / whole * 4 - (time.monotonic() - start)
                 if read > len(part) and ahead > 0:
                     time.sleep(ahead)
-            assert time.monotonic() - start > 1.0 and most > 0
+            assert time.monotonic() - start > 3.0 and most > 0

@@ -91,13 +91,8 @@ def load_recipe(
     return _checked(data, file, tuple(overrides), options)
 
 
-def find_recipe(path: str | Path) -> Path:
-    """The recipe file a user means: a path, or a bare name such as `pocket` for recipes/pocket.yaml."""
-    return _find(path)[0]
-
-
 def _find(path: str | Path) -> tuple[Path, str | None]:
-    """The file, and the size that a bare name such as llama1-65b has."""
+    """The file a user means, a path or recipes/NAME.yaml, and the size that a name such as llama1-65b has."""
     file = Path(path)
     if file.is_file():
         return file, None
@@ -130,7 +125,10 @@ def _choose_size(data: dict[str, Any], file: Path, size: str | None) -> None:
     size = next(iter(named)) if size is None else size
     if size not in named:
         raise UsageError(f"{file}: there is no such size", value=size, allowed=", ".join(named))
-    for stage in named[size] or {}:
+    changes = named[size] or {}
+    if not isinstance(changes, dict):
+        raise FileFormatError("a size is a mapping of stages", file=file, field=f"sizes.{size}", value=changes)
+    for stage in changes:
         if stage not in data["stages"]:
             raise UsageError(
                 f"{file}: size {size} names a stage that this recipe does not have",
@@ -138,7 +136,7 @@ def _choose_size(data: dict[str, Any], file: Path, size: str | None) -> None:
                 allowed=near(str(stage), data["stages"]),
             )
     data["name"] = f"{data.get('name', file.stem)}-{size}"
-    data["stages"] = _merged(data["stages"], named[size] or {})
+    data["stages"] = _merged(data["stages"], changes)
 
 
 def _merged(below: Any, above: Any) -> Any:

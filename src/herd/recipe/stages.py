@@ -53,7 +53,7 @@ class BaseConfig(PretrainConfig):
         return self
 
     @property
-    def earlier(self) -> list[str]:
+    def checkpoints(self) -> list[str]:
         """Names of the checkpoints that it reads."""
         return [*([self.init_from] if self.init_from else []), *(self.distil.teachers if self.distil else [])]
 
@@ -78,7 +78,7 @@ def stage_table() -> list[Stage]:
             version=2,
             resumes=True,
             ranks=True,
-            fingerprint=lambda config: fingerprint(config.earlier),
+            fingerprint=lambda config: fingerprint(config.checkpoints),
             check=_base_fits,
         ),
         Stage(
@@ -124,7 +124,7 @@ def _vocabulary_exists(config: TokenizerConfig, configs: Mapping[str, Config]) -
 
 def _base_fits(config: BaseConfig, configs: Mapping[str, Config]) -> None:
     """What it begins with is there, and the longest rows are no longer than the context."""
-    for name in config.earlier:
+    for name in config.checkpoints:
         earlier(name)
     config.train.model_copy(update={"seq_len": config.longest_row}).check_context(config.model.context_length)
 

@@ -77,6 +77,7 @@ def test_any_mesh_continues_from_any_other(model: str, chain: list[tuple[int, di
     assert (tmp_path / "run/state").is_dir()
 
 
+@pytest.mark.slow
 def test_a_damaged_part_takes_all_ranks_to_the_checkpoint_before(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"model": "dense", "ranks": 2, "parallel": {"shard": True}}
     launch(2, f"{HERE}:go_on", tmp_path, steps=2, **arguments)
@@ -132,7 +133,8 @@ def many_steps(rank: int, out: Path, steps: int) -> None:
         os.replace(out / "final.part", out / "final.pt")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 50])
 def test_kills_at_random_leave_the_final_weights_as_they_were(kills: int, tmp_path: Path) -> None:
     steps = 40 if kills == 2 else 400
     whole, killed = tmp_path / "whole", tmp_path / "killed"
