@@ -279,8 +279,11 @@ def _label(text: str) -> str:
 
 def _lowered(values: Values, most: Mapping[str, int]) -> dict[str, int]:
     """These fields, at most so large; those that are open are so large."""
-    given = {field: values.get(field) for field in most}
-    return {field: limit if given[field] is None else min(given[field], limit) for field, limit in most.items()}
+    found = {}
+    for field, limit in most.items():
+        given = values.get(field)
+        found[field] = limit if given is None else min(given, limit)
+    return found
 
 
 def _references(value: Any) -> Any:
