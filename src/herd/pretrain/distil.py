@@ -83,4 +83,5 @@ def run(
         result |= final
     if world.rank == 0:
         write_json(out / "result.json", result)
+    world.barrier()
     return result
