@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from herd.errors import MissingDependency, UsageError
+from herd.errors import MissingDependency, ResourceError, UsageError
 from herd.serve import Keys, ServeConfig
 from herd.serve.app import ROUTES
 from herd.serve.keys import StoredKey
-from herd.serve.replicas import Front, check_replicas
+from herd.serve.replicas import Cluster, Front, check_replicas
 from herd.serve.replicas import replica as replica_module
 from herd.serve.replicas.replica import Forwarded, News, Part, Replica, State
 from herd.serve.security import Gate
@@ -252,3 +253,12 @@ def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"\[ray\]"):
         check_replicas(2, config, {})
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_a_cluster_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", form.format(bound.getsockname()[1]))
+        with pytest.raises(ResourceError, match="RAY_ADDRESS"), Cluster({}, ServeConfig(), {}, 2):
+            pass

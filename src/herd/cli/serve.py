@@ -47,7 +47,9 @@ def command(
         int, typer.Option(metavar="N", help="Processes that have the models, through Ray Serve (1: this one, without).")
     ] = 1,
     loading: Loading,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the address as JSON, at once; /ready says when models are loaded.")
+    ] = False,
 ) -> None:
     """Serve models over HTTP: OpenAI's API at /v1, a chat page at /.
 
@@ -104,7 +106,7 @@ def command(
     write_log()
 
     def started(url: str) -> None:
-        data: dict[str, Any] = {"url": url, "models": list(paths), "key": keys.needed}
+        data: dict[str, Any] = {"url": url, "ready": f"{url}/ready", "models": list(paths), "key": keys.needed}
         emit(data, as_json, lambda: speak(f"{url}  will serve {', '.join(paths)} once loaded (/ready); Ctrl-C stops\n"))
         sys.stdout.flush()
 

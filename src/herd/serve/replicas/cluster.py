@@ -20,6 +20,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -35,6 +36,7 @@ from herd.serve.store import Store
 
 log = logging.getLogger("herd.serve")
 MOST_REPLICAS = 1024
+_PATIENCE = 5.0  # seconds, for a cluster to take a connection
 _MOST_CALLS = 1 << 20  # of a replica at a time: it is its own queue that refuses
 _PASSED_ON = ("HERD_ISA", "OPENBLAS_NUM_THREADS")  # to processes on other machines; those here have all
 
@@ -79,6 +81,19 @@ class RayMissing(MissingDependency):
 def joins() -> bool:
     """Whether the replicas are to run in a cluster that is there already."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ResourceError where nobody listens at HOST:PORT, which Ray would wait for without an end."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # "auto" and "local": Ray finds the cluster, or says that there is none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        fix = "start Ray there (ray start --head), correct RAY_ADDRESS, or unset it for replicas on this machine"
+        raise ResourceError(f"the cluster of RAY_ADDRESS does not answer ({reason})", value=address, fix=fix) from None
 
 
 class Cluster:
@@ -126,7 +141,9 @@ class Cluster:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
-        if not self._joined:
+        if self._joined:
+            _check_reachable(os.environ["RAY_ADDRESS"])
+        else:
             if "ray" in sys.modules:
                 raise ResourceError("Ray was imported already, and reads only then how a cluster is to be protected")
             os.environ |= _LOCAL | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}

@@ -174,7 +174,7 @@ class Front:
                 exchange = link.send(forwarded)
                 try:
                     first = await while_connected(request.receive, exchange.next())
-                    return Relay(exchange, first, self._config, functools.partial(self._end, exchange, close))
+                    return Relay(exchange, first, functools.partial(self._end, exchange, close))
                 except ReplicaLost:
                     taken = await exchange.taken()
                     await exchange.finish()

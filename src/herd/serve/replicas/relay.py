@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from herd.serve.config import ServeConfig
 from herd.serve.errors import error_body
 from herd.serve.replicas.link import Exchange, ReplicaLost, replica_lost
 from herd.serve.replicas.replica import Part
@@ -18,12 +17,11 @@ from herd.serve.sse import event, gone
 class Relay(Response):
     """`first` has the status; `on_close` is called when nothing more is to be sent, before the last of it is."""
 
-    def __init__(self, exchange: Exchange, first: Part, config: ServeConfig, on_close: Callable[[], None]) -> None:
+    def __init__(self, exchange: Exchange, first: Part, on_close: Callable[[], None]) -> None:
         head = first.messages[0]
         super().__init__(status_code=head["status"])
         self._exchange = exchange
         self._part = first
-        self._config = config
         self._on_close: Callable[[], None] | None = on_close
         self._events = dict(head["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
 
@@ -35,10 +33,10 @@ class Relay(Response):
             except ReplicaLost:
                 if self._events:
                     last = {"type": "http.response.body", "body": _lost(scope["path"]), "more_body": False}
-                    await self._send(send, last)
+                    await send(last)
                 # Else the connection is cut: half an answer must not look like a whole one.
-        except (TimeoutError, OSError):
-            return  # the client does not read, or has gone
+        except OSError:
+            return  # the client has gone, or its connection was cut because it does not read
         finally:
             leaving.cancel()
             self._close()
@@ -49,7 +47,7 @@ class Relay(Response):
             if self._part.tokens is not None:  # whoever has all of it may ask for more at once
                 self._close()
             for message in self._part.messages:
-                await self._send(send, message)
+                await send(message)
             if self._part.tokens is not None:
                 return
             following = asyncio.ensure_future(self._exchange.next())
@@ -58,10 +56,6 @@ class Relay(Response):
                 following.cancel()
                 return
             self._part = following.result()
-
-    async def _send(self, send: Send, message: Message) -> None:
-        async with asyncio.timeout(self._config.write_timeout):
-            await send(message)
 
     def _close(self) -> None:
         if self._on_close is not None:
