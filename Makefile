@@ -38,15 +38,17 @@ lint: setup-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In as many processes at a time; all tests of a file in one of them. Slow ones measure: they run alone.
+WORKERS ?= 2
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: lint
 	$(BIN)/python -m pytest --all
 
 # Those that are parts of others, or need another program's Python, are left out.
 bench: setup-test
-	@for script in $(filter-out %/shapes.py %/peer_worker.py %/native_vs_peers.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out %/shapes.py %/peer_worker.py %/native_vs_peers.py %/train_gpu_peer.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # The compiled part once more, with every memory access and all undefined behaviour checked: tests, and damaged files.
 # All of the engine's tests but those of torch, and those that run nothing compiled in a process that has the sanitised
