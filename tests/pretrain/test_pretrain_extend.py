@@ -19,6 +19,7 @@ from herd.corpus import Document, TokenShards, read_documents
 from herd.corpus.document import write_documents
 from herd.errors import UsageError
 from herd.pretrain import ExtendConfig, PretrainConfig, extend, run
+from herd.recipe.lock import run_lock
 
 
 def _text(n: int) -> str:
@@ -210,3 +211,25 @@ def test_the_verb(short: Path, corpus: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--corpus" in capsys.readouterr().err
     assert _herd("extend", str(short), "--to", "256", "--tolerance", "2", *options[:4]) == 2
     assert "tolerance" in capsys.readouterr().err
+
+
+def test_it_is_for_one_process(
+    short: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of them would train the same stages into the same files."""
+    out = tmp_path / "long"
+    arguments = ["extend", str(short), "--to", "64", "--corpus", str(corpus), "--out", str(out)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _herd(*arguments) == 2 and "one process" in capsys.readouterr().err
+    assert not out.exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    with run_lock(out):
+        assert _herd(*arguments) == 4 and "another run is writing" in capsys.readouterr().err
+
+
+def test_some_documents_become_long_chats(short: Path, corpus: Path, tmp_path: Path) -> None:
+    config = ExtendConfig(**FAST, chats=0.5, tolerance=1)
+    extend(short, 256, corpus, tmp_path, config)
+    texts = [document.text for document in read_documents(tmp_path / "stage-256" / "corpus" / "train.jsonl")]
+    chats = [text for text in texts if text.startswith("User: ") and "Assistant: " in text]
+    assert 0.2 < len(chats) / len(texts) < 0.95

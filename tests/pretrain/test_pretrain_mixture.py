@@ -135,6 +135,21 @@ def test_result_says_what_was_read(ramp: tuple[Path, _Weights], words: tokenizer
         shape, 32, share
     )
     assert result["training_flops"] == pytest.approx(flops)
+    assert result["row_tokens"] == pytest.approx((640 * 16 + 8192 * 32) / 8832)
+
+
+def test_mfu_along_the_way_is_of_the_rows_of_that_step(ramp: tuple[Path, _Weights], words: tokenizer.Tokenizer) -> None:
+    lines = [line for line in _lines(ramp[0]) if "mfu" in line]
+    assert {line["step"] for line in lines} >= {5, 6, 24}
+    measured = [line["mfu"] / line["tokens_per_second"] for line in lines]
+    counted = [
+        training_flops_per_token(
+            _shape(words), 16 if line["step"] <= 5 else 32, line["supervised_tokens"] / line["tokens"]
+        )
+        for line in lines
+    ]
+    assert counted[-1] > 1.02 * counted[0]  # and the share of supervised tokens moves it by 0.0002
+    assert [m / measured[0] for m in measured] == pytest.approx([c / counted[0] for c in counted], rel=0.001)
 
 
 def test_the_rate_falls_to_zero_and_the_end_is_the_mean_of_annealing(ramp: tuple[Path, _Weights]) -> None:

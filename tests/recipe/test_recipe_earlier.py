@@ -10,7 +10,9 @@ import pytest
 from herd import tokenizer
 from herd.corpus.document import Document, write_documents
 from herd.errors import UsageError
+from herd.recipe import stage_table
 from herd.recipe.earlier import earlier, fingerprint
+from herd.recipe.stages import BaseConfig
 from herd.recipe.tokenise import TokenizerConfig, train_tokenizer
 
 TEXT = "def area(width, height):\n    return width * height\n"
@@ -60,3 +62,16 @@ def test_a_fingerprint_follows_the_files(corpus: Path) -> None:
     assert before == fingerprint(["runs/other/base-0123abcd/checkpoint"])
     (corpus / "runs/other/base-0123abcd/checkpoint/tokenizer.json").write_text("{}")
     assert fingerprint(["runs/other"]) != before
+
+
+def test_a_stage_is_known_by_the_shards_it_reads(corpus: Path, tmp_path: Path) -> None:
+    stage = next(stage for stage in stage_table() if stage.name == "base")
+    (tmp_path / "shards").mkdir()
+    file = tmp_path / "shards" / "tokens.bin"
+    file.write_bytes(b"1234")
+    config = BaseConfig(sources={"old": {"weight": 1, "shards": [str(tmp_path / "shards")]}})
+    assert stage.fingerprint is not None
+    before = stage.fingerprint(config)
+    assert before == stage.fingerprint(config) and stage.fingerprint(BaseConfig()) is None
+    file.write_bytes(b"4321")
+    assert stage.fingerprint(config) != before

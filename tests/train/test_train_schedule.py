@@ -36,6 +36,15 @@ def test_decay_equals_transformers(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_run_may_end_before_its_schedule_does(schedule: str) -> None:
+    longer = _curve(steps=100, warmup=0.1, schedule=schedule)
+    assert _curve(steps=90, warmup=0.1, schedule=schedule, schedule_steps=100) == longer[:90]
+    annealed = _curve(steps=95, warmup=0.1, schedule=schedule, schedule_steps=100, anneal=5)
+    assert annealed[:90] == longer[:90]
+    assert annealed[90:] == pytest.approx([longer[89] * (4 - i) / 5 for i in range(5)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_rises_then_falls_to_the_final_ratio(schedule: str, steps: int) -> None:
     ours = _curve(steps=steps, warmup=0.1, schedule=schedule, final_lr_ratio=0.25)

@@ -34,6 +34,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "scaling fit": ("scaling.fit", "Fit the laws behind a ladder: best tokens, parameters and loss."),
     "scaling predict": ("scaling.predict", "The best tokens, parameters and loss for a larger budget."),
     "scaling forecast": ("scaling.forecast", "A benchmark's accuracy for a larger budget."),
+    "scaling mix": ("scaling.mix", "The mix of sources whose predicted loss is lowest."),
+    "scaling mix-run": ("scaling.mix_run", "Train a small model on several mixes of a recipe's sources."),
     "report": ("report", "Rebuild a run's HTML report and model card."),
     "bench": ("bench", "Measure speed and memory of a model, also against llama.cpp."),
     "bench serve": ("bench_serve", "Load a server, Herd's or another, and measure what its users would see."),

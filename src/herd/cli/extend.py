@@ -29,6 +29,9 @@ def command(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of each stage.  [default: the plan's]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a step.  [default: the plan's]")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: the plan's]")] = None,
+    chats: Annotated[
+        float | None, typer.Option(help="Share of the documents made into long chats that ask.  [default: 0]")
+    ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Share by which bits per byte of short text may rise.  [default: 0.02]")
     ] = None,
@@ -64,7 +67,7 @@ def command(
     from herd.pretrain.extension import ExtendConfig
 
     given = {
-        "method": method, "steps": steps, "batch_size": batch_size, "lr": lr, "tolerance": tolerance,
+        "method": method, "steps": steps, "batch_size": batch_size, "lr": lr, "chats": chats, "tolerance": tolerance,
         "needles": needles, "seed": seed,
     }  # fmt: skip
     config = parse_config(ExtendConfig, {k: v for k, v in given.items() if v is not None}, "herd extend")
@@ -73,10 +76,14 @@ def command(
         emit(data, as_json, lambda: _show(data))
         return
     from herd.pretrain import extend
+    from herd.recipe.lock import run_lock
+    from herd.train.launch import one_process
 
+    one_process("herd extend")
     grid = {"depths": depths, "samples": samples, "digits": digits} | ({"haystack": haystack} if haystack else {})
     texts = corpus or _corpus_of(model)
-    state = extend(model, to, texts, out, config, lambda path, context, place: _found(grid, path, context, place))
+    with run_lock(out):
+        state = extend(model, to, texts, out, config, lambda path, context, place: _found(grid, path, context, place))
     emit(state, as_json, lambda: _show_result(state))
 
 

@@ -30,23 +30,32 @@ class EvaluationWindows:
 
     A document of up to `seq_len` pairs is one window. A longer one has windows of `seq_len` pairs that begin `stride`
     pairs after each other, each scoring what the one before did not: with stride = seq_len / 2 (the default) every
-    token but the first ones of a document has at least seq_len / 2 tokens of context.
+    token but the first ones of a document has at least seq_len / 2 tokens of context. `only`: the numbers of the
+    documents to score, each once, instead of all.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, batch_size: int, stride: int | None = None) -> None:
+    def __init__(
+        self,
+        shards: TokenShards,
+        seq_len: int,
+        batch_size: int,
+        stride: int | None = None,
+        only: Sequence[int] | None = None,
+    ) -> None:
         stride = max(seq_len // 2, 1) if stride is None else stride
         if seq_len < 1 or batch_size < 1 or not 1 <= stride <= seq_len:
             raise UsageError(
                 "seq_len, batch_size and stride do not fit", value=(seq_len, batch_size, stride), allowed="1 to seq_len"
             )
         self._shards, self.seq_len, self.batch_size = shards, seq_len, batch_size
-        self.n_bytes = int(shards.text_bytes.sum())
+        chosen = list(range(len(shards.lengths)) if only is None else only)
+        self.n_bytes = int(shards.text_bytes[chosen].sum())
         """UTF-8 bytes of all documents: the denominator of bits per byte."""
-        self.n_targets = int((shards.lengths - 1).sum())
+        self.n_targets = int((shards.lengths[chosen] - 1).sum())
         """Tokens that are scored."""
         self._windows = [
             (document, start, end, scored)
-            for document, pairs in enumerate((shards.lengths - 1).tolist())
+            for document, pairs in zip(chosen, (shards.lengths[chosen] - 1).tolist(), strict=True)
             for start, end, scored in _windows(pairs, seq_len, stride)
         ]
         lengths = np.array([end - start for _, start, end, _ in self._windows], dtype=np.int64)

@@ -5,7 +5,7 @@ from herd.model.attention_mask import AttentionMask, KeyRanges
 from herd.model.cache import KVCache
 from herd.model.calibration import input_squares
 from herd.model.compare import largest_difference
-from herd.model.llama import Llama
+from herd.model.llama import Llama, initial_weight
 from herd.model.load import from_arrays, load, state_arrays, to_array, to_tensor
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Llama",
     "attend",
     "from_arrays",
+    "initial_weight",
     "input_squares",
     "largest_difference",
     "load",

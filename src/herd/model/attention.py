@@ -3,8 +3,9 @@
 `attend` picks a lowering; all of them give the same numbers and gradients. "dense" builds the whole mask and is the
 oracle of the others; it also serves the cache. "causal" is torch's own kernel for the plain causal mask.
 "per_document" runs that kernel on every document or chunk alone. "native" is Herd's compiled CPU kernel for every
-causal mask without a cache. A new lowering is a function (q, k, v, ranges) → o in `LOWERINGS` and a line in
-`choose_lowering`. Letters: B batch, S queries, N keys, H query heads, G key heads, K head width.
+causal mask without a cache, "varlen" torch's GPU kernel for documents and chunks. A new lowering is a function
+(q, k, v, ranges) → o in `LOWERINGS` and a line in `choose_lowering`.
+Letters: B batch, S queries, N keys, H query heads, G key heads, K head width.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from herd.model import native_attention
+from herd.model import native_attention, varlen_attention
 from herd.model.attention_mask import AttentionMask, KeyRanges
 
 Lowering = Callable[[Tensor, Tensor, Tensor, KeyRanges], Tensor]
@@ -38,7 +39,9 @@ def attend(
 def choose_lowering(q_BSHK: Tensor, k_BNGK: Tensor, ranges: KeyRanges) -> str:
     """The name in `LOWERINGS` that suits these tensors."""
     if q_BSHK.device.type != "cpu" or not ranges.self_attention:
-        return "causal" if ranges.plain_causal else "dense"
+        if ranges.plain_causal:
+            return "causal"
+        return "varlen" if ranges.runs_R is not None and varlen_attention.takes(q_BSHK) else "dense"
     # benchmarks/attention.py: on the CPU the compiled kernel is the fastest one for every causal mask.
     if ranges.causal and native_attention.available(q_BSHK):
         return "native"
@@ -78,6 +81,12 @@ def native(q_BSHK: Tensor, k_BNGK: Tensor, v_BNGK: Tensor, ranges: KeyRanges) ->
     return native_attention.attention(q_BSHK, k_BNGK, v_BNGK, first_BS, q_BSHK.shape[-1] ** -0.5)
 
 
+def varlen(q_BSHK: Tensor, k_BNGK: Tensor, v_BNGK: Tensor, ranges: KeyRanges) -> Tensor:
+    """torch's variable-length kernel (varlen_attention.py) on every run of queries that begin at the same key."""
+    assert ranges.runs_R is not None
+    return varlen_attention.attention(q_BSHK, k_BNGK, v_BNGK, ranges.runs_R, ranges.first_BS.shape[0])
+
+
 def _sdpa(
     q_BSHK: Tensor, k_BNGK: Tensor, v_BNGK: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
@@ -92,4 +101,10 @@ def _sdpa(
     return o_BHSK.transpose(1, 2)
 
 
-LOWERINGS: dict[str, Lowering] = {"dense": dense, "causal": causal, "per_document": per_document, "native": native}
+LOWERINGS: dict[str, Lowering] = {
+    "dense": dense,
+    "causal": causal,
+    "per_document": per_document,
+    "native": native,
+    "varlen": varlen,
+}

@@ -2,18 +2,19 @@
 
 All masks of the Llama text decoders have one property that every lowering uses: the visible keys of a query are one
 run of neighbours, first..last. So a mask is two integers per query, whatever it is made of.
-Letters: B batch, S queries, N keys.
+Letters: B batch, S queries, N keys, R runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from herd.errors import UsageError
+from herd.model import varlen_attention
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class KeyRanges:
     A first axis of 1 stands for "the same in every row". `plain_causal` says that query i sees keys 0 … i and nothing
     else, which kernels know without looking at the numbers; `causal` that no query sees a key after its own place;
     `self_attention` that queries and keys are the same tokens (no cache), so that a causal query's last key is itself.
+    `runs_R`, on devices that need it: where every run of queries that begin at the same key starts, in the places of
+    `first_BS` laid end to end.
     """
 
     first_BS: Tensor
@@ -30,11 +33,29 @@ class KeyRanges:
     causal: bool
     plain_causal: bool
     self_attention: bool
+    runs_R: Tensor | None = None
 
     def dense(self, n_keys: int) -> Tensor:
         """True where a query sees a key, [B, S, N]."""
         keys_N = torch.arange(n_keys, device=self.first_BS.device)
         return (keys_N >= self.first_BS.unsqueeze(-1)) & (keys_N <= self.last_BS.unsqueeze(-1))
+
+    def in_runs(self) -> KeyRanges:
+        """The same with `runs_R`, or known to be plain causal if every row is one run. Waits for the device once.
+
+        Masks that do not consist of causal runs stay as they are.
+        """
+        if self.plain_causal or not (self.causal and self.self_attention):
+            return self
+        rows, n_queries = self.first_BS.shape
+        # A query that sees nothing before itself begins a run.
+        begins_BS = self.first_BS == torch.arange(n_queries, device=self.first_BS.device)
+        starts_R = begins_BS.flatten().nonzero().squeeze(1)
+        if len(starts_R) == rows:
+            return replace(self, plain_causal=True)
+        # Graphs are compiled for fixed sizes, but the number of documents differs from batch to batch.
+        torch._dynamo.maybe_mark_dynamic(starts_R, 0)
+        return replace(self, runs_R=starts_R)
 
 
 @dataclass(frozen=True)
@@ -83,13 +104,14 @@ class AttentionMask:
             last_BS = torch.minimum(last_BS, own_BS - place_BS + self.chunk - 1)
         unbroken = self.document_ids_BS is None and self.cached is None
         whole = self.chunk is None or (self.positions_BS is None and n_queries <= self.chunk)
-        return KeyRanges(
+        ranges = KeyRanges(
             first_BS=first_BS.to(torch.int32),
             last_BS=last_BS.clamp(max=n_keys - 1).expand_as(first_BS).to(torch.int32),
             causal=self.causal,
             plain_causal=self.causal and unbroken and whole and n_keys == n_queries,
             self_attention=self.cached is None and n_keys == n_queries,
         )
+        return ranges.in_runs() if varlen_attention.available(first_BS.device) else ranges
 
 
 def document_starts(document_ids_BS: Tensor) -> Tensor:

@@ -113,8 +113,6 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.sequence: SequencePart | None = None
-        self.run_block: Callable[..., Tensor] = Block.__call__
-        """How a layer is called; replaced to compute activations again in the backward pass."""
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -166,28 +164,17 @@ class Llama(nn.Module):
             tokens_BS, places = self.sequence.mine(tokens_BS), self.sequence.places(places)
         x_BSD = self.embed(tokens_BS)
         for i, block in enumerate(self.layers):
-            x_BSD = self.run_block(block, x_BSD, places) if write is None else block(x_BSD, places, i, write)
+            x_BSD = block(x_BSD, places) if write is None else block(x_BSD, places, i, write)
         if write is not None:
             write.commit()
         y_BSD: Tensor = self.norm(x_BSD)
         return y_BSD
 
     def init_weights(self, seed: int) -> None:
-        """The one initialisation: normal(0, 0.02), projections back into the residual stream divided by sqrt(2 L).
-
-        Norm weights are 1. Every tensor draws from a generator of its own, so its values depend on the seed and its
-        name alone (the scaling is GPT-2's).
-        """
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-                continue
-            back = ".wo." in name or name.split(".")[-1] == "w2" or ".w2." in name
-            std = 0.02 / math.sqrt(2 * self.config.n_layers) if back else 0.02
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            with torch.no_grad():
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        """Fill all weights: see `initial_weight`."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial_weight(self.config, name, parameter.shape, seed))
 
     def places(
         self,
@@ -231,3 +218,18 @@ def _temperature(positions_BS: Tensor, temperature: AttentionTemperature) -> Ten
     """ln(floor((position + 1) / floor_scale) + 1) · attn_scale + 1 (arXiv 2501.19399; Llama 4's NoPE layers)."""
     steps_BS = torch.floor((positions_BS.float() + 1) / temperature.floor_scale)
     return torch.log1p(steps_BS) * temperature.attn_scale + 1
+
+
+def initial_weight(config: LlamaConfig, name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """The one initialisation: normal(0, 0.02), projections back into the residual stream divided by sqrt(2 L).
+
+    Norm weights are 1. Every tensor draws from a generator of its own, so its values depend on the seed and its name
+    alone (the scaling is GPT-2's).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(*shape)
+    back = ".wo." in name or name.split(".")[-1] == "w2" or ".w2." in name
+    std = 0.02 / math.sqrt(2 * config.n_layers) if back else 0.02
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(*shape).normal_(0.0, std, generator=generator)

@@ -52,15 +52,13 @@ def adapt(
     with the checkpoint's.
     """
     settings = {"from": init_from, "shape": shape.to_dict(), "config": config.model_dump(), "seed": seed}
-    failure = None
-    if world.rank == 0 and not _is_made(out / _MARK, settings):
-        try:
+
+    def make() -> None:
+        if not _is_made(out / _MARK, settings):
             _make(config, checkpoint.continuing(init_from), shape, corpus, tokenizer, out, seed)
             write_json(out / _MARK, settings)
-        except (HerdError, OSError) as error:
-            failure = error
-    if world.any(failure is not None):
-        raise failure or HerdError("rank 0 could not adapt the checkpoint, and says why")
+
+    world.first(make)
     return out
 
 

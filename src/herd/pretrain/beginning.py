@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
-
-import torch
 
 from herd import checkpoint
 from herd import model as models
-from herd.architecture import LlamaConfig
+from herd.architecture import LlamaConfig, tensor_shapes
 from herd.errors import HerdError, UsageError
 from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import vocabulary_hash
+from herd.train.filling import Weights
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
@@ -22,20 +23,25 @@ _FREE = frozenset({"context_length", "rope_theta", "rope_scaling", "generation"}
 """What a model may change when it is trained on: none of its weights depends on it."""
 
 
-def begin(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> tuple[models.Llama, str]:
-    """The model in fp32, and a hash of the weights it was read from ("" for new ones).
+@contextlib.contextmanager
+def begin(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> Iterator[tuple[Weights, str]]:
+    """Where the weights come from, in fp32 and as long as the context lasts, and a hash of those that were read ("" for
+    new ones).
 
     Raises UsageError for a checkpoint of another shape or with another vocabulary.
     """
+    shapes = tensor_shapes(shape)
+
+    def stored(name: str) -> str:
+        return name if name in shapes else "embed.weight"  # a pipeline has a copy of it at its end
+
     if config.init_from is None:
-        model = models.Llama(shape)
-        model.init_weights(config.seed)
-        return model, ""
+        yield lambda name: models.initial_weight(shape, stored(name), shapes[stored(name)], config.seed), ""
+        return
     with checkpoint.open_checkpoint(checkpoint.continuing(config.init_from)) as opened:
         _check_shape(config.init_from, opened.config, shape)
         _check_tokenizer(config.init_from, opened, tokenizer)
-        model = models.from_arrays(shape, opened, dtype=torch.float32)
-    return model, _hash(model)
+        yield lambda name: models.to_tensor(opened[stored(name)]).float(), _hash(opened, shapes)
 
 
 def _check_shape(name: str, found: LlamaConfig, wanted: LlamaConfig) -> None:
@@ -60,9 +66,10 @@ def _check_tokenizer(name: str, opened: checkpoint.Checkpoint, tokenizer: Tokeni
         )
 
 
-def _hash(model: models.Llama) -> str:
+def _hash(opened: checkpoint.Checkpoint, names: Iterable[str]) -> str:
     """Of the first numbers of every tensor: a training step changes all of them."""
     digest = hashlib.sha256()
-    for name, array in models.state_arrays(model):
-        digest.update(name.encode() + array.reshape(-1)[:256].tobytes())
+    for name in names:
+        first = models.to_tensor(opened[name].reshape(-1)[:256]).float()
+        digest.update(name.encode() + first.numpy().tobytes())
     return digest.hexdigest()

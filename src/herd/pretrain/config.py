@@ -102,6 +102,9 @@ class PretrainConfig(Config):
         default=8, ge=0, description="times the held-out probe is scored along the way, at equal distances"
     )
     probe_tokens: int = Field(default=32_768, ge=1, description="about so many held-out tokens are in the probe")
+    export_every: int = Field(
+        default=0, ge=0, description="steps between copies of the weights as checkpoints in exports/, all kept; 0: none"
+    )
     save_dtype: Literal["f32", "bf16"] = Field(default="f32", description="number format of the saved checkpoint")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the training loop")
 
@@ -155,6 +158,8 @@ class PretrainConfig(Config):
             raise ValueError("anneal.weights are for the last train.anneal steps, and there are none")
         if steps and self.max_minutes is not None:
             raise ValueError("annealing begins at a known step, so max_minutes cannot decide how many there are")
+        if self.train.schedule_steps is not None and self.max_minutes is not None:
+            raise ValueError("schedule_steps is of a run whose steps are known, so max_minutes cannot decide them")
         if self.phases and self.max_minutes is not None:
             raise ValueError("steps of changing size cannot be planned by max_minutes: give train.steps alone")
         if steps and self.anneal.average and self.train.average != "none":

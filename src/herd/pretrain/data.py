@@ -112,6 +112,18 @@ def origin(document: Document, sources: Mapping[str, Source]) -> str | None:
     return None
 
 
+def heldout_parts(corpus: Path, sources: Mapping[str, Source]) -> dict[str | None, list[int]]:
+    """Numbers of the held-out documents of each source that has any, in the order of their shards; of None: of those
+    that fit none. Sources of shards have no held-out text."""
+    parts = {name: source for name, source in sources.items() if not source.shards}
+    found: dict[str | None, list[int]] = {}
+    # pack_tokens leaves out documents without text, so they do not count here either.
+    texts = (document for document in read_documents(corpus / "heldout.jsonl") if document.text)
+    for number, document in enumerate(texts):
+        found.setdefault(origin(document, parts), []).append(number)
+    return found
+
+
 def spread(lengths: Sequence[int], tokens: int) -> set[int]:
     """Indices of documents at equal distances over the whole list, together about `tokens` long; all if they are fewer.
 

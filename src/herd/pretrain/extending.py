@@ -10,13 +10,15 @@ Called again, it goes on where it was: stages that are trained are only judged a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from herd import checkpoint
 from herd.architecture import LlamaConfig
 from herd.corpus import Document, TokenShards, read_documents
+from herd.corpus.chats import chats_of
 from herd.corpus.document import write_documents
 from herd.corpus.related import join_related
 from herd.errors import FileFormatError, UsageError
@@ -149,8 +151,8 @@ def _shape(shape: LlamaConfig, stage: ExtensionStage) -> LlamaConfig:
 
 
 def _long_corpus(config: ExtendConfig, corpus: Path, place: Path, context: int, tokenizer: Tokenizer) -> Path:
-    """The corpus with its documents joined to ones of `context` tokens; made once."""
-    if not config.related:
+    """The corpus with its documents joined to ones of `context` tokens, some of them as chats; made once."""
+    if not (config.related or config.chats):
         return corpus
     made = place / "train.jsonl"
     if not made.exists():
@@ -159,8 +161,20 @@ def _long_corpus(config: ExtendConfig, corpus: Path, place: Path, context: int, 
         target = round(1.05 * (context + 1) * n_bytes / n_tokens)  # text differs in how many bytes a token has
         with atomic_write(place / "heldout.jsonl") as file:
             file.write((corpus / "heldout.jsonl").read_bytes())
-        write_documents(made, join_related(documents, target, config.seed))
+        longer: Iterable[Document] = documents
+        if config.related:
+            longer = join_related(documents, target, config.seed)
+        write_documents(made, _some_as_chats(longer, target, config))
     return place
+
+
+def _some_as_chats(documents: Iterable[Document], n_bytes: int, config: ExtendConfig) -> Iterator[Document]:
+    chance = random.Random(config.seed)
+    for document in documents:
+        if chance.random() < config.chats:
+            yield from chats_of(document, n_bytes, config.seed)
+        else:
+            yield document
 
 
 def _size(documents: list[Document], tokenizer: Tokenizer) -> tuple[int, int]:

@@ -75,6 +75,9 @@ class ExtendConfig(Config):
     lr: float | None = Field(default=None, gt=0, le=1, description="learning rate")
     warmup: float = Field(default=0.1, ge=0, description="linear warm-up, then constant; below 1: a share of the steps")
     related: bool = Field(default=True, description="join related documents to ones as long as the context")
+    chats: float = Field(
+        default=0.0, ge=0, le=1, description="share of the documents made into long chats that ask for what was said"
+    )
     tolerance: float = Field(
         default=0.02, ge=0, le=1, description="bits per byte of short text may rise by this share; more ends it"
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 from herd.corpus import RowSource
 from herd.pretrain.phases import Phases
 from herd.train.batches import Batch, PackedSource
+from herd.train.callbacks import Callback, StepRecord
+from herd.train.trainer import Trainer
 from herd.train.world import World
 
 
@@ -40,3 +43,19 @@ class PhasedSource:
     def fingerprint(self) -> str:
         parts = [part.fingerprint() for part in self._parts]
         return hashlib.sha256(repr((parts, self._begun_from)).encode()).hexdigest()
+
+
+class RowLength(Callback):
+    """Tells the loop how long the rows of a step are, for its FLOPs."""
+
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+
+    def on_start(self, trainer: Trainer[Any]) -> None:
+        self._tell(trainer, trainer.cursor)
+
+    def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
+        self._tell(trainer, trainer.cursor - 1)
+
+    def _tell(self, trainer: Trainer[Any], step: int) -> None:
+        trainer.row_tokens = self._phases[self._phases.number(step)].seq_len

@@ -7,25 +7,29 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from herd import checkpoint
+from herd import model as models
 from herd.architecture import LlamaConfig, parameter_count, training_flops_per_token
 from herd.corpus import EvaluationWindows, TokenShards
-from herd.errors import HerdError, UsageError
+from herd.errors import UsageError
 from herd.files import write_json
 from herd.pretrain.beginning import begin
 from herd.pretrain.config import PretrainConfig
-from herd.pretrain.data import TokenFiles, prepare
-from herd.pretrain.heldout import HeldOut, score
+from herd.pretrain.data import TokenFiles, heldout_parts, prepare
+from herd.pretrain.heldout import HeldOut, score_parts
 from herd.pretrain.phases import Phases
 from herd.pretrain.rows import account, mixture, phase_rows
-from herd.pretrain.source import PhasedSource
+from herd.pretrain.source import PhasedSource, RowLength
 from herd.train.batches import Batch
 from herd.train.budget import TimeLimit, within
 from herd.train.callbacks import Callback
 from herd.train.config import TrainConfig
-from herd.train.export import export
+from herd.train.distillation import DistilConfig, Distillation
+from herd.train.export import Arrays, Exports, export
 from herd.train.losses import next_token_loss
-from herd.train.trainer import Trainer, TrainResult, pick_device
+from herd.train.trainer import LossFunction, Trainer, TrainResult, pick_device
 from herd.train.world import World, current_world
 
 if TYPE_CHECKING:
@@ -33,28 +37,32 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: PretrainConfig, shape: LlamaConfig, corpus: str | Path, tokenizer: Tokenizer, out_dir: str | Path
+    config: PretrainConfig,
+    shape: LlamaConfig,
+    corpus: str | Path,
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    distil: DistilConfig | None = None,
 ) -> dict[str, Any]:
-    """Train a model of this shape on corpus/train.jsonl and return the data of result.json.
+    """Train a model of this shape on corpus/train.jsonl, with `distil` also on what teachers make of it, and return the
+    data of result.json.
 
-    Writes into `out_dir`: checkpoint/ (Hugging Face layout with the tokenizer), metrics.jsonl, result.json, and what it
-    needs to continue after an interruption: tokens/, state/, plan.json. Called again it continues; what is trained to
-    the end is only scored again. With `init_from` it begins with a checkpoint's weights; the checkpoint's shape must be
-    this one, but for context and RoPE. Raises UsageError where shape, tokenizer and rows contradict each other,
-    ResourceError when `max_minutes` is too short for this machine.
+    Writes into `out_dir`: checkpoint/ (Hugging Face layout with the tokenizer), exports/ (such copies on the way, if
+    asked for), metrics.jsonl, result.json, and what it needs to continue after an interruption: tokens/, state/,
+    plan.json. Called again it continues; what is trained to the end is only scored again. With `init_from` it begins
+    with a checkpoint's weights; the checkpoint's shape must be this one, but for context and RoPE. Raises UsageError
+    where shape, tokenizer, teachers and rows contradict each other, ResourceError when `max_minutes` is too short for
+    this machine.
     """
     started = time.monotonic()
     out, train = Path(out_dir), resolved(config)
     _check(config, shape, tokenizer)
     world, phases = current_world(train.parallel, pick_device(train).type), config.sizes()
     _check_mesh(train, shape, phases, world)
+    loss, taught = _loss(config, shape, train, distil)
     files = _token_files(world, config, Path(corpus), tokenizer, out / "tokens")
-    model, begun_from = begin(config, shape, tokenizer)
     rows = mixture(config, files.sources)
-    source = PhasedSource(
-        phases, phase_rows(config, rows, files.train.eos_id), train.micro_batch_rows, world, begun_from
-    )
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [RowLength(phases)]
     if config.max_minutes is not None:
         along, at_end = files.scored_tokens(config.evaluations)
         limit, plan = 60 * config.max_minutes, out / "plan.json"
@@ -62,19 +70,28 @@ def run(
         callbacks.append(TimeLimit(limit, plan, started=started, scored_along=along, scored_at_end=at_end))
     if files.probe is not None and config.evaluations:
         callbacks.append(HeldOut(_windows(files.probe, train), config.evaluations))
-    loop: Trainer[Batch] = Trainer(model, next_token_loss, source, train, out, callbacks, world=world)
+
+    def save(place: Path, weights: Arrays) -> None:
+        checkpoint.save(place, shape, weights, format="hf", dtype=config.save_dtype, tokenizer=tokenizer)
+
+    if config.export_every:
+        callbacks.append(
+            Exports(config.export_every, lambda step, weights: save(out / "exports" / f"step-{step:08d}", weights))
+        )
+    with begin(config, shape, tokenizer) as (weights, begun_from):
+        parts = phase_rows(config, rows, files.train.eos_id)
+        source = PhasedSource(phases, parts, train.micro_batch_rows, world, begun_from + taught)
+        with torch.device("meta"):
+            model = models.Llama(shape)
+        loop: Trainer[Batch] = Trainer(model, loss, source, train, out, callbacks, world=world, weights=weights)
     outcome = loop.fit()
-    export(
-        loop,
-        lambda weights: checkpoint.save(
-            out / "checkpoint", shape, weights, format="hf", dtype=config.save_dtype, tokenizer=tokenizer
-        ),
-    )
+    export(loop, lambda weights: save(out / "checkpoint", weights))
     result: dict[str, Any] = {
         **outcome.to_dict(),
         **account(config, rows, files.sources, loop.cursor),
         **_flops(outcome, shape, phases, loop.cursor),
         "parameters": parameter_count(shape),
+        **({} if distil is None else {"teachers": list(distil.teachers)}),
         "corpus_tokens": files.train.n_tokens,
         "left_out_documents": files.left_out,
         "batch_tokens": train.batch_tokens,
@@ -83,7 +100,10 @@ def run(
         "stage_seconds": time.monotonic() - started,
     }
     if files.heldout is not None:
-        final = score(loop, _windows(files.heldout, train))
+        split = heldout_parts(Path(corpus), config.sources)
+        final, each = score_parts(loop, {name: _windows(files.heldout, train, only) for name, only in split.items()})
+        for name, values in each.items():
+            result["sources"][name] |= values
         if not loop.logged("heldout_loss"):
             loop.log(final)
         result |= final
@@ -111,6 +131,19 @@ def _check(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> 
     config.train.model_copy(update={"seq_len": config.longest_row}).check_context(shape.context_length)
 
 
+def _loss(
+    config: PretrainConfig, shape: LlamaConfig, train: TrainConfig, distil: DistilConfig | None
+) -> tuple[LossFunction[Batch], str]:
+    """What a step lowers, and what of it belongs to the run's identity beside its first weights."""
+    if distil is None:
+        return next_token_loss, ""
+    if config.max_minutes is not None:
+        raise UsageError("steps with teachers cannot be planned by max_minutes: give train.steps alone")
+    teachers = [models.load(checkpoint.continuing(name)) for name in distil.teachers]
+    loss = Distillation(teachers, distil.weight, shape.vocab_size, train.parallel)
+    return loss, f", taught by {distil.model_dump_json()}"
+
+
 def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: World) -> None:
     """Raises UsageError for a phase whose rows the ranks cannot share, before the first one is trained."""
     tokens = train.micro_batch_rows * train.seq_len
@@ -129,29 +162,26 @@ def _token_files(
         row = min(phase.seq_len for phase in config.sizes())
         return prepare(corpus, tokenizer, directory, config.probe_tokens, config.parts, config.seed, row)
 
-    made, failure = None, None
-    try:
-        made = files() if world.rank == 0 else None
-    except (HerdError, OSError) as error:
-        failure = error
-    if world.any(failure is not None):
-        raise failure or HerdError("rank 0 could not prepare the token files, and says why")
+    made = world.first(files)
     return made or files()
 
 
 def _flops(outcome: TrainResult, shape: LlamaConfig, phases: Phases, steps: int) -> dict[str, Any]:
-    """FLOPs and MFU where rows change their length: the loop counts attention as in rows of the first length."""
+    """FLOPs, MFU and a token's mean row where rows change their length: the loop counts all as of the last length."""
     if len(phases) == 1 or not outcome.tokens or not outcome.training_flops:
         return {}
     share, read = outcome.supervised_tokens / outcome.tokens, phases.tokens_before(steps)
     bounds = [min(phase.first_token, read) for phase in phases] + [read]
-    total = sum(
-        (end - begin) * training_flops_per_token(shape, phase.seq_len, share)
-        for phase, (begin, end) in zip(phases, itertools.pairwise(bounds), strict=True)
-    )
-    ratio = total / outcome.training_flops
-    return {"training_flops": total, "mfu": None if outcome.mfu is None else outcome.mfu * ratio}
+    parts = [
+        (end - begin, phase.seq_len) for phase, (begin, end) in zip(phases, itertools.pairwise(bounds), strict=True)
+    ]
+    total = sum(tokens * training_flops_per_token(shape, length, share) for tokens, length in parts)
+    return {
+        "training_flops": total,
+        "mfu": None if outcome.mfu is None else outcome.mfu * total / outcome.training_flops,
+        "row_tokens": sum(tokens * length for tokens, length in parts) / read,
+    }
 
 
-def _windows(shards: TokenShards, train: TrainConfig) -> EvaluationWindows:
-    return EvaluationWindows(shards, train.seq_len, train.micro_batch_rows)
+def _windows(shards: TokenShards, train: TrainConfig, only: list[int] | None = None) -> EvaluationWindows:
+    return EvaluationWindows(shards, train.seq_len, train.micro_batch_rows, only=only)

@@ -23,6 +23,7 @@ from herd.recipe.shape import ModelShape
 from herd.recipe.stage import Stage
 from herd.recipe.tokenise import TokenizerConfig
 from herd.train.config import TrainConfig
+from herd.train.launch import one_process
 
 LADDER_FILE = "ladder.jsonl"
 _SHARED = ("corpus", "tokenizer")
@@ -79,6 +80,7 @@ def run_ladder(
     `on_rung` hears of each rung as it starts (None) and as it is done (its row). `command` is quoted in errors as the
     way to go on. Raises UsageError before anything trains where the corpus holds nothing out, and as `run` does.
     """
+    one_process("a ladder")
     run_dir = Path(run_dir)
     plan_ladder(recipe, config)  # what is wrong shows before the corpus is read
     shared = dataclasses.replace(recipe, stages={name: recipe.stages[name] for name in _SHARED})

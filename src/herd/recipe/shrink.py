@@ -141,6 +141,7 @@ class _Base:
             "steps": steps,
             "warmup": step.get(warm, steps) if warm else 0,
             "anneal": steps - step.get(annealed, 0) if train.anneal else 0,
+            "schedule_steps": train.schedule_steps and round(train.schedule_steps / train.steps * steps),
             "log_every": 1,
             "checkpoint_every": each if train.checkpoint_every else 0,
             **self._shared(train),

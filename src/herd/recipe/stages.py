@@ -16,7 +16,7 @@ from herd.align import sft
 from herd.config import Config
 from herd.corpus import STDLIB, CorpusConfig, check_sources, curate, read_documents
 from herd.files import read_json
-from herd.pretrain import PretrainConfig, distil
+from herd.pretrain import PretrainConfig
 from herd.pretrain.adapting import AdaptConfig, adapt
 from herd.recipe.earlier import earlier, fingerprint
 from herd.recipe.hashing import fingerprint_paths
@@ -78,7 +78,7 @@ def stage_table() -> list[Stage]:
             version=2,
             resumes=True,
             ranks=True,
-            fingerprint=lambda config: fingerprint(config.checkpoints),
+            fingerprint=_beginnings,
             check=_base_fits,
         ),
         Stage(
@@ -122,6 +122,13 @@ def _vocabulary_exists(config: TokenizerConfig, configs: Mapping[str, Config]) -
         earlier(config.file)
 
 
+def _beginnings(config: BaseConfig) -> object:
+    """What lies behind the names of checkpoints and of shards now."""
+    found = fingerprint(config.checkpoints)
+    shards = [path for source in config.sources.values() for path in source.shards]
+    return {"checkpoints": found, "shards": fingerprint_paths(shards)} if shards else found
+
+
 def _base_fits(config: BaseConfig, configs: Mapping[str, Config]) -> None:
     """What it begins with is there, and the longest rows are no longer than the context."""
     for name in config.checkpoints:
@@ -154,10 +161,7 @@ def _base(config: BaseConfig, inputs: Inputs, out: Path, context: StageContext) 
         world = current_world(config.train.parallel, pick_device(config.train).type)
         begin = adapt(config.adapt, config.init_from, shape, corpus, words, out / "adapted", config.seed, world)
         config = config.model_copy(update={"init_from": str(begin)})
-    if config.distil is not None:
-        distil.run(config, config.distil, shape, corpus, words, out)
-    else:
-        pretrain.run(config, shape, corpus, words, out)
+    pretrain.run(config, shape, corpus, words, out, config.distil)
     return _trained(out)
 
 

@@ -46,6 +46,9 @@ class TrainConfig(Config):
     )
     decay: float = Field(default=0.2, gt=0, le=1, description="wsd: share of all steps that decay")
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="learning rate at the last step / peak")
+    schedule_steps: int | None = Field(
+        default=None, ge=1, description="steps that the schedule is made for, where the run ends earlier; null: its own"
+    )
     anneal: int = Field(
         default=0, ge=0, description="last steps, in which the rate falls linearly to 0; the schedule ends before them"
     )

@@ -10,13 +10,17 @@ all ranks again, and they go on from the newest checkpoint.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any, TypeVar
 
-from herd.errors import UsageError
+from herd.errors import HerdError, UsageError
 
+T = TypeVar("T")
 _FOREVER = timedelta(days=365)
+_number_of_signal = itertools.count()
 
 
 class Ranks:
@@ -42,9 +46,7 @@ class Ranks:
 
     def follow(self) -> Iterator[str]:
         """The others: the stages that rank 0 calls for, until it has no more."""
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        store = _get_default_store()
+        store = _store()
         while True:
             key = f"herd/stage/{self._calls}"
             store.wait([key], _FOREVER)
@@ -54,9 +56,7 @@ class Ranks:
             yield stage
 
     def _say(self, stage: str) -> None:
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        _get_default_store().set(f"herd/stage/{self._calls}", stage)
+        _store().set(f"herd/stage/{self._calls}", stage)
         self._calls += 1
 
 
@@ -84,6 +84,50 @@ def started_ranks() -> Iterator[Ranks]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def one_process(command: str) -> None:
+    """Raises UsageError where torchrun has started several: each would do all of it, into the same files."""
+    if (size := Ranks().size) > 1:
+        raise UsageError(f"{command} is for one process", value=f"{size} ranks", fix="start it without torchrun")
+
+
+class Signal:
+    """A place at the store where ranks wait for one of them, however long it takes. All must make them in one order."""
+
+    def __init__(self) -> None:
+        self._key = f"herd/signal/{next(_number_of_signal)}"
+
+    def give(self, name: str, text: str = "") -> None:
+        _store().set(f"{self._key}/{name}", text)
+
+    def wait(self, name: str) -> str:
+        key, store = f"{self._key}/{name}", _store()
+        store.wait([key], _FOREVER)
+        said: str = store.get(key).decode()
+        return said
+
+
+def first_alone(action: Callable[[], T], rank: int) -> T | None:
+    """Let rank 0 do something while the others wait; what it returns there. If it fails, it fails on every rank."""
+    signal = Signal()
+    if rank:
+        if signal.wait("done"):
+            raise HerdError("rank 0 failed, and says why")
+        return None
+    failed = True
+    try:
+        result = action()
+        failed = False
+        return result
+    finally:
+        signal.give("done", "failed" if failed else "")
+
+
+def _store() -> Any:
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def limit_waiting() -> None:

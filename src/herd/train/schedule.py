@@ -13,13 +13,15 @@ def lr_factor(step: int, total: int, config: TrainConfig) -> float:
     Warm-up over w steps: (step + 1) / w. Then from 1 to r = final_lr_ratio at the last step, with t in [0, 1]:
     cosine r + (1 - r)·(1 + cos πt)/2 (Llama 1 to 3), linear 1 - (1 - r)·t, wsd 1 until the last share `decay` of the
     steps and then linear (Hu et al. 2024, arXiv 2404.06395). With `anneal`, all this ends so many steps
-    earlier, and the rest falls linearly from where it ended to 0 at the last step (arXiv 2407.21783 §3.4.3).
+    earlier, and the rest falls linearly from where it ended to 0 at the last step (arXiv 2407.21783 §3.4.3). With
+    `schedule_steps` it is that of a run of so many steps, of which this one does the first.
     """
     before = max(total - config.anneal, 0)
+    length = config.schedule_steps or before
     if config.anneal and step >= before:
-        start = _scheduled(before - 1, before, config) if before else 1.0
+        start = _scheduled(before - 1, length, config) if before else 1.0
         return start * (1 - min(1.0, (step - before + 1) / (total - before)))
-    return _scheduled(step, before, config)
+    return _scheduled(step, length, config)
 
 
 def _scheduled(step: int, total: int, config: TrainConfig) -> float:

@@ -26,6 +26,7 @@ from herd.train.tensor_files import SUFFIX
 from herd.train.world import OneRank, World
 
 _STATE, _MANIFEST = "state.json", "manifest.json"
+_DIGESTS = "digests-"
 _FORMAT, _VERSION = "herd-train-state", 2
 
 
@@ -60,6 +61,7 @@ class StateStore:
         self._damaged.clear()
         self._together(lambda: self._begin(part) if first else None)
         self._together(lambda: self._world.write_tensors(part, dict(tensors)))
+        self._together(lambda: self._note_digests(part))
         self._together(lambda: self._commit(step, part, values) if first else None)
         return path
 
@@ -71,7 +73,7 @@ class StateStore:
         """
         steps = self.steps()
         for step in reversed(steps):
-            error = self._verify(self.path(step)) if self._world.rank == 0 else None
+            error = self._verify(self.path(step))
             if not self._world.any(error is not None):
                 values: dict[str, Any] = read_json(self.path(step) / _STATE)
                 return self._world.read_tensors(self.path(step), parameters), values
@@ -104,11 +106,20 @@ class StateStore:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
 
+    def _note_digests(self, part: Path) -> None:
+        """This rank's share of the files' digests: one rank would hash for longer than the others may wait."""
+        write_json(part / f"{_DIGESTS}{self._world.rank}.json", {p.name: _digest(p) for p in self._mine(part)})
+
+    def _mine(self, directory: Path) -> list[Path]:
+        """The files of tensors that this rank looks after."""
+        return sorted(directory.glob(f"*{SUFFIX}"))[self._world.rank :: self._world.size]
+
     def _commit(self, step: int, part: Path, values: dict[str, Any]) -> None:
         write_json(part / _STATE, values)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(part.iterdir())
-        }
+        files = {_STATE: _digest(part / _STATE)}
+        for notes in sorted(part.glob(f"{_DIGESTS}*.json")):
+            files |= read_json(notes)
+            notes.unlink()
         write_json(part / _MANIFEST, {"format": _FORMAT, "version": _VERSION, "step": step, "files": files})
         if self.path(step).exists():
             shutil.rmtree(self.path(step))
@@ -118,7 +129,7 @@ class StateStore:
             shutil.rmtree(self.path(old), ignore_errors=True)
 
     def _verify(self, directory: Path) -> FileFormatError | None:
-        """What is wrong with a checkpoint, if anything is."""
+        """What is wrong with a checkpoint as far as this rank looks at it, if anything is."""
         try:
             manifest = read_json(directory / _MANIFEST)
             if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (
@@ -129,12 +140,16 @@ class StateStore:
             files = manifest.get("files", {})
             if _STATE not in files or not any(name.endswith(SUFFIX) for name in files):
                 raise FileFormatError("does not list a state and tensors", file=directory / _MANIFEST, field="files")
-            for name, entry in files.items():
+            for name in sorted(files)[self._world.rank :: self._world.size]:
                 file = directory / name
                 if not file.is_file():
                     raise FileFormatError("is missing", file=file)
-                if file.stat().st_size != entry.get("bytes") or sha256_file(file) != entry.get("sha256"):
+                if files[name] != _digest(file):
                     raise FileFormatError("does not match its checksum", file=file, field="sha256")
         except FileFormatError as error:
             return error
         return None
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from herd.architecture import LlamaConfig, training_flops_per_token
 from herd.errors import HerdError, UsageError
+from herd.model import Llama
 from herd.train import snapshot
 from herd.train.announce import announce, first_line
 from herd.train.averaging import WeightAverage
@@ -30,17 +31,19 @@ from herd.train.callbacks import Callback, StepRecord, Verdict
 from herd.train.checkpoints import Checkpoints
 from herd.train.compilation import CompiledBlocks, compiler_failed, eager, worth_compiling
 from herd.train.config import TrainConfig
+from herd.train.filling import Weights, fill
 from herd.train.float8 import float8_products
 from herd.train.guard import Guard
 from herd.train.memory import keep_freed_memory
 from herd.train.metrics import Metrics, MetricsFile
 from herd.train.optimizers import build_optimizer, matrix_dtype
 from herd.train.peak import matmul_peak
+from herd.train.recompute import recompute
 from herd.train.saving import Saver
 from herd.train.schedule import lr_factor
 from herd.train.signals import StopSignals
 from herd.train.state import StateStore
-from herd.train.world import World, current_world
+from herd.train.world import World, autocast, current_world
 
 B = TypeVar("B", bound=Movable)
 LossFunction = Callable[[Any, B], tuple[Tensor, Tensor]]
@@ -85,7 +88,9 @@ class Trainer(Generic[B]):
         callbacks: Sequence[Callback] = (),
         *,
         world: World | None = None,
+        weights: Weights | None = None,
     ) -> None:
+        """`weights`: where those of a model on the meta device come from."""
         keep_freed_memory()
         self.config = config
         self.world = world or current_world()
@@ -99,9 +104,13 @@ class Trainer(Generic[B]):
         if config.parallel.needs_mesh and isinstance(shape, LlamaConfig):
             config.parallel.check(shape, config.seq_len, config.batch_size, config.micro_batch_rows, self.world.size)
         self.precision = matrix_dtype(self.device) if config.precision == "auto" else _DTYPES[config.precision]
+        if config.parallel.recompute != "none" and isinstance(model, Llama):
+            recompute(model, config.parallel.recompute)
         if config.float8:
             float8_products(model, self.device)
-        self.model = self.world.place(model, self.device, self._autocast)
+        self.model = self.world.place(model, self.device, self.precision)
+        if weights is not None:
+            fill(self.model, weights)
         self.blocks = CompiledBlocks(self.model)
         self.optimizer = build_optimizer(self.model, config)
         beside = config.checkpoint_background
@@ -122,6 +131,8 @@ class Trainer(Generic[B]):
         self.resumed_from: int | None = None
         self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT[1])
         """(sum of losses, weight) of the last steps."""
+        self.row_tokens = config.seq_len
+        """Tokens of a row at this step, which attention's share of the FLOPs grows with."""
         self._peak: float | None = None
         self._metrics = MetricsFile(self.out_dir / "metrics.jsonl")
 
@@ -265,7 +276,7 @@ class Trainer(Generic[B]):
         if not isinstance(shape, LlamaConfig):
             return None
         supervised = self.supervised / self.tokens if self.tokens else 1.0
-        return training_flops_per_token(shape, self.config.seq_len, supervised)
+        return training_flops_per_token(shape, self.row_tokens, supervised)
 
     def save(self) -> None:
         """Write a checkpoint of the whole state, once per step."""
@@ -279,7 +290,7 @@ class Trainer(Generic[B]):
         if self.world.pipeline is not None:
             return self.world.pipeline.train([self.world.local(batch.to(self.device)) for batch in batches])
         sums = torch.zeros(3, device=self.device)
-        # One autocast region for the whole step: weights are cast once, not once per micro-batch.
+        # One autocast region for the whole step: weights that stay are cast once, not once per micro-batch.
         with self._autocast():
             for number, batch in enumerate(batches, start=1):
                 batch = self.world.local(batch.to(self.device))
@@ -291,7 +302,7 @@ class Trainer(Generic[B]):
         return sums
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision is torch.bfloat16)
+        return autocast(self.device, self.precision, splits=self.world.splits)
 
     def _gradients(self) -> list[Tensor]:
         """This rank's gradients of the trainable weights."""

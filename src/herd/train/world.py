@@ -11,18 +11,36 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from herd.train import tensor_files
-from herd.train.launch import limit_waiting
+from herd.train.launch import first_alone, limit_waiting
 
 if TYPE_CHECKING:
     from herd.train.parallel.config import ParallelConfig
     from herd.train.parallel.pipeline import Pipeline
+
+
+T = TypeVar("T")
+
+
+def autocast(device: torch.device, precision: torch.dtype, *, splits: bool = False) -> torch.autocast:
+    """A region whose products are in bf16 if that is the precision.
+
+    It keeps a weight's copy in bf16 until its end; not where weights are gathered for each use (`World.splits`): the
+    gradients of later micro-batches would go to a weight that is no more.
+    """
+    enabled = precision is torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=not splits)
+
+
+def is_shapes(model: nn.Module) -> bool:
+    """Whether a model has no numbers yet."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 class World(Protocol):
@@ -32,6 +50,8 @@ class World(Protocol):
     size: int
     pipeline: Pipeline | None
     """Runs the micro-batches where ranks hold different layers."""
+    splits: bool
+    """Whether a rank holds parts of weights, which are gathered for each use."""
 
     @property
     def data_rank(self) -> int: ...
@@ -39,8 +59,11 @@ class World(Protocol):
     @property
     def data_size(self) -> int: ...
 
-    def place(self, model: nn.Module, device: torch.device, autocast: Callable[[], Any]) -> nn.Module:
-        """This rank's part of a model that all ranks hold alike, on `device`."""
+    def place(self, model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
+        """This rank's part of a model, on `device`; its products are in `precision`.
+
+        All ranks hold the model alike, or as shapes alone (on the meta device): then what they get is to be filled.
+        """
 
     def local(self, batch: Any) -> Any:
         """This rank's part of a micro-batch."""
@@ -75,6 +98,9 @@ class World(Protocol):
     def from_first(self, numbers: list[float]) -> list[float]:
         """Rank 0's numbers, on every rank."""
 
+    def first(self, action: Callable[[], T]) -> T | None:
+        """Let rank 0 do something while the others wait for as long as it takes; what it returns, there."""
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
 
@@ -91,6 +117,7 @@ class OneRank:
     rank = 0
     size = 1
     pipeline: Pipeline | None = None
+    splits = False
 
     @property
     def data_rank(self) -> int:
@@ -100,8 +127,8 @@ class OneRank:
     def data_size(self) -> int:
         return self.size
 
-    def place(self, model: nn.Module, device: torch.device, autocast: Callable[[], Any]) -> nn.Module:
-        return model.to(device)
+    def place(self, model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
+        return model.to_empty(device=device) if is_shapes(model) else model.to(device)
 
     def local(self, batch: Any) -> Any:
         return batch
@@ -139,6 +166,9 @@ class OneRank:
 
     def from_first(self, numbers: list[float]) -> list[float]:
         return numbers
+
+    def first(self, action: Callable[[], T]) -> T | None:
+        return action()
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -181,6 +211,9 @@ class ProcessGroup(OneRank):
         shared = self._exchanged(numbers if self.rank == 0 else [0.0] * int(length.item()))
         torch.distributed.broadcast(shared, 0, group=self.group)
         return [float(number) for number in shared.tolist()]
+
+    def first(self, action: Callable[[], T]) -> T | None:
+        return first_alone(action, self.rank)
 
     def any(self, flag: bool) -> bool:
         votes = self._exchanged([float(flag)])

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herd.architecture import AttentionTemperature, LlamaConfig, MoeConfig
-from herd.model import Llama
+from herd.architecture import AttentionTemperature, LlamaConfig, MoeConfig, tensor_shapes
+from herd.model import Llama, initial_weight
 from herd.train import Batch, Callback, StepRecord, TrainConfig, Trainer, Verdict, next_token_loss
 from herd.train.world import World, current_world
 
@@ -98,7 +98,10 @@ class Seen(Callback):
 
 
 def trainer(case: Case, out: Path, callbacks: list[Callback], **fields: Any) -> Trainer[Batch]:
-    """The run of a case on the ranks there are; `fields` are those of TrainConfig."""
+    """The run of a case on the ranks there are; `fields` are those of TrainConfig.
+
+    One process has the whole model from the beginning; several ranks split its shapes and fill their own parts.
+    """
     settings: dict[str, Any] = {
         "steps": STEPS,
         "seq_len": WIDTH,
@@ -112,9 +115,20 @@ def trainer(case: Case, out: Path, callbacks: list[Callback], **fields: Any) -> 
     }
     config = TrainConfig(**{**settings, **case.fields, **fields}, parallel=case.parallel)
     world = current_world(config.parallel)
-    model = Llama(MODELS[case.model])
-    model.init_weights(0)
-    return Trainer(model, next_token_loss, Rows(config.micro_batch_rows, world), config, out, callbacks, world=world)
+    rows, shape = Rows(config.micro_batch_rows, world), MODELS[case.model]
+    if world.size == 1:
+        model = Llama(shape)
+        model.init_weights(0)
+        return Trainer(model, next_token_loss, rows, config, out, callbacks, world=world)
+    shapes = tensor_shapes(shape)
+
+    def weights(name: str) -> Tensor:
+        name = name if name in shapes else "embed.weight"
+        return initial_weight(shape, name, shapes[name], 0)
+
+    with torch.device("meta"):
+        model = Llama(shape)
+    return Trainer(model, next_token_loss, rows, config, out, callbacks, world=world, weights=weights)
 
 
 def run(case: Case, out: Path) -> list[tuple[float, float, int, dict[str, Tensor]]]:

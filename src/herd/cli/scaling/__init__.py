@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from herd.errors import UsageError
+from herd.errors import UsageError, near
 
 if TYPE_CHECKING:
     from herd.pretrain.scaling import LadderConfig
@@ -61,6 +62,24 @@ def flops_list(option: str, text: str) -> list[float]:
     if not values or not all(1.0 <= value <= 1e40 for value in values):
         raise UsageError(f"{option} is no list of FLOPs", value=text, allowed="numbers from 1 to 1e40, as 1e15,3e15")
     return values
+
+
+def named_numbers(option: str, text: str, known: Iterable[str]) -> dict[str, float]:
+    """The numbers of a list such as "code=0.7,prose=0.3", whose names are among the known ones, each once."""
+    names, found = list(known), dict[str, float]()
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        name = name.strip()
+        if name not in names:
+            raise UsageError(f"{option} names what is not there", value=name, allowed=near(name, names))
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf or name in found:
+            raise UsageError(f"{option} is no list NAME=NUMBER,…", value=text, allowed=f"as {names[0]}=0.5")
+        found[name] = number
+    return found
 
 
 def check_writable(option: str, path: Path | None) -> None:

@@ -12,7 +12,7 @@ from herd.errors import MissingDependency
 from herd.files import atomic_write
 from herd.pretrain.scaling.isoflop import Budget, LadderFit
 
-_INK, _MUTED, _LINE, _LAW = "#1d1c1a", "#68655d", "#e4e1d9", "#c2561a"
+INK, MUTED, LINE, LAW = "#1d1c1a", "#68655d", "#e4e1d9", "#c2561a"
 
 
 def plot_ladder(fit: LadderFit, path: str | Path) -> None:
@@ -20,22 +20,47 @@ def plot_ladder(fit: LadderFit, path: str | Path) -> None:
 
     A budget without a minimum that counts has its runs drawn and no parabola. Raises MissingDependency.
     """
+    figure, left, right = figure_of_two()
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.85, len(fit.budgets)))
+    for budget, colour in zip(fit.budgets, colours, strict=True):
+        _curve(left, budget, colour)
+    tidy(left, "IsoFLOP curves", "training tokens", "loss, nats per token")
+    left.set_xscale("log")
+    left.legend(frameon=False, labelcolor=INK, title="FLOPs", fontsize=8, title_fontsize=8)
+    _law(right, fit)
+    tidy(right, "compute-optimal tokens", "training FLOPs", "training tokens")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.legend(frameon=False, labelcolor=INK, fontsize=8)
+    write_png(figure, path)
+
+
+def figure_of_two() -> tuple[Any, Any, Any]:
+    """An empty figure with two axes beside each other. Raises MissingDependency."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependency("matplotlib", extra="train") from None
     figure = Figure(figsize=(10.4, 4.2), dpi=150, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.85, len(fit.budgets)))
-    for budget, colour in zip(fit.budgets, colours, strict=True):
-        _curve(left, budget, colour)
-    _tidy(left, "IsoFLOP curves", "training tokens", "loss, nats per token")
-    left.legend(frameon=False, labelcolor=_INK, title="FLOPs", fontsize=8, title_fontsize=8)
-    _law(right, fit)
-    _tidy(right, "compute-optimal tokens", "training FLOPs", "training tokens")
-    right.set_yscale("log")
-    right.legend(frameon=False, labelcolor=_INK, fontsize=8)
+    return figure, left, right
+
+
+def tidy(axes: Any, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels and a quiet grid."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel(x_label, color=MUTED)
+    axes.set_ylabel(y_label, color=MUTED)
+    axes.grid(color=LINE, linewidth=0.8)
+    axes.tick_params(which="both", colors=MUTED, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def write_png(figure: Any, path: str | Path) -> None:
+    """Write a figure, the same bytes for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "Herd"})
     with atomic_write(path) as file:
@@ -48,7 +73,7 @@ def _curve(axes: Any, budget: Budget, colour: Any) -> None:
     if budget.unused is None and budget.parabola is not None:
         along = np.geomspace(tokens.min(), tokens.max(), 200)
         axes.plot(along, np.polyval(budget.parabola, np.log(along)), color=colour, linewidth=1.2)
-        axes.plot(budget.tokens, budget.loss, "D", color=_LAW, markersize=5, zorder=3)
+        axes.plot(budget.tokens, budget.loss, "D", color=LAW, markersize=5, zorder=3)
 
 
 def _law(axes: Any, fit: LadderFit) -> None:
@@ -56,19 +81,8 @@ def _law(axes: Any, fit: LadderFit) -> None:
     along = np.geomspace(min(flops) / 2, max(flops) * 10, 60)  # a little beyond, where predictions are made
     predictions = [fit.predict(float(c)).tokens for c in along]
     label = f"{fit.tokens.factor:.3g} · C^{fit.tokens.exponent:.3f}"
-    axes.plot(along, [p.value for p in predictions], color=_LAW, linewidth=1.4, label=label)
+    axes.plot(along, [p.value for p in predictions], color=LAW, linewidth=1.4, label=label)
     band = [p.low for p in predictions], [p.high for p in predictions]
     if np.isfinite(band).all():
-        axes.fill_between(along, *band, color=_LAW, alpha=0.15, linewidth=0, label=f"{fit.confidence:.0%} interval")
-    axes.plot(flops, [budget.tokens for budget in fit.used], "D", color=_LAW, markersize=5, label="minima")
-
-
-def _tidy(axes: Any, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=_INK)
-    axes.set_xlabel(x_label, color=_MUTED)
-    axes.set_ylabel(y_label, color=_MUTED)
-    axes.set_xscale("log")
-    axes.grid(color=_LINE, linewidth=0.8)
-    axes.tick_params(which="both", colors=_MUTED, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+        axes.fill_between(along, *band, color=LAW, alpha=0.15, linewidth=0, label=f"{fit.confidence:.0%} interval")
+    axes.plot(flops, [budget.tokens for budget in fit.used], "D", color=LAW, markersize=5, label="minima")

@@ -30,15 +30,27 @@ def read_table(path: str | Path, columns: Sequence[Column]) -> list[dict[str, fl
     The suffix tells the format: .jsonl, an object a line, or .csv, whose first line names the columns. Raises
     UsageError for another suffix, FileFormatError with line and field for what cannot be read.
     """
+    return [row for _, row in read_numbered(path, columns)]
+
+
+def read_numbered(path: str | Path, columns: Sequence[Column]) -> list[tuple[int, dict[str, float | None]]]:
+    """The same, each row with the number of its line."""
     file = Path(path)
+    return [
+        (line, {column.name: _number(values, column, file, line) for column in columns}) for line, values in _rows(file)
+    ]
+
+
+def column_names(path: str | Path) -> list[str]:
+    """The names of all columns that any row has, in the order in which they are first met."""
+    return list(dict.fromkeys(name for _, values in _rows(Path(path)) for name in values))
+
+
+def _rows(file: Path) -> list[tuple[int, Mapping[str, Any]]]:
     readers = {".jsonl": _json_lines, ".csv": _csv_lines}
     if file.suffix.lower() not in readers:
         raise UsageError("this is no table of runs", value=file, allowed="a file named *.jsonl or *.csv")
-    text = _text(file)
-    rows = [
-        {column.name: _number(values, column, file, line) for column in columns}
-        for line, values in readers[file.suffix.lower()](text, file)
-    ]
+    rows = list(readers[file.suffix.lower()](_text(file), file))
     if not rows:
         raise FileFormatError("has no rows", file=file)
     return rows

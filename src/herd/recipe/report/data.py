@@ -183,7 +183,9 @@ class Training:
 
     @property
     def seq_len(self) -> int:
-        """Length of the rows trained on."""
+        """Length of the rows trained on; the mean over tokens where it changed."""
+        if mean := self.total("row_tokens"):
+            return round(mean)
         found = _find(self.manifest["key"]["config"], "seq_len")
         return int(found) if _is_number(found) else 0
 

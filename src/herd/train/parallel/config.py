@@ -33,7 +33,7 @@ class ParallelConfig(Config):
         default=1, ge=1, description="groups of DP ranks that each hold all of the weights (HSDP); must divide dp"
     )
     shard: bool = Field(
-        default=False, description="DP ranks hold a part of weights, gradients and optimiser each (FSDP)"
+        default=False, description="DP ranks hold a part of weights, gradients and optimiser each (FSDP); ep does, too"
     )
     reshard: bool = Field(
         default=False,
@@ -41,7 +41,8 @@ class ParallelConfig(Config):
     )
     reduce_each: bool = Field(
         default=True,
-        description="shard the gradients after every micro-batch; false: once a step, for more memory and less time",
+        description="shard the gradients after every micro-batch; false: once a step, for more memory and less time, as"
+        " pipelines always do",
     )
     context: Literal["gather", "ring"] = Field(
         default="gather",
@@ -76,14 +77,20 @@ class ParallelConfig(Config):
             raise ValueError(f"schedule {self.schedule} has two chunks a rank, not {self.virtual}")
         if self.contiguous is not None and self.schedule != "interleaved":
             raise ValueError("contiguous is of schedule interleaved")
-        if self.context == "ring" and self.cp % self.inner_ring:
-            raise ValueError(f"inner_ring {self.inner_ring} does not divide cp {self.cp}")
+        if self.inner_ring > 1 and (self.context != "ring" or self.cp % self.inner_ring):
+            raise ValueError(f"inner_ring {self.inner_ring} needs context ring and a cp that it divides, not {self.cp}")
+        if self.reshard and not (self.shard or max(self.ep, self.cp) > 1):
+            raise ValueError("reshard is of weights that ranks hold parts of: it needs shard, ep or cp")
         return self
 
     @property
     def needs_mesh(self) -> bool:
         """Whether anything is asked for but whole models whose gradients are summed."""
         return self.shard or max(self.tp, self.cp, self.pp, self.ep, self.replicas) > 1
+
+    def copies(self, dp: int) -> int:
+        """How many groups of the `dp` ranks hold all of the weights: each rank one where nothing is sharded."""
+        return self.replicas if self.shard or max(self.replicas, self.ep) > 1 else dp
 
     def layout(self, world_size: int) -> Layout:
         """The layout on so many ranks. Raises UsageError if they cannot be shared evenly."""

@@ -54,7 +54,7 @@ def dry_run(config: LlamaConfig, parallel: ParallelConfig, ranks: int, rank: int
         raise UsageError("a dry run needs a process of its own: this one has a process group")
     with _ranks_that_are_not_there(ranks, rank), torch.device("meta"):
         world = MeshWorld(parallel, "cpu")
-        model = world.place(Llama(config), torch.device("meta"), contextlib.nullcontext)
+        model = world.place(Llama(config), torch.device("meta"), torch.bfloat16)
         tensors = tuple(_held(name, parameter) for name, parameter in model.named_parameters())
     layers = sorted({int(t.name.split(".")[1]) for t in tensors if t.name.startswith("layers.")})
     return HeldModel(rank, tensors, tuple(layers))

@@ -42,16 +42,17 @@ class Mesh:
     @classmethod
     def build(cls, config: ParallelConfig, layout: Layout, device_type: str) -> Mesh:
         """The mesh over the default process group, which has `layout.gpus` ranks. Every rank must call it."""
-        shards = layout.dp // config.replicas
+        copies = config.copies(layout.dp)
+        shards = layout.dp // copies
         whole = init_device_mesh(
             device_type,
-            (config.replicas, shards, layout.pp, layout.cp, layout.tp),
+            (copies, shards, layout.pp, layout.cp, layout.tp),
             mesh_dim_names=("replicate", "dp_shard", "pp", "cp", "tp"),
         )
         shard = whole["dp_shard", "cp"]._flatten("shard")
         experts = shard._unflatten(0, (shards * layout.cp // layout.ep, layout.ep), ("expert_shard", "ep"))
         expert_shard = experts["expert_shard"]
-        if config.replicas > 1:
+        if copies > 1:
             replicate = whole["replicate"]
             shard = DeviceMesh._concatenate([replicate, shard])
             expert_shard = DeviceMesh._concatenate([replicate, expert_shard])

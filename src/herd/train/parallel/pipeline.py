@@ -40,7 +40,7 @@ class Chunk(nn.Module):
     def __init__(self, model: Llama, layers: range, *, first: bool, last: bool) -> None:
         super().__init__()
         self.config = model.config
-        self.run_block, self.sequence, self.places_of = model.run_block, model.sequence, model.places
+        self.sequence, self.places_of = model.sequence, model.places
         self.embed = model.embed if first else Elsewhere()
         self.layers = nn.ModuleDict({str(i): model.layers[i] for i in layers})
         self.norm = model.norm if last else Elsewhere()
@@ -56,7 +56,7 @@ class Chunk(nn.Module):
         if self.first:
             x = self.embed(x)
         for block in self.layers.values():
-            x = self.run_block(block, x, places)
+            x = block(x, places)
         if not self.last:
             return x
         x_TD, targets_T, weights_T = self.norm(x).flatten(0, 1), targets_BP.flatten(), weights_BP.flatten()

@@ -8,13 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from herd.train.launch import Signal
+
 
 def whole_weights(model: nn.Module, left_out: frozenset[str] = frozenset()) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of every parameter, on rank 0; nothing on the others, which must go through it all the same.
 
-    Ranks may hold different parameters (pipeline stages). No rank but those of one stage has a whole weight at a time.
+    Ranks may hold different parameters (pipeline stages). No rank but those of one stage has a whole weight at a time;
+    they wait without a limit until those before are dealt with.
     """
-    rank = dist.get_rank()
+    return _walk(model, left_out, Signal())  # made now, since rank 0 may begin the walk later than the others
+
+
+def _walk(model: nn.Module, left_out: frozenset[str], signal: Signal) -> Iterator[tuple[str, Tensor]]:
+    rank, reached = dist.get_rank(), 0
     own = {name: p.detach() for name, p in model.named_parameters() if name not in left_out}
     everyones: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyones, {name: (p.shape, p.dtype) for name, p in own.items()})
@@ -23,6 +30,11 @@ def whole_weights(model: nn.Module, left_out: frozenset[str] = frozenset()) -> I
         for name, (shape, dtype) in held.items():
             facts.setdefault(name, (holder, shape, dtype))
     for name, (holder, shape, dtype) in facts.items():
+        if rank == 0 and holder > reached:
+            signal.give(str(holder))
+        elif name in own and holder > reached:
+            signal.wait(str(holder))
+        reached = max(reached, holder)
         weight = None
         if name in own:
             part = own[name]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from herd.train.parallel.expert import exchange_tokens, split_experts
 from herd.train.parallel.gradients import global_norm
 from herd.train.parallel.mesh import Mesh
 from herd.train.parallel.pipeline import Pipeline
-from herd.train.parallel.recompute import recompute
 from herd.train.parallel.ring import RingExchange
 from herd.train.parallel.shard import reduce_now, shard_model
 from herd.train.parallel.tensor import split_model
 from herd.train.parallel.whole import whole_weights
-from herd.train.world import ProcessGroup
+from herd.train.world import ProcessGroup, autocast, is_shapes
 
 
 class MeshWorld(ProcessGroup):
     """Ranks that split a model and its batches along the axes of a mesh."""
+
+    splits = True
 
     def __init__(self, config: ParallelConfig, device_type: str) -> None:
         super().__init__()
@@ -49,15 +51,17 @@ class MeshWorld(ProcessGroup):
     def data_size(self) -> int:
         return self.mesh.layout.dp
 
-    def place(self, model: nn.Module, device: torch.device, autocast: Callable[[], Any]) -> nn.Module:
-        """Keep this rank's part of a model that all ranks hold alike."""
+    def place(self, model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
+        """Keep this rank's part of a model that all ranks hold alike, or make room for it."""
         if not isinstance(model, Llama):
             raise UsageError("only a Llama can be split over a mesh", value=type(model).__name__)
         config, mesh, self._device = self.config, self.mesh, device
         if config.pp > 1:
             self.pipeline = Pipeline(model, config, mesh.pp)
             self._tied = model.config.tied_embeddings
-        model = model.to(device)
+        only_shapes = is_shapes(model)
+        if not only_shapes:
+            model = model.to(device)
         if config.tp > 1:
             split_model(model, mesh.tp, mesh.expert_tp)
         for module in list(model.modules()):
@@ -68,11 +72,13 @@ class MeshWorld(ProcessGroup):
             if isinstance(module, Attention) and config.cp > 1:
                 module.attend = ContextAttention(self._exchange())
         model.sequence = self.sequence
-        recompute(model, config.recompute)
-        self._sharded = list(self.pipeline.build(autocast)) if self.pipeline is not None else [model]
+        self._sharded = [model]
+        if self.pipeline is not None:
+            region = functools.partial(autocast, device, precision, splits=True)
+            self._sharded = list(self.pipeline.build(region))
         for part in self._sharded:
-            shard_model(part, mesh.shard, mesh.expert_shard, reshard=config.reshard)
-        return model
+            shard_model(part, mesh.shard, mesh.expert_shard, precision, reshard=config.reshard)
+        return model.to_empty(device=device) if only_shapes else model
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
