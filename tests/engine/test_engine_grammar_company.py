@@ -13,7 +13,8 @@ from herd import LLM
 from herd.engine import Grammar, Sampling
 from herd.engine import grammar_trial as trials
 from herd.engine.constraint import GrammarFailed
-from herd.engine.scheduler import _COMPILED_AHEAD, LiveSequence
+from herd.engine.live_sequence import LiveSequence
+from herd.engine.scheduler import _COMPILED_AHEAD
 
 pytest.importorskip("llguidance")
 

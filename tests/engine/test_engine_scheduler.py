@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herd.engine.backend import Span
+from herd.engine.live_sequence import LiveSequence
 from herd.engine.request import Chunk, Completion, Sampling
 from herd.engine.sampler import SamplerRow, sample
-from herd.engine.scheduler import PREFILL_TOKENS, LiveSequence, Scheduler
+from herd.engine.scheduler import PREFILL_TOKENS, Scheduler
 from herd.engine.speculation import MAX_DRAFT, Ask
 
 VOCABULARY = 40
@@ -50,7 +51,9 @@ class HistoryBackend:
         self.fail_at: int | None = None
         self._next = 0
 
-    def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
+    def reserve(
+        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None, salt: str = ""
+    ) -> tuple[int, int] | None:
         if self.histories and not self.admits(capacity, len(prompt)):
             return None
         n_reused = 0

@@ -90,7 +90,7 @@ def test_unknown_names_are_named_where_they_are() -> None:
     for body, param in (
         ({"messages": [good], "mesages": 1}, "mesages"),
         ({"messages": [good, {**good, "colour": 1}]}, "messages.1.colour"),
-        ({"messages": [good], "response_format": {"type": "text", "x": 1}}, "response_format.text.x"),
+        ({"messages": [good], "response_format": {"type": "text", "x": 1}}, "response_format.x"),
     ):
         with pytest.raises(ApiError) as caught:
             parse_body(body, ChatRequest)

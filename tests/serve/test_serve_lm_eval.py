@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.peer
-completions = pytest.importorskip("lm_eval.models.openai_completions")
-instances = pytest.importorskip("lm_eval.api.instance")
+NOT_THERE = "lm-eval is not installed: pip install 'lm_eval[api]'"
+completions = pytest.importorskip("lm_eval.models.openai_completions", reason=NOT_THERE)
+instances = pytest.importorskip("lm_eval.api.instance", reason=NOT_THERE)
 
 PAIRS = [("def f(x):\n    return", " x"), ("import", " os\nimport sys"), ("class A", ":\n    pass"), ("a", "b")]
 

@@ -13,7 +13,15 @@ openai = pytest.importorskip("openai")
 
 from openai.types.responses import response_create_params  # noqa: E402
 
-from herd.serve.api.response_items import CallItem, MessageItem, OutputItem, dialogue, fit, read_item  # noqa: E402
+from herd.serve.api.response_items import (  # noqa: E402
+    CallItem,
+    MessageItem,
+    OutputItem,
+    dialogue,
+    fit,
+    read_item,
+    with_outputs,
+)
 from herd.serve.api.responses import ResponsesRequest  # noqa: E402
 
 SWITCH = {"type": "function", "name": "switch", "parameters": {"type": "object"}}
@@ -82,7 +90,7 @@ def test_what_is_dropped(made: list[tuple[str, int]], limit: int) -> None:
         ({"include": ["reasoning.encrypted_content"]}, "include", "unsupported_parameter"),
         ({"background": True}, "background", "unsupported_parameter"),
         ({"conversation": "conv_1"}, "conversation", "unsupported_parameter"),
-        ({"reasoning": {"effort": "low"}}, "reasoning", "unsupported_parameter"),
+        ({"reasoning": {"effort": "low"}}, "reasoning.effort", "invalid_value"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "unsupported_parameter"),
         ({"max_tool_calls": 1}, "max_tool_calls", "unsupported_parameter"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "unsupported_parameter"),
@@ -130,7 +138,7 @@ def test_items_are_the_same_after_the_store() -> None:
     ):
         again = read_item(json.loads(json.dumps(item.stored())), "x")
         assert again.stored() == item.stored() and type(again) is type(item)
-        assert dialogue([again], None, one_call=False) == dialogue([item], None, one_call=False)
+        assert dialogue([again], None) == dialogue([item], None)
 
 
 def test_truncation(served: Any) -> None:
@@ -184,16 +192,9 @@ def test_calls_and_what_they_gave() -> None:
     ]  # fmt: skip
     made = {"function": {"name": "f", "arguments": "{}"}}
 
-    def said(**how: bool) -> list[tuple[str, str | None, int]]:
-        found = dialogue(items, None, **how)  # type: ignore[arg-type]
-        assert all(each == made for message in found for each in message.get("tool_calls", ()))
-        return [(m["role"], m["content"], len(m.get("tool_calls", ()))) for m in found]
-
-    assert said(one_call=False) == [
-        ("user", "u", 0), ("assistant", "a", 2), ("tool", "two", 0), ("tool", "one", 0),
-        ("assistant", "", 1), ("tool", "again", 0), ("assistant", "b", 0),
-    ]  # fmt: skip
-    assert said(one_call=True) == [
-        ("user", "u", 0), ("assistant", "a", 1), ("tool", "one", 0), ("assistant", "", 1), ("tool", "two", 0),
+    found = dialogue(with_outputs(items), None)
+    assert all(each == made for message in found for each in message.get("tool_calls", ()))
+    assert [(m["role"], m["content"], len(m.get("tool_calls", ()))) for m in found] == [
+        ("user", "u", 0), ("assistant", "a", 2), ("tool", "one", 0), ("tool", "two", 0),
         ("assistant", "", 1), ("tool", "again", 0), ("assistant", "b", 0),
     ]  # fmt: skip

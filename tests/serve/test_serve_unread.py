@@ -16,7 +16,7 @@ from herd.serve import Keys, ServeConfig
 from herd.serve.server import Connection
 from tests.serve.live_server import Served, until
 
-ENDLESS = {"max_tokens": 60, "ignore_eos": True}
+ENDLESS = {"max_tokens": 60, "ignore_eos": True, "seed": 5}
 LONG_CHAT = {**ENDLESS, "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 20, "n": 4}
 
 
@@ -31,10 +31,10 @@ def connections(served: Served) -> list[Connection]:
     return [each for each in served.server.server_state.connections if isinstance(each, Connection)]
 
 
-def deaf(served: Served, data: bytes = b"") -> socket.socket:
+def deaf(served: Served, data: bytes = b"", buffer: int = 2048) -> socket.socket:
     """A connection whose client can take very little, and has sent something."""
     raw = socket.socket()
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     raw.settimeout(5)
     raw.connect(served.address)
     raw.sendall(data)
@@ -104,13 +104,15 @@ def test_who_reads_nothing_is_cut(serving: Any, model_path: Path, caplog: pytest
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_who_reads_slowly_gets_all_of_it(serving: Any, model_path: Path) -> None:
+def test_who_reads_slowly_gets_all_of_it(serving: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes longer than the patience for all of it, and less for each part."""
+    monkeypatch.setattr(Connection, "least_rate", 1000)  # with buffers as small as here, a connection may be very slow
     config = ServeConfig(port=0, write_timeout=2.0)
     with serving({"tiny": model_path}, config) as served:
         with served.client() as client:
             whole = len(client.post("/v1/chat/completions", json=LONG_CHAT).content)
-        with deaf(served, post("/v1/chat/completions", LONG_CHAT)) as raw:
+        # Not the smallest buffer: with that, TCP waits for seconds before it asks whether there is room again.
+        with deaf(served, post("/v1/chat/completions", LONG_CHAT), buffer=16 << 10) as raw:
             raw.settimeout(60)
             start, read, most = time.monotonic(), 0, 0
             while read < whole:

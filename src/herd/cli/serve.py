@@ -43,6 +43,9 @@ def command(
     store: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep responses here (SQLite), for previous_response_id.")
     ] = None,
+    share_beginnings: Annotated[
+        bool, typer.Option("--share-beginnings", help="Of prompts, also between keys, which trust each other.")
+    ] = False,
     replicas: Annotated[
         int, typer.Option(metavar="N", help="Processes that have the models, through Ray Serve (1: this one, without).")
     ] = 1,
@@ -96,6 +99,7 @@ def command(
             "max_running": max_running,
             "max_wait": max_wait,
             "memory": None if memory is None else size_bytes(memory),
+            "share_beginnings": share_beginnings,
             "store": store,
         },
         "herd serve",

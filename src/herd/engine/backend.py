@@ -82,11 +82,14 @@ class Backend(Protocol):
     def unload_adapter(self, name: str) -> None:
         """Free an adapter that no reserved sequence has."""
 
-    def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
+    def reserve(
+        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None, salt: str = ""
+    ) -> tuple[int, int] | None:
         """A new sequence of up to `capacity` tokens; None when there is no room before another is released.
 
-        Returns its number, and how many of the first tokens of `prompt` it holds already: never all of them. When no
-        sequence is reserved, a capacity up to `context` always succeeds.
+        Returns its number, and how many of the first tokens of `prompt` it holds already: never all of them, and none
+        that were computed with another `salt`. When no sequence is reserved, a capacity up to `context` always
+        succeeds.
         """
 
     def fork(self, sequence: int, capacity: int) -> int | None:

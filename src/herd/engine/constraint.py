@@ -5,7 +5,7 @@ a sentence. A control token never can, whatever the grammar says; stop tokens co
 complete. Where the next bytes are certain, their usual tokens are the only ones allowed.
 
 Every answer has a matcher of its own, so that what one takes of llguidance's limits is nobody else's. It is compiled
-beside the batch, and what its masks may take of the processor is bounded: others wait for both.
+beside the batch, and what the masks of a request may take of the processor is bounded: others wait for them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ Bits = npt.NDArray[np.uint8]
 REMEMBERED = 256
 """Grammars that are known to compile, at most."""
 _LOOK_AHEAD = 8  # tokens of a grammar that are tried before any answer begins
-# Processor time of an answer's masks: so much for each token (0.1 ms are usual, 0.5 ms many), and so much beyond that.
+# Processor time of masks: so much for each token (0.1 ms are usual, 0.5 ms many), and so much beyond that for all
+# answers of a request together.
 # A grammar such as "start: s; s: s s | /[a-z]/" takes longer with every token: 0.04 s for the 36th.
 TOKEN_S, BEYOND_S = 0.005, 0.25
 
@@ -179,8 +180,13 @@ class _Tokens:
 class Constraint:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, grammars: Grammars, grammar: Grammar, stop_ids: Iterable[int]) -> None:
-        """`stop_ids` end the answer: they may come where the grammar is complete."""
+    def __init__(
+        self, grammars: Grammars, grammar: Grammar, stop_ids: Iterable[int], beside: Constraint | None = None
+    ) -> None:
+        """`stop_ids` end the answer: they may come where the grammar is complete.
+
+        `beside`: that of another answer to the same request.
+        """
         self._grammars = grammars
         self._grammar = grammar
         self._stop_ids = frozenset(stop_ids)
@@ -188,7 +194,13 @@ class Constraint:
         self._coming: Future[Any] | None = None
         self._matcher: Any = None
         self._bits: Bits | None = None
-        self._beyond = 0.0
+        self._failure: GrammarFailed | None = None
+        self._spent: _Spent = _Spent() if beside is None else beside._spent
+        self._unpaid = 0.0
+        self.mask_s = 0.0
+        """Seconds that the last mask took: the next one is not likely to be cheaper."""
+        self.sat_out = 0
+        """Steps of the batch for which it has waited for its next mask."""
 
     def prepare(self, *, later: bool = False) -> bool:
         """Have the grammar compiled, unless that was done; whether it is, so that `allowed` waits for nothing.
@@ -218,25 +230,51 @@ class Constraint:
         """Nothing but the end can follow."""
         return self._matcher is not None and self._matcher.is_stopped() and not self._matcher.is_error()
 
+    @property
+    def ready(self) -> bool:
+        """`allowed` takes no time."""
+        return self._bits is not None or self._failure is not None
+
+    def take_unpaid(self) -> float:
+        """Seconds of the processor that it took since this was asked for before."""
+        unpaid, self._unpaid = self._unpaid, 0.0
+        return unpaid
+
     def allowed(self) -> Bits:
         """A bit for each token that may come next. Raises GrammarFailed when there is none, or a limit was met."""
+        if self._failure is not None:
+            raise self._failure
         if self._bits is None:
-            if self._matcher is None:
-                self.prepare()
-                assert self._coming is not None
-                error = self._coming.exception()
-                if error is not None:  # a panic of the compiled library is not even an Exception
-                    raise GrammarFailed(self._grammar, f"compiling it failed: {error}") from error
-                self._matcher = self._coming.result()
-            began = time.thread_time()
+            try:
+                self._bits = self._computed()
+            except GrammarFailed as error:
+                self._failure = error
+                raise
+        return self._bits
+
+    def _computed(self) -> Bits:
+        if self._matcher is None:
+            self.prepare()
+            assert self._coming is not None
+            error = self._coming.exception()
+            if error is not None:  # a panic of the compiled library is not even an Exception
+                raise GrammarFailed(self._grammar, f"compiling it failed: {error}") from error
+            self._matcher = self._coming.result()
+        began = time.thread_time()
+        try:
             bits = self._grammars.next_tokens(self._grammar, self._matcher)
             if self._matcher.is_accepting():
                 bits |= self._ends
-            self._beyond += time.thread_time() - began
-            if self._beyond > BEYOND_S:
-                raise GrammarFailed(self._grammar, _SLOW)
-            self._bits = bits
-        return self._bits
+        finally:
+            self.mask_s = time.thread_time() - began
+            self._count(self.mask_s)
+        if self._spent.beyond > BEYOND_S:
+            raise GrammarFailed(self._grammar, _SLOW)
+        return bits
+
+    def _count(self, seconds: float, allowed: float = 0.0) -> None:
+        self._unpaid += seconds
+        self._spent.beyond = max(0.0, self._spent.beyond + seconds - allowed)
 
     def masked(self, logits_V: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """A copy of a row of numbers, with -inf for what may not come; rows of the head without a token may not."""
@@ -252,7 +290,13 @@ class Constraint:
         if token_id not in self._stop_ids:
             began = time.thread_time()
             self._matcher.consume_token(token_id)
-            self._beyond = max(0.0, self._beyond + time.thread_time() - began - TOKEN_S)
+            self._count(time.thread_time() - began, TOKEN_S)
+
+
+class _Spent:
+    """What the answers of one request have taken beyond their time for each token."""
+
+    beyond = 0.0
 
 
 def _packed(vocabulary: int, ids: Iterable[int]) -> Bits:

@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from herd.engine.backend import Backend, BackendOptions, CacheFull, EngineClosed, KvType, checked_cpus, open_backend
 from herd.engine.constraint import Grammars
+from herd.engine.live_sequence import LiveSequence
 from herd.engine.prompts import Prompt, Prompts, check_ids, n_bytes, several_of
 from herd.engine.request import DEFAULT_MAX_TOKENS, Chunk, Completion, Sampling, SamplingOptions, Score, check_whole
 from herd.engine.sampler import fold_seed, fresh_seed
-from herd.engine.scheduler import LiveSequence, Scheduler
+from herd.engine.scheduler import Scheduler
 from herd.engine.scoring import Windows
 from herd.engine.speculation import open_drafter
 from herd.engine.text import StreamDecoder
@@ -337,10 +338,12 @@ class LLM:
         n: int = 1,
         continues_text: bool = True,
         on_chunk: Callable[[int, Chunk], None] | None = None,
+        salt: str = "",
     ) -> list[LiveSequence]:
         """Queue n completions of one prompt of token ids, for a caller that drives the batch itself with `step`.
 
-        `on_chunk` gets the completion's number with each token; `continues_text` is False for answers in a chat.
+        `on_chunk` gets the completion's number with each token; `continues_text` is False for answers in a chat. What
+        was computed for another `salt` is not taken for the beginning of a prompt.
         Raises UsageError and ContextLengthExceeded before anything is queued. A grammar is not tried once more, as that
         may take a second in which the batch stands still: `max_tokens` has done so, or what it says is not known here.
         """
@@ -362,6 +365,7 @@ class LLM:
                         seed=fold_seed(seed, j),
                         leader=sequences[0] if j else None,
                         on_chunk=None if on_chunk is None else partial(on_chunk, j),
+                        salt=salt,
                     )
                 )
         return sequences
@@ -478,12 +482,9 @@ class LLM:
             raise self._too_long(needed)
         if sampling.adapter is not None:
             self._check_adapter(sampling.adapter)
-        if sampling.logit_bias and max(sampling.logit_bias) >= self.config.vocab_size:
-            raise UsageError(
-                "logit_bias names a token the model does not have",
-                value=max(sampling.logit_bias),
-                allowed=f"0 to {self.config.vocab_size - 1}",
-            )
+        last = self.config.vocab_size - 1
+        if (biased := max(sampling.logit_bias or (), default=0)) > last:
+            raise UsageError("logit_bias names a token the model does not have", value=biased, allowed=f"0 to {last}")
         if sampling.grammar is not None:
             self._grammars.check(sampling.grammar)
         return sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(prompt))

@@ -109,10 +109,12 @@ class NativeBackend:
         # Its number is not given again, so what the cache remembers of it is found by nobody.
         self._engine.remove_adapter(self._adapters.pop(name))
 
-    def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
+    def reserve(
+        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None, salt: str = ""
+    ) -> tuple[int, int] | None:
         if len(self._sequences) == self.max_sequences:
             return None
-        sequence = self._pages.open(prompt, variant=self._variant(adapter))
+        sequence = self._pages.open(prompt, self._variant(adapter), salt)
         if self._sequences and not self._pages.grow(sequence, len(prompt) + 1 - len(sequence.tokens)):
             self._pages.release(sequence)
             return None

@@ -12,23 +12,32 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+Content = int | tuple[int, str]
+"""What identifies tokens up to the end of a page: its number; before the first page, the variant and the salt."""
+
 
 @dataclass
 class CachedSequence:
     """A sequence's tokens and the pages that hold their keys and values, in order.
 
     `variant` tells apart what has the same tokens and yet other keys and values, from -1 on: the model itself, and the
-    model with each of its adapters. `contents[i]` identifies the tokens up to the end of page i, for pages that are
-    full and remembered.
+    model with each of its adapters. What has another `salt` is not shared. `contents[i]` identifies the tokens up to
+    the end of page i, for pages that are full and remembered.
     """
 
     variant: int = -1
+    salt: str = ""
     remembered: bool = True
     """Whether later prompts may begin with its pages."""
 
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     contents: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> Content:
+        """What identifies the remembered tokens, all of them."""
+        return self.contents[-1] if self.contents else (self.variant, self.salt)
 
 
 class PagedCache:
@@ -49,10 +58,10 @@ class PagedCache:
         self._free: list[int] = []
         self._holders = [0] * n_pages
         # A content is (content before it, tokens of its page); its number is given once and never again, so that what
-        # follows a forgotten page is not found by accident. Before the first page is -2 - variant.
-        self._number_of: dict[tuple[int, tuple[int, ...]], int] = {}
+        # follows a forgotten page is not found by accident.
+        self._number_of: dict[tuple[Content, tuple[int, ...]], int] = {}
         self._page_of: dict[int, int] = {}
-        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._key_of: dict[int, tuple[Content, tuple[int, ...]]] = {}
         self._next_content = 0
         self._content_in: dict[int, int] = {}  # page -> content
         self._idle: OrderedDict[int, None] = OrderedDict()  # remembered pages without holders, oldest first
@@ -66,13 +75,12 @@ class PagedCache:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_tokens)
 
-    def open(self, prompt: Sequence[int], variant: int = -1) -> CachedSequence:
+    def open(self, prompt: Sequence[int], variant: int = -1, salt: str = "") -> CachedSequence:
         """A new sequence that holds the longest remembered beginning of `prompt`, but not all of it."""
-        sequence = CachedSequence(variant)
-        content, size = -2 - variant, self.page_tokens
+        sequence, size = CachedSequence(variant, salt), self.page_tokens
         for start in range(0, len(prompt) - 1, size):
             page_tokens = tuple(prompt[start : start + size])
-            number = self._number_of.get((content, page_tokens))
+            number = self._number_of.get((sequence.end, page_tokens))
             if number is None or start + size >= len(prompt):
                 break
             page = self._page_of[number]
@@ -80,7 +88,6 @@ class PagedCache:
             sequence.pages.append(page)
             sequence.contents.append(number)
             sequence.tokens += page_tokens
-            content = number
         return sequence
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
@@ -133,8 +140,7 @@ class PagedCache:
     def _remember(self, sequence: CachedSequence) -> None:
         size = self.page_tokens
         for i in range(len(sequence.contents), len(sequence.tokens) // size):
-            before = sequence.contents[-1] if sequence.contents else -2 - sequence.variant
-            key = (before, tuple(sequence.tokens[i * size : (i + 1) * size]))
+            key = (sequence.end, tuple(sequence.tokens[i * size : (i + 1) * size]))
             number = self._number_of.get(key)
             if number is None:  # else another sequence's page is remembered for the same tokens
                 number = self._next_content

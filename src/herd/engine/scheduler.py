@@ -3,9 +3,10 @@
 One step is: let waiting sequences in while there is room, append to every running sequence what the backend does not
 have of it yet (a piece of its prompt, or the token chosen last) in one ragged call, choose a token for each sequence
 that is complete there, and let finished sequences go. Long prompts enter in pieces, so that running answers keep
-moving. When room runs out, the sequence that came last goes back to the queue with all its tokens, and is computed
-again later. With a drafter, guesses at the next tokens are computed along, and those that turn out to be what is chosen
-save a step each.
+moving. Masks of grammars take a small part of each step: an answer whose mask is not there yet keeps its logits, and
+chooses in a later step. When room runs out, the sequence that came last goes back to the queue with all its tokens, and
+is computed again later. With a drafter, guesses at the next tokens are computed along, and those that turn out to be
+what is chosen save a step each.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from herd.engine.backend import Backend, Span
 from herd.engine.constraint import Constraint, GrammarFailed, Grammars
-from herd.engine.request import Chunk, Completion, FinishReason, Sampling, Timings, Usage
-from herd.engine.sampler import BrokenLogits, Choice, SamplerRow, sample, with_logprobs
+from herd.engine.live_sequence import LiveSequence
+from herd.engine.mask_turns import MaskTurns
+from herd.engine.request import Chunk, Sampling
+from herd.engine.sampler import BrokenLogits, SamplerRow, sample, with_logprobs
 from herd.engine.speculation import MAX_DRAFT, Ask, Drafter
 from herd.engine.text import StreamDecoder, TextStream
 
@@ -34,154 +35,44 @@ _COMPILED_AHEAD = 64  # grammars of sequences that wait: what is compiled of one
 _PATIENCE_S = 0.02  # for a grammar, when there is nothing else to do
 
 
-@dataclass(eq=False)
-class LiveSequence:
-    """One completion on its way. `max_tokens` is resolved: prompt and answer fit in the context."""
-
-    prompt: list[int]
-    sampling: Sampling
-    max_tokens: int
-    row: SamplerRow
-    text: TextStream
-    stop_ids: frozenset[int]
-    on_chunk: Callable[[Chunk], None] | None = None
-    leader: LiveSequence | None = None
-    """Sequence with the same prompt to take the computed prompt from."""
-    prepared: bool = True
-    """It can begin: its grammar is compiled, if it has one."""
-
-    handle: int | None = None
-    n_computed: int = 0
-    """Tokens the backend has."""
-    n_reused: int = 0
-    """Prompt tokens that did not have to be computed, because the backend remembered them."""
-    n_drafted: int = 0
-    n_accepted: int = 0
-    draft_size: int = MAX_DRAFT
-    """How many tokens to guess next: one more than were right last time."""
-    choices: list[Choice] = field(default_factory=list)
-    given: list[Choice] = field(default_factory=list)
-    """The prompt's tokens from the second on as if they had been chosen, where that is asked for."""
-    completion: Completion | None = None
-    error: BaseException | None = None
-    """Why the sequence ended without a completion."""
-    added: float = field(default_factory=time.perf_counter)
-    started: float = 0.0
-    first_token: float = 0.0
-    tokens: list[int] = field(init=False)
-    """The prompt and what was chosen after it."""
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
-
-    @property
-    def capacity(self) -> int:
-        return len(self.prompt) + self.max_tokens
-
-    @property
-    def computed(self) -> bool:
-        """The backend has all tokens, and so the logits after the last one."""
-        return self.n_computed == len(self.tokens)
-
-    @property
-    def scoring(self) -> bool:
-        """How likely the tokens of its prompt are is still being found out."""
-        return self.sampling.prompt_logprobs and not self.choices and self.leader is None
-
-    def accept(self, choice: Choice) -> None:
-        """Take the next token: extend the text, and complete when a stop or the length says so."""
-        now = time.perf_counter()
-        if not self.choices:
-            self.first_token = now
-        self.choices.append(choice)
-        token_id = choice.token_id
-        self.tokens.append(token_id)
-        reason: FinishReason | None = None
-        stop: str | int | None = None
-        if token_id in self.stop_ids:
-            reason, stop, text = "stop", token_id, self.text.finish()
-        else:
-            text = self.text.push(token_id)
-            if self.text.matched_stop is None and len(self.choices) == self.max_tokens:
-                reason = "stop" if self.row.constraint is not None and self.row.constraint.complete else "length"
-                text += self.text.finish()
-        if self.text.matched_stop is not None:
-            reason, stop = "stop", self.text.matched_stop
-        if reason is not None:
-            self.completion = self._complete(reason, stop, now)
-        if self.on_chunk is not None:
-            self.on_chunk(Chunk(text, token_id, reason, choice.logprob, self.completion, choice.top_logprobs))
-
-    def give_up(self) -> None:
-        """It is not wanted any more: its grammar need not be compiled."""
-        if self.row.constraint is not None:
-            self.row.constraint.give_up()
-
-    def cut(self) -> None:
-        """Complete with what there is, because the caller wants no more."""
-        self.text.finish()
-        self.completion = self._complete("cancelled", None, time.perf_counter())
-
-    def _complete(self, reason: FinishReason, stop: str | int | None, now: float) -> Completion:
-        wants = self.sampling.wants_logprobs
-        return Completion(
-            text=self.text.text,
-            token_ids=[choice.token_id for choice in self.choices],
-            logprobs=[choice.logprob for choice in self.choices if choice.logprob is not None] if wants else None,
-            finish_reason=reason,
-            usage=Usage(len(self.prompt), len(self.choices)),
-            timings=self._timings(now),
-            seed=self.row.seed,
-            top_logprobs=[choice.top_logprobs or [] for choice in self.choices] if self.sampling.top_logprobs else None,
-            stop=stop,
-            **self._of_prompt(),
-        )
-
-    def _of_prompt(self) -> dict[str, Any]:
-        if not self.sampling.prompt_logprobs:
-            return {}
-        given = self.given if self.leader is None else self.leader.given
-        found: dict[str, Any] = {"prompt_logprobs": [choice.logprob for choice in given]}
-        if self.sampling.top_logprobs:
-            found["prompt_top_logprobs"] = [choice.top_logprobs for choice in given]
-        return found
-
-    def _timings(self, now: float) -> Timings:
-        started = self.started or now
-        first = self.first_token or now
-        prefill, decode = first - started, now - first
-        return Timings(
-            queue_s=started - self.added,
-            prefill_s=prefill,
-            decode_s=decode,
-            prefill_tokens_per_s=(len(self.prompt) - self.n_reused) / prefill if prefill > 0 else 0.0,
-            decode_tokens_per_s=(len(self.choices) - 1) / decode if decode > 0 else 0.0,
-            reused_tokens=self.n_reused,
-            drafted_tokens=self.n_drafted,
-            accepted_tokens=self.n_accepted,
-        )
-
-
 class _Work:
     """A sequence's part of a step: the tokens to append, guesses after them, and the first of its rows of logits."""
 
-    def __init__(self, sequence: LiveSequence, tokens: Sequence[int], draft: list[int], row: int = 0) -> None:
+    logits_NV: npt.NDArray[np.float32]
+    """Those of the step."""
+
+    def __init__(self, sequence: LiveSequence, tokens: Sequence[int], draft: list[int]) -> None:
         self.sequence = sequence
         self.draft = draft
         self.n_drafted = len(draft)
-        self.row = row
+        self.row = 0
         self.scored = len(tokens) if sequence.scoring else 0
         outputs = self.scored or (1 + len(draft) if sequence.computed else 0)
         self.span = Span(sequence.handle or 0, [*tokens, *draft], outputs)
 
-    def score(self, logits_NV: npt.NDArray[np.float32]) -> None:
+    @property
+    def logits_V(self) -> npt.NDArray[np.float32]:
+        """Of which a token is chosen next."""
+        held_V = self.sequence.held_V
+        return self.logits_NV[self.row] if held_V is None else held_V
+
+    def score(self) -> None:
         """Note how likely the prompt's tokens after those of this step were; the row after them is what remains."""
         sequence = self.sequence
         first = len(sequence.given) + 1
         known = sequence.prompt[first : first + self.scored]
         for i, token_id in enumerate(known):
-            sequence.given.append(with_logprobs(logits_NV[self.row + i], token_id, sequence.sampling.top_logprobs))
+            sequence.given.append(with_logprobs(self.logits_NV[self.row + i], token_id, sequence.sampling.top_logprobs))
         self.row += len(known)
+
+
+def _gathered(works: Sequence[_Work]) -> npt.NDArray[np.float32]:
+    """Their logits, of those that are all of a step without another copy."""
+    if all(work.sequence.held_V is None for work in works):
+        logits_NV = works[0].logits_NV
+        if [work.row for work in works] == list(range(len(logits_NV))):
+            return logits_NV
+    return np.stack([work.logits_V for work in works])
 
 
 class Scheduler:
@@ -207,6 +98,7 @@ class Scheduler:
         self._waiting: deque[LiveSequence] = deque()
         self._preparing: list[LiveSequence] = []  # those of them whose grammars are not compiled yet
         self._running: list[LiveSequence] = []
+        self._masks = MaskTurns()
         self.most_running: int | None = None
         """So many sequences go on together at most, also where there is room for more; None: any number."""
         self.prefill_tokens = PREFILL_TOKENS
@@ -223,13 +115,15 @@ class Scheduler:
         seed: int,
         leader: LiveSequence | None = None,
         on_chunk: Callable[[Chunk], None] | None = None,
+        salt: str = "",
     ) -> LiveSequence:
         """Queue a completion of `prompt` (not empty; prompt + max_tokens fit in the context)."""
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._stop_ids)
         constraint = None
         if sampling.grammar is not None:
             assert self._grammars is not None
-            constraint = Constraint(self._grammars, sampling.grammar, stop_ids)
+            beside = None if leader is None else leader.row.constraint
+            constraint = Constraint(self._grammars, sampling.grammar, stop_ids, beside)
         sequence = LiveSequence(
             prompt=prompt,
             sampling=sampling,
@@ -239,6 +133,7 @@ class Scheduler:
             stop_ids=stop_ids,
             on_chunk=on_chunk,
             leader=leader,
+            salt=salt,
             prepared=constraint is None,
         )
         self._waiting.append(sequence)
@@ -329,10 +224,10 @@ class Scheduler:
             if sequence is None:
                 return
             leader = sequence.leader
-            if leader is not None and leader.handle is not None and not leader.choices:
+            if leader is not None and leader.handle is not None and not leader.choices and leader.held_V is None:
                 return  # its prompt is being computed by its leader: it forks when that is done
             remembered = [] if sequence.scoring else sequence.tokens
-            reserved = self._backend.reserve(sequence.capacity, remembered, sequence.sampling.adapter)
+            reserved = self._backend.reserve(sequence.capacity, remembered, sequence.sampling.adapter, sequence.salt)
             if reserved is None:
                 return
             handle, sequence.n_computed = reserved
@@ -364,7 +259,7 @@ class Scheduler:
         if self._drafter is not None:
             self._drafter.forget(sequence.handle)
         self._backend.release(sequence.handle)
-        sequence.handle = None
+        sequence.handle = sequence.held_V = None
 
     def _advance(self) -> None:
         works: list[_Work] = []
@@ -386,32 +281,44 @@ class Scheduler:
                 sequence.n_computed += len(tokens)
                 sequence.n_drafted += len(draft)
                 works.append(_Work(sequence, tokens, draft))
-        if not works:
+        held = [_Work(s, [], []) for s in self._running if s.held_V is not None]
+        if not works and not held:
             compiling = next((s.row.constraint for s in self._preparing), None)
             if compiling is not None:
                 compiling.wait(_PATIENCE_S)
             return
+        self._masks.begin(alone=not works)
+        if works:
+            works = self._compute(works)
+        self._choose(works + held)
+
+    def _compute(self, works: list[_Work]) -> list[_Work]:
+        """Append all spans; the works, and those of followers, that have the logits after their last token then."""
         logits_NV = self._backend.step([work.span for work in works])
         self.tokens += sum(len(work.span.tokens) for work in works)
         if logits_NV.shape[1] > self._vocabulary:
             logits_NV[:, self._vocabulary :] = -np.inf
         row = 0
         for work in works:
-            work.row = row
+            work.logits_NV, work.row = logits_NV, row
             row += work.span.outputs
             if work.scored:
-                work.score(logits_NV)
+                work.score()
         works = [work for work in works if work.sequence.computed]
         for leader in [work for work in works if not work.sequence.choices]:
-            works += [_Work(follower, [], [], leader.row) for follower in self._fork_followers(leader.sequence)]
-        self._choose(works, logits_NV)
+            for follower in self._fork_followers(leader.sequence):
+                works.append(_Work(follower, [], []))
+                works[-1].logits_NV, works[-1].row = logits_NV, leader.row
+        return works
 
-    def _choose(self, works: list[_Work], logits_NV: npt.NDArray[np.float32]) -> None:
-        """Choose a token for each, and further ones as long as the choices are what was guessed."""
+    def _choose(self, works: list[_Work]) -> None:
+        """Choose a token for each, and further ones as long as the choices are what was guessed.
+
+        Those whose masks are not there yet keep their logits until then, and what was guessed of them is given up.
+        """
         active = works
-        while active:
-            rows = [work.row for work in active]
-            logits_BV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[rows]
+        while active := self._with_masks(active):
+            logits_BV = _gathered(active)
             try:
                 choices = sample(logits_BV, [work.sequence.row for work in active])
             except (BrokenLogits, GrammarFailed) as error:  # nothing was chosen yet: those rows end, the others go on
@@ -422,6 +329,7 @@ class Scheduler:
                 continue
             right = []
             for work, choice in zip(active, choices, strict=True):
+                work.sequence.held_V = None
                 work.sequence.accept(choice)
                 if work.draft and work.draft[0] == choice.token_id and work.sequence.completion is None:
                     work.sequence.n_computed += 1
@@ -440,6 +348,17 @@ class Scheduler:
                 if work.draft:
                     assert sequence.handle is not None
                     self._backend.truncate(sequence.handle, sequence.n_computed)
+
+    def _with_masks(self, works: list[_Work]) -> list[_Work]:
+        """Those that can choose now."""
+        asking = [c for work in works if (c := work.sequence.row.constraint) is not None]
+        late = self._masks.late(asking) if asking else []
+        if not late:
+            return works
+        for work in works:
+            if work.sequence.row.constraint in late and work.sequence.held_V is None:
+                work.sequence.held_V = work.logits_V.copy()
+        return [work for work in works if work.sequence.row.constraint not in late]
 
     def _drafts(self) -> dict[int, list[int]]:
         """Guesses for the sequences that are generating, by the identity of the sequence."""

@@ -94,7 +94,9 @@ class TorchBackend:
     def unload_adapter(self, name: str) -> None:
         raise AssertionError("none was loaded")
 
-    def reserve(self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None) -> tuple[int, int] | None:
+    def reserve(
+        self, capacity: int, prompt: Sequence[int] = (), adapter: str | None = None, salt: str = ""
+    ) -> tuple[int, int] | None:
         tokens = (len(self._rows) + 1) * _rounded(max([capacity, *self._capacities.values()]))
         if self._rows and (len(self._rows) == self.max_sequences or tokens > self._max_tokens):
             return None

@@ -22,7 +22,7 @@ from herd.serve.api.messages import count_tokens, messages
 from herd.serve.api.openapi import describe
 from herd.serve.api.responses import delete_response, get_response, input_items, responses
 from herd.serve.api.tokens import detokenize, embeddings, model, models, tokenize
-from herd.serve.bodies import Bodies
+from herd.serve.bodies import Answers, Bodies
 from herd.serve.config import ServeConfig
 from herd.serve.errors import ApiError, as_api_error, error_response
 from herd.serve.keys import Keys
@@ -146,7 +146,7 @@ def application(
         exception_handlers={HTTPException: _http_error},
     )
     app.state.config, app.state.metrics = config, counts
-    app.state.bodies = Bodies(config)
+    app.state.bodies, app.state.answers = Bodies(config), Answers()
     app.state.pools = Pools()
     return app
 

@@ -57,6 +57,10 @@ class ServeConfig(Config):
         ge=0,
         description="Bytes for models; the one used longest ago makes way. None: what is free.",
     )
+    share_beginnings: bool = Field(
+        default=False,
+        description="Let one key's prompts begin from what was computed for another's, who may learn of it so.",
+    )
     store: Path | None = Field(default=None, description="SQLite file that keeps responses. None: nothing is kept.")
 
 

@@ -51,6 +51,7 @@ class Driver:
         max_running: int,
         deadline: float,
         max_wait: float | None = None,
+        share_beginnings: bool = False,
         name: str = "model",
     ) -> None:
         self.llm = llm
@@ -58,6 +59,7 @@ class Driver:
         self._max_running = max_running
         self._max_wait = max_wait
         self._deadline = deadline
+        self._share_beginnings = share_beginnings
         self._state = threading.Condition()  # guards all that follows
         self._queue: FairQueue[Ticket] = FairQueue()
         self._running: list[Ticket] = []
@@ -352,6 +354,7 @@ class Driver:
                     n=ticket.n,
                     continues_text=ticket.continues_text,
                     on_chunk=self._collector(ticket),
+                    salt=self._salt(ticket.client),
                 )
             except Exception as error:  # an adapter that was unloaded meanwhile, say
                 self._leave(ticket, error)
@@ -370,6 +373,10 @@ class Driver:
     def _fits(self, ticket: Ticket) -> bool:
         """All its answers find a place, or as many as there are."""
         return ticket.n <= self._max_running - self.llm.scheduler.running or self.llm.scheduler.running == 0
+
+    def _salt(self, client: Client) -> str:
+        """What tells its prompts from other keys': else how soon an answer begins tells one key what another asked."""
+        return client.owner if client.shares and not self._share_beginnings else ""
 
     def _collector(self, ticket: Ticket) -> Callable[[int, Chunk], None]:
         return lambda j, chunk: self._events.append((ticket, j, chunk))

@@ -113,10 +113,26 @@ class Client:
         if self._requests is not None:
             self._requests.take(prompts)
 
-    def leave(self, tokens: int) -> None:
-        self.running -= 1
+    @property
+    def most_tokens(self) -> float:
+        """Of one request, as of its prompts."""
+        per_minute = self.limits.tokens_per_minute
+        return math.inf if per_minute is None else max(1.0, per_minute)
+
+    def wait_for_tokens(self, tokens: int) -> float:
+        """Seconds until a request that has entered may take so many tokens."""
+        return 0.0 if self._tokens is None else self._tokens.wait_for(tokens)
+
+    def reserve(self, tokens: int) -> None:
+        """Count tokens that a request which has entered may take; `leave` gives back those that it did not."""
         if self._tokens is not None:
             self._tokens.take(tokens)
+
+    def leave(self, tokens: int, reserved: int = 0) -> None:
+        """A request is over, which took so many tokens; `reserved` of them, or more, were counted before."""
+        self.running -= 1
+        if self._tokens is not None:
+            self._tokens.take(tokens - reserved)
 
 
 class Keys:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -29,19 +30,28 @@ def lists_in_parts(slices: Iterable[Mapping[str, Sequence[Any]]]) -> Iterator[by
 
 
 class PartsResponse(Response):
-    """A response whose JSON is sent part by part, as the client takes it."""
+    """A response whose JSON is sent part by part, as the client takes it.
+
+    `on_close` is called when it has taken all of them, as far as this process can see, or has gone.
+    """
 
     media_type = "application/json"
 
-    def __init__(self, parts: Iterable[bytes]) -> None:
+    def __init__(self, parts: Iterable[bytes], on_close: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self._parts = _grouped(parts)
+        self._parts = deque(_grouped(parts))
+        self._on_close = on_close
         self.headers["content-length"] = str(sum(map(len, self._parts)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for i, part in enumerate(self._parts, 1):
-            await send({"type": "http.response.body", "body": part, "more_body": i < len(self._parts)})
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            while self._parts:
+                await send({"type": "http.response.body", "body": self._parts.popleft(), "more_body": True})
+            # Each waits until what was sent before it has been taken.
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._on_close()
 
 
 def _grouped(parts: Iterable[bytes]) -> list[bytes]:

@@ -1,4 +1,5 @@
 """Threads for what takes long beside the event loop: a few for each kind of work, and of those a share for each key.
+Those that load models are others, as the end of the process does not wait for them.
 
 Work of a key that sends much of it waits for that key's own; another key's finds a thread. What nobody waits for any
 more is not begun.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -44,6 +46,46 @@ class Pool:
     def close(self) -> None:
         """Begin nothing more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Daemon:
+    """A thread for each work, which nobody can stop: so nothing waits for it when the process ends."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._working = 0
+
+    @property
+    def working(self) -> bool:
+        """Something is being done."""
+        return self._working > 0
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of `work`. Called on one event loop only."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+
+        def done(future: Future[T]) -> None:
+            self._working -= 1
+            if result.cancelled():
+                return
+            if (error := future.exception()) is None:
+                result.set_result(future.result())
+            else:
+                result.set_exception(error)
+
+        def run() -> None:
+            found: Future[T] = Future()
+            try:
+                found.set_result(work())
+            except BaseException as error:
+                found.set_exception(error)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(done, found)
+
+        self._working += 1
+        threading.Thread(target=run, name=self._name, daemon=True).start()
+        return await result
 
 
 class Pools:

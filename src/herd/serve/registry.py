@@ -8,10 +8,11 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from herd import __version__
 from herd.engine import LLM
@@ -19,7 +20,9 @@ from herd.errors import HerdError, ResourceError
 from herd.serve.config import ServeConfig
 from herd.serve.driver import Driver
 from herd.serve.errors import ApiError
+from herd.serve.pools import Daemon
 
+T = TypeVar("T")
 log = logging.getLogger("herd.serve")
 _BACK_OFF = 30.0  # seconds in which a model that could not be loaded is not tried again
 _PATIENCE = 5.0  # seconds in which a model that is in use may become one that can be unloaded
@@ -59,6 +62,7 @@ class Registry:
         self.created = int(time.time())
         self._config = config
         self._loading = dict(loading or {})
+        self._beside = Daemon("herd-loading")
         self._models: dict[str, Model] = {}
         self._tasks: dict[str, asyncio.Task[Model]] = {}
         self._failed: dict[str, float] = {}  # when a model could not be loaded
@@ -69,7 +73,17 @@ class Registry:
         self._room.set()
         self._gave_up = -math.inf  # when they did not make way in time
         self._has_begun = False  # the first model has been there
-        self.draining = False
+        self._drains = asyncio.Event()
+
+    @property
+    def draining(self) -> bool:
+        """Nothing more is taken."""
+        return self._drains.is_set()
+
+    @property
+    def loading(self) -> bool:
+        """A model is being loaded, by a thread that cannot be stopped."""
+        return self._beside.working
 
     @property
     def first(self) -> str:
@@ -95,9 +109,7 @@ class Registry:
         are loaded for who asks first."""
         name = self.first if name is None else name
         self.path_of(name)
-        if self.draining:
-            raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
-        await self._room.wait()
+        await self._unless_draining(self._room.wait())
         model = self._models.get(name)
         if model is None:
             if name == self.first and not self._has_begun and name in self._tasks and not self._tasks[name].done():
@@ -105,18 +117,29 @@ class Registry:
             if self._recently_failed(name):
                 raise self.not_there(name)
             try:
-                model = await asyncio.shield(self.load(name))
+                model = await self._unless_draining(asyncio.shield(self.load(name)))
             except ApiError:
                 raise
             except HerdError:
                 raise self.not_there(name) from None
-        if self.draining:  # meanwhile
-            raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
         if self._models.get(name) is not model:
             raise ApiError(503, "the model was unloaded again", code="unloaded", retry_after=1)
         model.used = time.monotonic()
         model.users += 1
         return model
+
+    async def _unless_draining(self, work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
+        """The result of `work`; 503 where nothing more is taken, or was not meanwhile."""
+        task, drains = asyncio.ensure_future(work), asyncio.ensure_future(self._drains.wait())
+        try:
+            await asyncio.wait({task, drains}, return_when=asyncio.FIRST_COMPLETED)
+            if self.draining:
+                raise _stopping()
+            return task.result()
+        finally:
+            for each in (task, drains):
+                each.cancel()
+            await asyncio.gather(task, drains, return_exceptions=True)
 
     def not_there(self, name: str) -> ApiError:
         """Why a model does not answer; what went wrong with it is the log's to say, not a client's to know."""
@@ -149,19 +172,19 @@ class Registry:
     async def _load(self, name: str) -> Model:
         path = self.paths[name]
         async with self._turn:
-            size = await asyncio.to_thread(_bytes_of, path)
+            size = await self._beside.run(partial(_bytes_of, path))
             await self._make_room(size)
             while True:
                 try:
-                    llm = await asyncio.to_thread(LLM, path, **self._loading)
+                    llm = await self._beside.run(partial(LLM, path, **self._loading))
                     break
                 except ResourceError:  # the memory plan says no
                     if not self.loaded or not await self._unload_in_time():
                         raise
             try:
-                fingerprint = await asyncio.to_thread(_fingerprint, path, llm, self._loading)
+                fingerprint = await self._beside.run(partial(_fingerprint, path, llm, self._loading))
                 if self.draining:
-                    raise ApiError(503, "the server is about to stop", code="draining", retry_after=5)
+                    raise _stopping()
             except BaseException:
                 llm.close()
                 raise
@@ -172,6 +195,7 @@ class Registry:
                 max_running=config.max_running,
                 max_wait=config.max_wait,
                 deadline=config.deadline,
+                share_beginnings=config.share_beginnings,
                 name=name,
             )
             await asyncio.to_thread(_settle)
@@ -227,7 +251,7 @@ class Registry:
 
     async def drain(self, seconds: float) -> None:
         """Take nothing more; wait for what runs, then end it."""
-        self.draining = True
+        self._drains.set()
         end = time.monotonic() + seconds
         while time.monotonic() < end and any(not model.idle for model in self.loaded):
             await asyncio.sleep(0.02)
@@ -235,6 +259,10 @@ class Registry:
         for model in self.loaded:
             await asyncio.to_thread(model.close, why)
         self._models.clear()
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is about to stop", code="draining", retry_after=5)
 
 
 def _settle() -> None:

@@ -82,7 +82,9 @@ class Connection(H11Protocol):
     most = 512
     """Connections at a time."""
     write_timeout = 60.0
-    """Seconds in which a client must take some of what waits for it."""
+    """Seconds for which something may wait for a client that takes it too slowly."""
+    least_rate = 8 << 10
+    """Bytes that a client must take in each second for which something waits for it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -90,6 +92,9 @@ class Connection(H11Protocol):
         self._patience = self.loop.call_later(_FIRST_REQUEST, self._cut_if_silent)
         self._taking: asyncio.TimerHandle | None = None
         self._left = 0  # bytes in the buffer when that was looked at
+        self._looked = 0.0
+        self._waited = 0.0  # seconds for which there were some before that, since the rate was looked at
+        self._taken = 0  # bytes meanwhile
         self._is_cut = False
         transport.set_write_buffer_limits(high=0)
         raw = transport.get_extra_info("socket")
@@ -106,12 +111,14 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._left = self.transport.get_write_buffer_size()
-        self._taking = self.loop.call_later(self.write_timeout, self._cut_if_unread)
+        self._left, self._looked = self.transport.get_write_buffer_size(), self.loop.time()
+        self._taking = self.loop.call_later(max(0.0, self.write_timeout - self._waited), self._cut_if_unread)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop_watching()
+        self._waited += self.loop.time() - self._looked
+        self._taken += self._left
 
     @property
     def can_go(self) -> bool:
@@ -131,12 +138,12 @@ class Connection(H11Protocol):
 
     def _cut_if_unread(self) -> None:
         left = self.transport.get_write_buffer_size()
-        if left >= self._left:
+        if self._taken + self._left - left < self.write_timeout * self.least_rate:
             if self.scope is not None:
                 self.scope["state"][UNREAD] = True
             self.cut()
         else:
-            self._left = left
+            self._left, self._looked, self._waited, self._taken = left, self.loop.time(), 0.0, 0
             self._taking = self.loop.call_later(self.write_timeout, self._cut_if_unread)
 
     def _stop_watching(self) -> None:
@@ -227,6 +234,9 @@ def serve(
         run(create_app(registry, config, keys), registry.drain, config, bound, on_start)
     if failed:
         raise failed[0]
+    if registry.loading:  # native code that is running cannot be torn down
+        logging.shutdown()
+        os._exit(0)
 
 
 @contextlib.contextmanager

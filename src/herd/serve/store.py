@@ -8,6 +8,7 @@ used longest ago, as a response or as the beginning of a conversation.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sqlite3
@@ -149,7 +150,7 @@ class Store:
             return parts
 
         parts = await self._do(owner, work)
-        return [item for part in reversed(parts) for item in orjson.loads(part)]
+        return await asyncio.to_thread(lambda: [item for part in reversed(parts) for item in orjson.loads(part)])
 
     def _make_room(self, db: sqlite3.Connection, new: str) -> None:
         """Delete until all is within the bounds; the new one stays in any case."""

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from herd.engine import Chunk, Sampling
-from herd.engine.scheduler import LiveSequence
+from herd.engine.live_sequence import LiveSequence
 from herd.serve.errors import ApiError
 from herd.serve.keys import Client
+
+_TEXT_BYTES = 8  # of a token, in JSON
 
 
 @dataclass(eq=False)
@@ -54,6 +56,12 @@ class Ticket:
     def computable(self) -> int:
         """So many at most."""
         return self.cost - (self.sequences[0].n_reused if self.sequences else 0)
+
+    def json_bytes(self, of_logprob: int) -> int:
+        """Of its answers as JSON, at most, about: so many for each log-probability, where they are asked for."""
+        answered = self.cost - len(self.prompt)
+        shown = answered * self.sampling.wants_logprobs + len(self.prompt) * self.sampling.prompt_logprobs
+        return _TEXT_BYTES * answered + of_logprob * shown * (1 + self.sampling.top_logprobs)
 
     @property
     def owner(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from herd.engine.scheduler import LiveSequence
+from herd.engine.live_sequence import LiveSequence
 
 
 class Turns:

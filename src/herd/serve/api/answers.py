@@ -27,6 +27,12 @@ def usage_of(prompt_tokens: int, completions: Sequence[Completion]) -> dict[str,
     }
 
 
+def total_of(usages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`usage` of several prompts, at least one; what was remembered is that of the first."""
+    summed = {name: sum(usage[name] for usage in usages) for name in usages[0] if name.endswith("_tokens")}
+    return {**usages[0], **summed}
+
+
 def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, list[int]]:
     """A token as text, what is no character as U+FFFD, and its bytes."""
     raw = tokenizer.token_bytes(token_id)

@@ -7,7 +7,8 @@ import contextlib
 import functools
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import orjson
 import pydantic
@@ -49,12 +50,12 @@ class Body(Config):
         return dict.fromkeys(field.alias or name for name, field in cls.model_fields.items())
 
 
-_UNKNOWN = "unknown_name"
+_UNKNOWN, _TAG = "unknown_name", "union_tag_"
 NOT_THERE = "not_there"
 """Type of a validator's error for what the protocol has and Herd has not; its `ctx` has the `place` below the field."""
 _MEMBERS = 50_000  # lists, objects, names and strings: 4,096 messages have 20,000
 _BYTES_PER_ELEMENT = 32  # of the largest body: token ids are what a request may have a quarter of a million of
-_LARGE = 1 << 16  # bytes that are parsed in a millisecond at most
+_LARGE = 1 << 14  # bytes that are parsed in a few milliseconds at most
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Any])
@@ -116,7 +117,7 @@ async def parse_json(request: Request, body: bytes, config: ServeConfig, check: 
     bodies: Bodies = request.app.state.bodies
     async with bodies.turn(request.scope["state"]["client"].name):
         await asyncio.to_thread(check_size, body, config)
-        return _parsed(body, check)
+        return await asyncio.to_thread(_parsed, body, check)
 
 
 def _parsed(body: bytes, check: Callable[[dict[str, Any]], T]) -> T:
@@ -154,23 +155,25 @@ def parse_body(data: Mapping[str, Any], kind: type[B], where: str = "") -> B:
     try:
         return kind.model_validate({name: value for name, value in data.items() if name not in kind.UNSUPPORTED})
     except pydantic.ValidationError as error:
-        raise _first_of(error, data, kind, where) from None
+        raise _first_of(error, kind, where) from None
 
 
-def _first_of(error: pydantic.ValidationError, data: Any, kind: type[Body], where: str) -> ApiError:
+def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> ApiError:
     first = _told(error.errors(include_url=False))
-    path = _path(first["loc"], data)
-    unknown, not_there = first["type"] == _UNKNOWN, first["type"] == NOT_THERE
-    path += [first["ctx"]["name"]] if unknown else [first["ctx"]["place"]] if not_there else []
+    path = _path(first["loc"], kind)
+    unknown, not_there, tag = first["type"] == _UNKNOWN, first["type"] == NOT_THERE, first["type"].startswith(_TAG)
+    if unknown or not_there or tag:
+        path.append(first["ctx"]["name" if unknown else "place" if not_there else "discriminator"].strip("'"))
     param = (where + ".".join(str(part) for part in path))[:200]
     if unknown:
         known = f"; {near(param[:100], kind.names())}" if not first["loc"] else ""
         return ApiError(400, f"there is no field {param[:200]!r}{known}", param=param, code="unknown_parameter")
     if not_there:
         return ApiError(400, f"{param}: {first['msg']}", param=param, code="unsupported_parameter")
-    if first["type"] == "missing":
+    if first["type"] in ("missing", f"{_TAG}not_found"):
         return ApiError(400, f"{param} is missing", param=param, code="missing_parameter")
     message = re.sub("^Input should be ", "allowed is ", first["msg"].removeprefix("Value error, "))
+    message = f"allowed is {first['ctx']['expected_tags']}" if tag else message
     given = first["input"]
     got = f"; got {given!r}" if isinstance(given, int | float) else ""
     return ApiError(400, f"{param}: {message}{got[:60]}", param=param, code="invalid_value")
@@ -183,20 +186,46 @@ def _told(errors: list[Any]) -> Any:
 
     def order(error: Any) -> tuple[bool, int, int]:
         places = [part for part in error["loc"] if isinstance(part, int)]
-        return not error["type"].endswith("_type"), len(error["loc"]), places[-1] if places else 0
+        other_type = error["type"].endswith("_type") or (
+            error["type"] == "literal_error" and not isinstance(error["input"], str)
+        )
+        return not other_type, len(error["loc"]), places[-1] if places else 0
 
     return max((error for error in errors if error["loc"][:1] == field), key=order)
 
 
-def _path(loc: tuple[int | str, ...], data: Any) -> list[int | str]:
+def _path(loc: tuple[int | str, ...], kind: type[Body]) -> list[int | str]:
     """Where in the request an error is: pydantic's path without the names it has for members of unions."""
     path: list[int | str] = []
-    for i, part in enumerate(loc):
-        if isinstance(part, int):
-            data = data[part] if isinstance(data, list) and part < len(data) else None
-        elif isinstance(data, dict) and part in data:
-            data = data[part]
-        elif not (isinstance(data, dict) and i + 1 == len(loc)):
-            continue
-        path.append(part)
+    types, tag = _members(kind)
+    for part in loc:
+        if tag is not None:  # this part says which of the types it is
+            types = [each for each in types if part in get_args(each.model_fields[tag].annotation)]
+            tag = None
+        elif inside := [found for each in types for found in _inside(each, part)]:
+            members = [_members(*each) for each in inside]
+            types = [each for some, _ in members for each in some]
+            tag = next((tag for _, tag in members if tag), None)
+            path.append(part)
     return path
+
+
+def _inside(kind: Any, part: int | str) -> list[tuple[Any, Any]]:
+    """The type of what has this name or number in a value of a type, and the discriminator; empty where nothing has."""
+    if isinstance(part, int):
+        return [(get_args(kind)[0], None)] if get_origin(kind) is list else []
+    if get_origin(kind) is dict:
+        return [(get_args(kind)[1], None)]
+    fields = kind.model_fields.items() if isinstance(kind, type) and issubclass(kind, Body) else ()
+    return [(field.annotation, field.discriminator) for name, field in fields if part == (field.alias or name)]
+
+
+def _members(kind: Any, tag: Any = None) -> tuple[list[Any], Any]:
+    """What a value of a type may be, and the field that says which of several models it is, where one does."""
+    if get_origin(kind) is Annotated:
+        kind, *notes = get_args(kind)
+        return _members(kind, next((tag for note in notes if (tag := getattr(note, "discriminator", None))), tag))
+    if get_origin(kind) not in (Union, UnionType):
+        return [kind], tag
+    members = [_members(each) for each in get_args(kind) if each is not type(None)]
+    return [each for some, _ in members for each in some], next((tag for _, tag in members if tag), tag)

@@ -14,7 +14,7 @@ from herd.engine import Completion, Grammar, Sampling
 from herd.serve.api.answers import chat_logprob, new_id, usage_of
 from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
-from herd.serve.api.conversation import ChatMessage, characters_of, dialogue
+from herd.serve.api.conversation import ChatMessage, characters_of, dialogue, prompt_ids
 from herd.serve.api.fields import Generation
 from herd.serve.api.formats import ResponseFormat, grammar_of
 from herd.serve.api.tools import Plan, Tool, ToolChoice, plan_tools
@@ -31,7 +31,6 @@ class ChatRequest(Generation):
         "function_call": "use tool_choice",
         "audio": "answers are texts",
         "prediction": "load the model with a draft model",
-        "reasoning_effort": "no Llama has it",
         "verbosity": "no Llama has it",
         "web_search_options": "there is no search",
         "moderation": "there is no moderation",
@@ -44,6 +43,7 @@ class ChatRequest(Generation):
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none"] | None = Field(default=None, description="No Llama has another one.")
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
 
@@ -71,7 +71,7 @@ async def chat_completions(request: Request) -> Response:
     messages = dialogue(body.messages)
     tools = [tool.described for tool in body.tools or ()] if plan.described else None
     call.check_room(characters_of(messages, tools), "messages")
-    prompt = await call.text_work(lambda: call.model.llm.chat_ids(messages, tools))
+    prompt = await call.text_work(lambda: prompt_ids(call.model.llm, messages, tools))
     ticket = await call.submit(
         prompt,
         sampling,

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from herd.engine import Chunk, Completion
-from herd.serve.api.answers import finite, new_id, token_text, usage_of
+from herd.serve.api.answers import finite, new_id, token_text, total_of, usage_of
 from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, SeveralIds, Texts, each_of
@@ -22,6 +22,8 @@ from herd.serve.errors import bad
 from herd.serve.parts import SLICE, lists_in_parts
 from herd.serve.sse import DONE, event
 from herd.serve.ticket import Ticket
+
+_OF_LOGPROB = 24  # bytes, as they are here
 
 
 class CompletionRequest(Generation):
@@ -68,11 +70,11 @@ async def completions(request: Request) -> Response:
     if n > config.max_n or n * len(prompts) > MOST_PROMPTS:
         raise bad("n", f"{n} answers to {len(prompts)} prompts are too many for one request")
     how: dict[str, Any] = {"prompt_in": "prompt", "n": n, "grammars": grammars}
-    tickets = [await call.submit(prompt, sampling, **how) for prompt in prompts]
+    tickets = await call.submit_all(prompts, sampling, **how)
     answer = _Answer(call, tickets, body)
     if body.stream:
         return stream_response(call, answer.events())
-    return await json_response(call, answer.whole())
+    return await json_response(call, answer.whole(), of_logprob=_OF_LOGPROB, logprobs_in="logprobs")
 
 
 class _Answer:
@@ -113,24 +115,24 @@ class _Answer:
 
     async def whole(self) -> list[bytes]:
         """Its JSON, in parts."""
-        choices, everything, prompt_tokens = [], [], 0
-        for i, ticket in enumerate(self._tickets):
+        parts = [orjson.dumps(self._head)[:-1], b',"choices":[']
+        usages = []
+        for i in range(len(self._tickets)):
+            ticket = self._tickets.pop(0)
             done: dict[int, Completion] = {}
             async for j, chunk in ticket:
                 if chunk.completion is not None:
                     done[j] = chunk.completion
             ordered = [done[j] for j in range(ticket.n)]
-            for j, completion in enumerate(ordered):
-                # A scored prompt can have a hundred thousand tokens, with twenty others for each.
-                choices.append(await self._call.text_work(partial(self._choice, i * ticket.n + j, ticket, completion)))
             self._call.done(ordered, len(ticket.prompt))
-            everything += ordered
-            prompt_tokens += len(ticket.prompt)
-        parts = [orjson.dumps(self._head)[:-1], b',"choices":[']
-        for i, choice in enumerate(choices):
-            parts += [b"," if i else b"", *choice]
-        usage = usage_of(prompt_tokens, everything if self._generates else ())
-        return [*parts, b'],"usage":', orjson.dumps(usage), b"}"]
+            usages.append(usage_of(len(ticket.prompt), ordered if self._generates else ()))
+            for j, completion in enumerate(ordered):
+                # A scored prompt can have a hundred thousand tokens, with twenty others for each: as objects they are
+                # a hundred times as large.
+                parts.append(b"," if i or j else b"")
+                parts += await self._call.text_work(partial(self._choice, i * ticket.n + j, ticket, completion))
+            self._call.settle(ticket)
+        return [*parts, b'],"usage":', orjson.dumps(total_of(usages)), b"}"]
 
     def _choice(self, index: int, ticket: Ticket, completion: Completion) -> list[bytes]:
         """Its JSON, in parts."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
@@ -20,6 +20,7 @@ from herd.engine.prompts import check_ids
 from herd.errors import ContextLengthExceeded, UsageError
 from herd.serve.api.body import Body
 from herd.serve.api.fields import each_of
+from herd.serve.bodies import Answers
 from herd.serve.config import ServeConfig
 from herd.serve.errors import SHORTEN, ApiError, as_api_error, bad, too_long
 from herd.serve.keys import Client
@@ -36,6 +37,7 @@ H = TypeVar("H", bound=Callable[..., Any])
 T = TypeVar("T")
 log = logging.getLogger("herd.serve")
 
+_OF_LOGPROB = 80  # bytes, as chat has them
 _CHARACTERS_PER_TOKEN = 16  # no text of any language has more than 6
 
 
@@ -55,15 +57,23 @@ class Call:
         self._metrics: Metrics = state.metrics
         self._pools: Pools = state.pools
         self._start = time.perf_counter()
+        self._answers: Answers = state.answers
         self._tickets: list[Ticket] = []
-        self._tokens = 0  # of what has no ticket
-        self._open = True
+        self._tokens = 0  # that were taken, without those of the tickets
+        self._reserved = 0  # tokens that were counted for the key before they were taken
+        self._held = 0  # bytes of its answer
+        self._works = self._open = True
         self.end = end
         self._failure: End | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.model.llm.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens. A model may have further rows, which stand for none and are never chosen."""
+        return min(self.model.llm.config.vocab_size, self.tokenizer.vocab_size)
 
     @property
     def most_characters(self) -> int:
@@ -103,7 +113,7 @@ class Call:
                 if not ids:
                     raise bad(where, "there is no token in it")
                 try:
-                    found.append(check_ids(ids, llm.config.vocab_size))
+                    found.append(check_ids(ids, self.vocabulary))
                 except UsageError as error:
                     raise bad(where, str(error)) from None
             return found
@@ -121,35 +131,97 @@ class Call:
         continues_text: bool = True,
         grammars: Mapping[str, Grammar],
     ) -> Ticket:
-        """Queue answers to a prompt; they are given up when the call is closed.
+        """`submit_all` of one prompt."""
+        how: dict[str, Any] = {"prompt_in": prompt_in, "advice": advice, "n": n, "continues_text": continues_text}
+        (ticket,) = await self.submit_all([prompt], sampling, grammars=grammars, **how)
+        return ticket
+
+    async def submit_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        prompt_in: str,
+        advice: str = SHORTEN,
+        n: int | None = None,
+        continues_text: bool = True,
+        grammars: Mapping[str, Grammar],
+    ) -> list[Ticket]:
+        """Queue answers to prompts; they are given up when the call is closed.
 
         `grammars`: those that must be possible, by the fields of the request where they are, with that of `sampling`.
         `prompt_in`: the field that one which is too long came from, with `advice` on that.
         """
         if n is not None and n > self.config.max_n:
             raise bad("n", f"{n} is more than the {self.config.max_n} answers that a request may have")
-        size = self.model.llm.config.vocab_size
+        size = self.vocabulary
         for field, ids in (("logit_bias", sampling.logit_bias or ()), ("stop_token_ids", sampling.stop_token_ids)):
             if (most := max(ids, default=0)) >= size:
                 raise bad(field, f"token {most} is none of the model's {size}")
+        free = replace(sampling, grammar=None)
         try:
-            self.model.llm.max_tokens(prompt, replace(sampling, grammar=None))
+            tokens = sum(len(prompt) + (n or 1) * self.model.llm.max_tokens(prompt, free) for prompt in prompts)
         except ContextLengthExceeded as error:
             raise too_long(error, prompt_in, advice) from None
         for field, grammar in grammars.items():  # each is compiled once, which may take a second
             try:
                 given = replace(sampling, grammar=grammar)
-                await self._beside(self._pools.grammars, partial(self.model.llm.max_tokens, prompt, given))
+                await self._beside(self._pools.grammars, partial(self.model.llm.max_tokens, prompts[0], given))
             except UsageError as error:
                 raise bad(field, str(error)) from None
         left = self.end - asyncio.get_running_loop().time()
         if left <= 0:
             raise too_late()
-        ticket = self.model.driver.submit(
-            prompt, sampling, self.client, n=n or 1, continues_text=continues_text, deadline=left
-        )
-        self._tickets.append(ticket)
-        return ticket
+        self.reserve(tokens, prompt_in)
+        for prompt in prompts:
+            ticket = self.model.driver.submit(
+                prompt, sampling, self.client, n=n or 1, continues_text=continues_text, deadline=left
+            )
+            self._tickets.append(ticket)
+        return self._tickets[:]
+
+    def reserve(self, tokens: int, field: str) -> None:
+        """Count the tokens that the request may take; what it does not take is given back at its end.
+
+        Raises ApiError when the key has no more now, or never has so many, as it asks for in `field`.
+        """
+        most = self.client.most_tokens
+        if tokens > most:
+            message = (
+                f"{field}: with its answers this may take {tokens:,} tokens; this key may take {most:,.0f} a minute, "
+                "so at most as many in one request"
+            )
+            raise ApiError(400, message, param=field, code="rate_limit_exceeded")
+        if (wait := self.client.wait_for_tokens(tokens)) > 0:
+            raise _limited(wait)
+        self.client.reserve(tokens)
+        self._reserved += tokens
+
+    def expect(self, size: int, field: str) -> None:
+        """The answer may have so many bytes, which count for the key until they are sent.
+
+        Raises ApiError when too many wait to be sent, or it never could have so many, as it asks for in `field`.
+        """
+        most = self._answers.most_of_one
+        if size > most:
+            message = f"the answer may have {size >> 20} MiB, of {most >> 20} at most; ask for less at a time"
+            raise bad(field, message, "answer_too_large")
+        self._answers.hold(self.client.name, size)
+        self._held += size
+
+    def made(self, size: int, field: str) -> None:
+        """The answer has so many bytes, which may be more than were expected, and the model is needed no longer."""
+        self.finish()
+        self.expect(max(0, size - self._held), field)
+
+    def expected_bytes(self, of_logprob: int) -> int:
+        """Of the answers that are queued, at most, about."""
+        return sum(ticket.json_bytes(of_logprob) for ticket in self._tickets)
+
+    def settle(self, ticket: Ticket) -> None:
+        """All of it has been read, and is kept no longer."""
+        self._tickets.remove(ticket)
+        self._tokens += ticket.tokens
 
     async def text_work(self, work: Callable[[], T]) -> T:
         """Run what may take long with long texts beside the event loop. Raises ClientGone when nobody waits for it."""
@@ -165,18 +237,27 @@ class Call:
             self._tokens += prompt_tokens
         self._metrics.answered(self.model.name, completions, prompt_tokens)
 
-    def close(self) -> None:
-        """The request is over, however that came."""
-        if not self._open:
+    def finish(self) -> None:
+        """The model is needed no longer, however that came."""
+        if not self._works:
             return
-        self._open = False
+        self._works = False
         self.model.users -= 1
         for ticket in self._tickets:
             self.model.driver.cancel(ticket)
         # What was computed counts, also where nobody waited for the end of it.
-        self.client.leave(self._tokens + sum(ticket.tokens for ticket in self._tickets))
-        self._metrics.seconds(self.request.scope["path"], time.perf_counter() - self._start)
+        self._tokens += sum(ticket.tokens for ticket in self._tickets)
         self._tickets.clear()  # a connection keeps its last call, and so would all that was computed for it
+
+    def close(self) -> None:
+        """The request is over: its answer has been sent, or there is none."""
+        if not self._open:
+            return
+        self._open = False
+        self.finish()
+        self._answers.free(self.client.name, self._held)
+        self.client.leave(self._tokens, self._reserved)
+        self._metrics.seconds(self.request.scope["path"], time.perf_counter() - self._start)
 
     def fail(self, error: Exception) -> ApiError:
         """What the last event of an answer says that ends with this error."""
@@ -238,16 +319,27 @@ def _limited(wait: float) -> ApiError:
 
 
 def counted(handler: H) -> H:
-    """A handler whose requests count for their key, though they ask for no text."""
+    """A handler of JSON whose requests count for their key, though they ask for no text."""
 
     @wraps(handler)
     async def answer(request: Request) -> Response:
         client: Client = request.scope["state"]["client"]
+        answers: Answers = request.app.state.answers
+        size = 0
         admit(client)
-        try:
-            return cast("Response", await handler(request))
-        finally:
+
+        def close() -> None:
+            answers.free(client.name, size)
             client.leave(0)
+
+        try:
+            body = bytes(cast("Response", await handler(request)).body)
+            answers.hold(client.name, len(body))
+        except BaseException:
+            close()
+            raise
+        size = len(body)
+        return PartsResponse([body], close)
 
     answer.counted = True  # type: ignore[attr-defined]
     return cast("H", answer)
@@ -287,13 +379,25 @@ def stream_response(call: Call, events: AsyncGenerator[bytes, None]) -> Response
     return EventStream(events, call.config, call.close_stream)
 
 
-async def json_response(call: Call, work: Awaitable[dict[str, Any] | bytes | list[bytes]]) -> Response:
-    """A response of one object, or of its JSON, in parts where it is long; the work ends when the client goes."""
+async def json_response(
+    call: Call,
+    work: Coroutine[Any, Any, dict[str, Any] | list[bytes]],
+    *,
+    of_logprob: int = _OF_LOGPROB,
+    logprobs_in: str = "top_logprobs",
+) -> Response:
+    """A response of one object, or of its JSON in parts where it is long; the work ends when the client goes.
+
+    `of_logprob`: bytes for each log-probability, which the field `logprobs_in` asks for.
+    """
     try:
+        call.expect(call.expected_bytes(of_logprob), logprobs_in)
         async with until(call.end):
             data = await while_connected(call.request.receive, work)
-    finally:
+        parts = data if isinstance(data, list) else [orjson.dumps(data)]
+        call.made(sum(map(len, parts)), logprobs_in)
+    except BaseException:
+        work.close()
         call.close()
-    if isinstance(data, list):
-        return PartsResponse(data)
-    return Response(data if isinstance(data, bytes) else orjson.dumps(data), media_type="application/json")
+        raise
+    return PartsResponse(parts, call.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
@@ -75,6 +76,8 @@ class Generation(Body):
 
     def sampling(self, **more: Any) -> Sampling:
         """The same for the engine, and `more` of its options."""
+        if self.ignore_eos and more.get("grammar") is not None:
+            raise bad("ignore_eos", "an answer that is held to a form ends with it")
         names = {field.name for field in dataclasses.fields(Sampling)}
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         if self.logit_bias is not None:
@@ -95,6 +98,6 @@ def checked_sampling(options: dict[str, Any]) -> Sampling:
 
 
 def _token_id(key: str) -> int:
-    if not key.isdecimal() or len(key) > 10:
+    if not re.fullmatch("0|[1-9][0-9]{0,9}", key):  # one way to write each, so that none is there twice
         raise bad("logit_bias", f"{key[:40]!r} is no token id")
     return int(key)

@@ -25,7 +25,7 @@ class JsonSchema(Body):
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, Any] = Field(default={"type": "object"}, alias="schema")
     strict: bool | None = Field(default=None, description="Schemas are always held to; what cannot be is refused.")
 
 

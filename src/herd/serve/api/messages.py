@@ -15,7 +15,7 @@ from herd.errors import UsageError
 from herd.serve.api.answers import new_id
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
-from herd.serve.api.conversation import MOST_PARTS, OfParts, characters_of
+from herd.serve.api.conversation import MOST_PARTS, CallIds, OfParts, characters_of, in_order, prompt_ids
 from herd.serve.api.fields import Id, Text, checked_sampling
 from herd.serve.api.tools import (
     FunctionName,
@@ -39,6 +39,7 @@ class TextBlock(Body):
     type: Literal["text"]
     text: str
     cache_control: dict[str, Any] | None = Field(default=None, description="Taken; beginnings are always shared.")
+    citations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 TextBlocks = Annotated[list[TextBlock], Field(max_length=MOST_PARTS, fail_fast=True)]
@@ -49,6 +50,9 @@ class ToolUseBlock(Body):
     id: Id
     name: FunctionName
     input: dict[str, Any]
+    cache_control: dict[str, Any] | None = None
+    caller: None = None
+    toolset_name: None = None
 
 
 class ToolResultBlock(Body):
@@ -56,6 +60,7 @@ class ToolResultBlock(Body):
     tool_use_id: Id
     content: str | TextBlocks = ""
     is_error: bool | None = Field(default=None, description="Taken; the model sees the content.")
+    cache_control: dict[str, Any] | None = None
 
 
 Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
@@ -92,6 +97,10 @@ class OutputConfig(Body):
     format: SchemaOutput | None = None
 
 
+class Thinking(Body):
+    type: Literal["disabled"]
+
+
 class Metadata(Body):
     user_id: Id | None = None
 
@@ -99,13 +108,14 @@ class Metadata(Body):
 class CountRequest(Body):
     """What is counted: all that becomes the prompt."""
 
-    UNSUPPORTED: ClassVar = {"thinking": "no Llama has it", "mcp_servers": "there are none"}
+    UNSUPPORTED: ClassVar = {"mcp_servers": "there are none"}
     model: str | None = Field(default=None, max_length=200)
     messages: Annotated[list[Turn], Field(min_length=1, max_length=4096, fail_fast=True)]
     system: str | TextBlocks | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: AnthropicChoice | None = None
     output_config: OutputConfig | None = Field(default=None, description="The schema that an answer is held to.")
+    thinking: Thinking | None = Field(default=None, description="No Llama has any.")
 
     def plan(self) -> Plan:
         """What may be called, in the words of the other API."""
@@ -137,13 +147,23 @@ class CountRequest(Body):
 
     def dialogue(self) -> list[Message]:
         """Messages for the tokenizer; a tool's result is a message of its own."""
-        found: list[Message] = []
+        found: list[tuple[Message, CallIds]] = []
         if self.system:
-            found.append({"role": "system", "content": _text(self.system)})
-        called: set[str] = set()
+            found.append(({"role": "system", "content": _text(self.system)}, CallIds()))
         for i, turn in enumerate(self.messages):
-            found += _turn(f"messages.{i}", turn, called)
-        return found
+            found += _turn(f"messages.{i}.content", turn)
+        if self.begins_answer:
+            begun, where = found[-1][0], f"messages.{len(self.messages) - 1}.content"
+            if begun.get("tool_calls"):
+                raise bad(where, "the answer begins with a text; what these calls gave comes from the user")
+            if not (text := begun["content"] or "") or text[-1].isspace():
+                raise bad(where, "the text that the answer begins with is not empty and ends with no white space")
+        return [found[i][0] for i in in_order([ids for _, ids in found])]
+
+    @property
+    def begins_answer(self) -> bool:
+        """The last message is the assistant's, and the answer goes on with it."""
+        return self.messages[-1].role == "assistant"
 
 
 class MessagesRequest(CountRequest):
@@ -169,7 +189,10 @@ class MessagesRequest(CountRequest):
             grammar = None if wanted is None else Grammar.json_schema(wanted.schema_)
         except UsageError as error:
             raise bad(_SCHEMA, str(error)) from None
-        return plan, plan.grammars(grammar, _SCHEMA)
+        grammars = plan.grammars(grammar, _SCHEMA)
+        if grammars and self.begins_answer:
+            raise bad(next(iter(grammars)), "is not there for an answer that the last message begins")
+        return plan, grammars
 
 
 @takes(MessagesRequest)
@@ -182,7 +205,8 @@ async def messages(request: Request) -> Response:
     given |= {"stop": body.stop_sequences, "grammar": grammar, "skip_specials": not plan.functions}
     sampling = checked_sampling(given)
     prompt = await _prompt(call, body, plan, queued=True)
-    ticket = await call.submit(prompt, sampling, prompt_in="messages", continues_text=False, grammars=grammars)
+    how: dict[str, Any] = {"prompt_in": "messages", "continues_text": body.begins_answer, "grammars": grammars}
+    ticket = await call.submit(prompt, sampling, **how)
     answer = _Answer(call, ticket, plan)
     if body.stream:
         return stream_response(call, answer.events())
@@ -205,35 +229,38 @@ async def _prompt(call: Call, body: CountRequest, plan: Plan, *, queued: bool) -
     tools = [tool.described for tool in body.functions] if plan.described else None
     dialogue = body.dialogue()
     call.check_room(characters_of(dialogue, tools), "messages", queued=queued)
-    return await call.text_work(lambda: call.model.llm.chat_ids(dialogue, tools))
+    return await call.text_work(lambda: prompt_ids(call.model.llm, dialogue, tools, begun=body.begins_answer))
 
 
 def _text(content: str | list[TextBlock]) -> str:
     return content if isinstance(content, str) else "".join(block.text for block in content)
 
 
-def _turn(where: str, turn: Turn, called: set[str]) -> list[Message]:
-    """The messages of a turn; `called` has the calls before it, and gets its own."""
+def _turn(where: str, turn: Turn) -> list[tuple[Message, CallIds]]:
+    """The messages of a turn, whose content is the field `where`, and the ids of calls in each."""
     if isinstance(turn.content, str):
-        return [{"role": turn.role, "content": turn.content}]
-    text, calls, results = "", [], []
+        return [({"role": turn.role, "content": turn.content}, CallIds())]
+    texts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    named: list[tuple[str, str | None]] = []
+    results: list[tuple[Message, CallIds]] = []
     for i, block in enumerate(turn.content):
         if isinstance(block, TextBlock):
-            text += block.text
+            texts.append(block.text)
         elif isinstance(block, ToolUseBlock):
             if turn.role != "assistant":
-                raise bad(f"{where}.content.{i}", "only the assistant calls tools")
-            called.add(block.id)
+                raise bad(f"{where}.{i}", "only the assistant calls tools")
+            named.append((f"{where}.{i}.id", block.id))
             calls.append({"function": {"name": block.name, "arguments": block.input}})
         else:
             if turn.role != "user":
-                raise bad(f"{where}.content.{i}", "results of tools come from the user")
-            if block.tool_use_id not in called:
-                raise bad(f"{where}.content.{i}.tool_use_id", "is of no call before it")
-            results.append(Message(role="tool", content=_text(block.content)))
+                raise bad(f"{where}.{i}", "results of tools come from the user")
+            ids = CallIds([(f"{where}.{i}.tool_use_id", block.tool_use_id)], gives=True)
+            results.append((Message(role="tool", content=_text(block.content)), ids))
+    text = "".join(texts)
     if calls:
-        return [{"role": "assistant", "content": text, "tool_calls": calls}]
-    return [*results, *([Message(role=turn.role, content=text)] if text or not results else [])]
+        return [({"role": "assistant", "content": text, "tool_calls": calls}, CallIds(named))]
+    return [*results, *([(Message(role=turn.role, content=text), CallIds())] if text or not results else [])]
 
 
 class _Answer:

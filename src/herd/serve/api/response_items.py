@@ -14,11 +14,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from herd.serve.api.body import Body, parse_body
-from herd.serve.api.conversation import MOST_PARTS, NOT_YET
+from herd.serve.api.conversation import MOST_PARTS, NOT_YET, CallIds, Parsed, in_order
 from herd.serve.api.tools import FunctionName
 from herd.serve.errors import ApiError, bad
 from herd.tokenizer import Message
 
+_OF_A_TOKEN = 16  # characters, at most
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -51,6 +52,7 @@ class OutputText(Body):
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     logprobs: list[Any] | None = Field(default=None, max_length=1 << 20, description="Taken and not used.")
+    parsed: Parsed = None
 
     def part(self) -> dict[str, Any]:
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
@@ -89,11 +91,12 @@ class CallItem(Body):
     call_id: Name
     name: FunctionName
     arguments: str = Field(description="A JSON object, as text.")
+    parsed_arguments: Parsed = None
     status: Status = "completed"
 
     def stored(self) -> dict[str, Any]:
         """As OpenAI lists it."""
-        return self.model_dump()
+        return self.model_dump(exclude={"parsed_arguments"})
 
 
 class OutputItem(Body):
@@ -162,52 +165,47 @@ def check_ids(items: Iterable[Item]) -> None:
         seen.add(item.id)
 
 
-def check_calls(items: Iterable[Item]) -> None:
-    """Raises ApiError for what a call gave that nobody made, or that was there already."""
-    waiting: set[str] = set()
-    for item in items:
-        if isinstance(item, CallItem) and item.status != "incomplete":
-            waiting.add(item.call_id)
-        elif isinstance(item, OutputItem):
-            if item.call_id not in waiting:
-                raise bad("input", f"no call waits for the output with call_id {item.call_id[:100]!r}")
-            waiting.remove(item.call_id)
+def with_outputs(items: Sequence[Item], own: int = 0) -> list[Item]:
+    """The items, what calls gave behind these, in their order. `own`: where those of the request begin.
 
-
-def dialogue(items: Sequence[Item], instructions: str | None, *, one_call: bool) -> list[Message]:
-    """Messages for the tokenizer. A call belongs to the assistant's message before it.
-
-    With `one_call` a message has one at most, and what it gave follows at once, wherever it came from.
+    Raises ApiError as `in_order` does.
     """
+    groups: list[list[Item]] = []  # as they become messages
+    named: list[list[tuple[str, str | None]]] = []
+    for i, item in enumerate(items):
+        if not groups or not _goes_on(groups[-1][-1], item):
+            groups.append([])
+            named.append([])
+        groups[-1].append(item)
+        if isinstance(item, OutputItem) or (isinstance(item, CallItem) and item.status != "incomplete"):
+            named[-1].append((f"input.{i - own}.call_id" if i >= own else "previous_response_id", item.call_id))
+    ids = [CallIds(each, gives=isinstance(group[0], OutputItem)) for group, each in zip(groups, named, strict=True)]
+    return [item for i in in_order(ids) for item in groups[i]]
+
+
+def _goes_on(before: Item, item: Item) -> bool:
+    """Whether an item belongs to the message that the one before it is in, as calls of the assistant's do."""
+    by_assistant = isinstance(before, CallItem) or (isinstance(before, MessageItem) and before.role == "assistant")
+    return isinstance(item, CallItem) and by_assistant
+
+
+def dialogue(items: Sequence[Item], instructions: str | None) -> list[Message]:
+    """Messages for the tokenizer. A call belongs to the assistant's message before it."""
     found: list[Message] = [] if instructions is None else [{"role": "system", "content": instructions}]
     calls: list[dict[str, Any]] = []
-    for item in _paired(items) if one_call else items:
+    for item in items:
         if isinstance(item, MessageItem):
             found.append({"role": "system" if item.role == "developer" else item.role, "content": item.text})
             calls = []
         elif isinstance(item, OutputItem):
             found.append({"role": "tool", "content": item.text})
         elif item.status != "incomplete":
-            if not found or found[-1]["role"] != "assistant" or (one_call and calls):
+            if not found or found[-1]["role"] != "assistant":
                 found.append({"role": "assistant", "content": ""})
                 calls = []
             calls.append({"function": {"name": item.name, "arguments": item.arguments}})
             found[-1]["tool_calls"] = calls
     return found
-
-
-def _paired(items: Sequence[Item]) -> list[Item]:
-    """Each call with what it gave right behind it."""
-    groups: list[list[Item]] = []
-    waiting: dict[str, list[Item]] = {}
-    for item in items:
-        if isinstance(item, OutputItem) and item.call_id in waiting:
-            waiting.pop(item.call_id).append(item)
-            continue
-        groups.append([item])
-        if isinstance(item, CallItem):
-            waiting[item.call_id] = groups[-1]
-    return [item for group in groups for item in group]
 
 
 def fit(
@@ -216,8 +214,8 @@ def fit(
     """The prompt of a conversation, without its oldest turns where it would have more than `limit` ids; what went.
 
     A turn begins with what the user says and goes on until the user speaks again. System messages stay, and so does
-    the last turn, even if the prompt is too long then. Turns that are more than so many `characters` together are not
-    even made into ids.
+    the last turn, even if the prompt is too long then. Turns that are more than so many `characters` together, or than
+    items with a token each could be, are not even made into ids.
     """
     turns = _turns(items)
     length = sum(map(_length, items))
@@ -241,7 +239,8 @@ def fit(
 
 
 def _length(item: Item) -> int:
-    return len(item.arguments if isinstance(item, CallItem) else item.text)
+    """Characters, and those of the token that an item takes at least."""
+    return _OF_A_TOKEN + len(item.arguments if isinstance(item, CallItem) else item.text)
 
 
 def _turns(items: Sequence[Item]) -> list[list[int]]:

@@ -19,20 +19,20 @@ from herd.engine import Grammar, Sampling
 from herd.engine.request import DEFAULT_MAX_TOKENS
 from herd.serve.api.body import Body, parse_body, read_json, takes
 from herd.serve.api.context import Call, begin, counted, json_response, stream_response
-from herd.serve.api.conversation import characters_of
+from herd.serve.api.conversation import characters_of, prompt_ids
 from herd.serve.api.fields import Generation, Id
 from herd.serve.api.formats import JsonObject, JsonSchema, PlainText, grammar_of
 from herd.serve.api.response_answer import Answer
 from herd.serve.api.response_items import (
     Item,
     MessageItem,
-    check_calls,
     check_ids,
     dialogue,
     fit,
     new_item_id,
     read_item,
     unsupported,
+    with_outputs,
 )
 from herd.serve.api.tools import (
     FunctionName,
@@ -48,7 +48,7 @@ from herd.serve.config import ServeConfig
 from herd.serve.errors import ApiError, bad
 from herd.serve.store import Store
 
-_MAX_ITEMS = 4096  # in a request
+_MAX_ITEMS = 4096  # in a request, with those of the conversation that it goes on with
 _LOGPROBS = "message.output_text.logprobs"
 _NO_STORE = "responses are not kept here; start the server with --store FILE"
 _SHORTEN = "Shorten the input, lower max_output_tokens, or leave the oldest turns out with truncation: auto."
@@ -57,6 +57,19 @@ _SHORTEN_LAST = "All turns but the last are left out: shorten that or the instru
 
 class SchemaFormat(JsonSchema):
     type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class Reasoning(Body):
+    effort: Literal["none"] | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
+class ResponseStreamOptions(Body):
+    """OpenAI's `stream_options`; a response has its usage in any case."""
+
+    include_obfuscation: Literal[False] | None = Field(default=None, description="Not there; events are as they are.")
 
 
 class TextConfig(Body):
@@ -98,14 +111,15 @@ class ResponsesRequest(Generation):
         "prompt": "there are no stored prompts; use instructions and input",
         "prompt_cache_options": "beginnings are always shared",
         "prompt_cache_retention": "beginnings are always shared",
-        "reasoning": "no Llama has it",
     }
     input: str | Annotated[list[Item], Field(min_length=1, max_length=_MAX_ITEMS)]
     instructions: str | None = Field(default=None, description="A system message, for this response only.")
     previous_response_id: Id | None = Field(default=None, description="The conversation to go on with.")
     max_output_tokens: int | None = Field(default=None, ge=1, le=1 << 30)
+    stream_options: ResponseStreamOptions | None = None  # type: ignore[assignment]
     include: list[Literal["message.output_text.logprobs"]] | None = Field(default=None, max_length=16)
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    reasoning: Reasoning | None = Field(default=None, description="No Llama has any.")
     text: TextConfig | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
@@ -241,20 +255,22 @@ async def responses(request: Request) -> Response:
     if store is None and body.store:
         raise ApiError(400, f"store: {_NO_STORE}", param="store", code="unsupported_parameter")
     owner, own = call.client.owner, body.items
-    items = [*await _earlier(call, store, owner, body.previous_response_id), *own]
-    check_ids(own)
-    check_calls(items)
-
+    earlier = await _earlier(call, store, owner, body.previous_response_id, _MAX_ITEMS - len(own))
     llm = call.model.llm
     tools = [tool.described for tool in body.functions()] if plan.described else None
-    one_call = call.tokenizer.chat_format == "llama3.1"  # the others write several in one message, or none at all
 
     def encode(kept: Sequence[Item]) -> list[int]:
-        return llm.chat_ids(dialogue(kept, body.instructions, one_call=one_call), tools)
+        return prompt_ids(llm, dialogue(kept, body.instructions), tools, "input")
 
     cut = body.truncation == "auto"
-    messages = dialogue(items, body.instructions, one_call=one_call)
-    call.check_room(0 if cut else characters_of(messages, tools), "input")
+
+    def gathered() -> tuple[list[Item], int]:
+        check_ids(own)
+        items = with_outputs([*earlier, *own], len(earlier))
+        return items, 0 if cut else characters_of(dialogue(items, body.instructions), tools)
+
+    items, characters = await call.text_work(gathered)
+    call.check_room(characters, "input")
     room = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, llm.context // 4)
     limit = max(0, llm.context - room) if cut else 1 << 62
     prompt, dropped = await call.text_work(lambda: fit(items, encode, limit, call.most_characters if cut else 1 << 62))
@@ -358,13 +374,16 @@ input_items.query = {  # type: ignore[attr-defined]
 }
 
 
-async def _earlier(call: Call, store: Store | None, owner: str, name: str | None) -> list[Item]:
-    """The items of the conversation up to a response."""
+async def _earlier(call: Call, store: Store | None, owner: str, name: str | None, most: int) -> list[Item]:
+    """The items of the conversation up to a response. Raises ApiError where there are more than so many."""
     if name is None:
         return []
     if store is None:
         raise ApiError(400, _NO_STORE, param="previous_response_id", code="previous_response_not_found")
     found = await store.conversation(owner, name, call.config.max_body_bytes)
+    if len(found) > most:
+        message = f"the conversation has {len(found):,} items, and with those of the request {_MAX_ITEMS:,} at most"
+        raise ApiError(400, message, param="previous_response_id", code="conversation_too_long")
     return await call.text_work(lambda: [read_item(item, "previous_response_id") for item in found])
 
 

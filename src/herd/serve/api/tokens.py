@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from herd.errors import ContextLengthExceeded
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response
-from herd.serve.api.conversation import ChatMessage, characters_of, dialogue
+from herd.serve.api.conversation import ChatMessage, characters_of, dialogue, prompt_ids
 from herd.serve.api.fields import Id, Ids, SeveralIds, Texts, Whole
 from herd.serve.api.tools import Tool
 from herd.serve.errors import bad, too_long
@@ -24,6 +25,7 @@ from herd.serve.registry import Registry
 
 MOST_CHARACTERS = 1 << 20  # more may be no prompt of any model
 _PIECES = 1 << 16  # each is an object of its own
+_NUMBER, _PACKED, _HEAD = 22, 6, 64  # bytes in JSON: of a number, of one in base64, and around a vector
 
 
 class TokenizeRequest(Body):
@@ -74,7 +76,7 @@ async def tokenize(request: Request) -> Response:
     def work() -> list[bytes]:
         tokenizer = call.tokenizer
         if messages is not None:
-            ids = call.model.llm.chat_ids(messages, tools)
+            ids = prompt_ids(call.model.llm, messages, tools)
         else:
             ids = tokenizer.encode(body.content or "")
             if body.add_special and tokenizer.bos_id is not None:
@@ -95,7 +97,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     call, body = await begin(request, lambda config: read_body(request, config, DetokenizeRequest))
-    size = call.model.llm.config.vocab_size
+    size = call.vocabulary
     if (most := max(body.tokens, default=0)) >= size:
         raise bad("tokens", f"token {most} is none of the model's {size}")
     return await json_response(call, call.text_work(lambda: {"content": call.tokenizer.decode(body.tokens)}))
@@ -108,30 +110,29 @@ async def embeddings(request: Request) -> Response:
     return await json_response(call, _embed(call, body))
 
 
-async def _embed(call: Call, body: EmbeddingRequest) -> dict[str, Any]:
+async def _embed(call: Call, body: EmbeddingRequest) -> list[bytes]:
+    """Its JSON, in parts."""
     llm = call.model.llm
     encoded = await call.token_ids(body.input, "input", beside=True)
     longest = max(map(len, encoded))
     if longest > llm.context:
         raise too_long(ContextLengthExceeded(longest, llm.context), "input", "Shorten the text.")
+    tokens, packed = sum(map(len, encoded)), body.encoding_format == "base64"
+    call.reserve(tokens, "input")
+    call.expect(len(encoded) * (_HEAD + llm.config.dim * (_PACKED if packed else _NUMBER)), "input")
     done = partial(call.done, ())
     found = await call.model.driver.between_steps(llm.embed_in_pieces, encoded, call.client, done)
-    vectors = [vector_D / np.linalg.norm(vector_D[None], axis=1) for vector_D in found]  # rounded as LLM.embed does it
-    tokens = sum(map(len, encoded))
-    packed = body.encoding_format == "base64"
-    return {
-        "object": "list",
-        "data": [
-            {
-                "object": "embedding",
-                "index": i,
-                "embedding": base64.b64encode(v.astype("<f4").tobytes()).decode() if packed else v.tolist(),
-            }
-            for i, v in enumerate(vectors)
-        ],
-        "model": call.model.name,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+
+    def work() -> list[bytes]:
+        parts = [b'{"object":"list","data":[']
+        for i, vector_D in enumerate(found):
+            unit_D = vector_D / np.linalg.norm(vector_D[None], axis=1)  # rounded as LLM.embed does it
+            shown = base64.b64encode(unit_D.astype("<f4").tobytes()).decode() if packed else unit_D.tolist()
+            parts += [b"," if i else b"", orjson.dumps({"object": "embedding", "index": i, "embedding": shown})]
+        tail = {"model": call.model.name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        return [*parts, b"],", orjson.dumps(tail)[1:]]
+
+    return await call.text_work(work)
 
 
 async def models(request: Request) -> Response:
@@ -152,7 +153,10 @@ async def model(request: Request) -> Response:
 
 
 def _entry(registry: Registry, name: str) -> dict[str, Any]:
+    """As OpenAI has it, and Anthropic."""
     entry: dict[str, Any] = {"id": name, "object": "model", "created": registry.created, "owned_by": "herd"}
+    began = datetime.fromtimestamp(registry.created, UTC).isoformat().replace("+00:00", "Z")
+    anthropic = {"type": "model", "display_name": name, "created_at": began, "lifecycle": "active"}
     for loaded in registry.loaded:
         if loaded.name == name:
             entry |= {
@@ -161,4 +165,4 @@ def _entry(registry: Registry, name: str) -> dict[str, Any]:
                 "running": loaded.driver.running,
                 "waiting": loaded.driver.waiting,
             }
-    return {**entry, "loaded": len(entry) > 4}
+    return {**entry, "loaded": len(entry) > 4, **anthropic}

@@ -104,8 +104,8 @@ class Caller(Client):
         self.shares = request.shares
         self.tokens = 0
 
-    def leave(self, tokens: int) -> None:
-        super().leave(tokens)
+    def leave(self, tokens: int, reserved: int = 0) -> None:
+        super().leave(tokens, reserved)
         self.tokens += tokens
 
 

@@ -44,7 +44,7 @@ class HeaderFormat:
     def encode(
         self, vocabulary: Vocabulary, turns: list[Turn], tools: Sequence[object] | None, add_generation_prompt: bool
     ) -> Encoded:
-        turns = self._with_tools(turns, check_tools(tools))
+        turns = self._with_tools(self._one_by_one(turns), check_tools(tools))
         executes = any(turn.role == "system" and tool_text.ENVIRONMENT in turn.content for turn in turns)
         writer = DialogWriter(vocabulary)
         writer.control(_BOS)
@@ -53,6 +53,28 @@ class HeaderFormat:
         if add_generation_prompt:
             self._header(writer, "assistant")
         return writer.encoded()
+
+    def _one_by_one(self, turns: list[Turn]) -> list[Turn]:
+        """Calls that do not fit in one message become messages of their own, each before what it gave.
+
+        What the calls of a message gave follows it in their order.
+        """
+        found: list[Turn] = []
+        rest: list[Call] = []  # of a message whose first calls are in `found`
+        for turn in turns:
+            if turn.role != "tool":
+                found += [Turn("assistant", "", (call,)) for call in rest]
+                rest = [] if self._fit_together(turn.calls) else list(turn.calls[1:])
+                turn = replace(turn, calls=turn.calls[:1]) if rest else turn
+            elif found and found[-1].role == "tool" and rest:
+                found.append(Turn("assistant", "", (rest.pop(0),)))
+            found.append(turn)
+        return found + [Turn("assistant", "", (call,)) for call in rest]
+
+    def _fit_together(self, calls: tuple[Call, ...]) -> bool:
+        """Whether one message can have all of them: in Python's form, functions that are not built in."""
+        pythonic = (call.name not in tool_text.BUILT_IN and tool_text.is_pythonic(call) for call in calls)
+        return len(calls) < 2 or (self.calls == "pythonic" and all(pythonic))
 
     def _header(self, writer: DialogWriter, role: str) -> None:
         writer.control(self.header_start)
@@ -72,24 +94,17 @@ class HeaderFormat:
     def _calls(self, writer: DialogWriter, calls: tuple[Call, ...], executes: bool) -> bool:
         """Write the assistant's calls; says whether it then waits for an answer within its turn."""
         self._refuse_tools("tool calls")
-        names = [call.name for call in calls]
-        built_in = [name for name in names if name in tool_text.BUILT_IN]
-        if len(calls) > 1 and (built_in or self.calls == "json"):
-            raise UsageError(
-                "only one call fits in a message here",
-                value=", ".join(names),
-                allowed=f"one built-in tool, or one function in {self.name}; several functions from llama3.2 on",
-            )
-        if built_in == [tool_text.CODE_INTERPRETER]:
-            return self._tagged(writer, tool_text.code_call(calls[0]))
-        if built_in and self.built_in_tools:
-            return self._tagged(writer, tool_text.search_call(calls[0]))
-        if self.calls == "pythonic":
+        first = calls[0]  # the only one, but in Python's form
+        if first.name == tool_text.CODE_INTERPRETER:
+            return self._tagged(writer, tool_text.code_call(first))
+        if first.name in tool_text.BUILT_IN and self.built_in_tools:
+            return self._tagged(writer, tool_text.search_call(first))
+        if self.calls == "pythonic" and tool_text.is_pythonic(first):
             writer.text(tool_text.pythonic_calls(calls), True)
             return False
         if executes:
-            return self._tagged(writer, tool_text.json_call(calls[0]))
-        writer.text(tool_text.json_call(calls[0]), True)
+            return self._tagged(writer, tool_text.json_call(first))
+        writer.text(tool_text.json_call(first), True)
         return False
 
     def _tagged(self, writer: DialogWriter, text: str) -> bool:

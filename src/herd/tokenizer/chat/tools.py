@@ -145,12 +145,13 @@ def json_call(call: Call) -> str:
         raise UsageError(f"the arguments of {call.name} are not JSON ({error})", value=call.arguments) from None
 
 
+def is_pythonic(call: Call) -> bool:
+    """Whether Python's form can say it: it needs names of letters, digits and _."""
+    return all(name.isidentifier() for name in (*call.name.split("."), *call.arguments))
+
+
 def pythonic_calls(calls: Sequence[Call]) -> str:
     """[f(a=1), g(b="x")]: a list of calls that Python parses back (but for arguments named as its keywords)."""
-    for call in calls:
-        for name in (*call.name.split("."), *call.arguments):
-            if not name.isidentifier():
-                raise UsageError("a call in Python form needs names of letters, digits and _", value=name)
     written = (
         f"{c.name}({', '.join(f'{key}={_literal(value)}' for key, value in c.arguments.items())})" for c in calls
     )
