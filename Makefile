@@ -41,7 +41,7 @@ lint: setup-test
 # In as many processes at a time; all tests of a file in one of them. Slow ones measure: they run alone.
 WORKERS ?= 2
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: lint
 	$(BIN)/python -m pytest --all

@@ -29,8 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Those that take longest come first, so that no process is left with them alone at the end.
-    items.sort(key=lambda item: not {"train", "parallel"} <= set(item.path.parts))
     if config.getoption("--all"):
         return
     for item in items:

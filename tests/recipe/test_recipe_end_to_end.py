@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from herd import LLM
 from herd.cli.chat import _questions
@@ -134,7 +136,8 @@ def test_a_killed_run_ends_with_the_same_weights(
     ]
     command += [f"corpus.sources=['{sources}']", "base.train.checkpoint_every=3"]
     # With as many threads as the other run: on some processors the bits of a product depend on them.
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as child:
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as child:
         deadline = time.monotonic() + 120
         while child.poll() is None and time.monotonic() < deadline:
             metrics = list((tmp_path / "r").glob("base-*/metrics.jsonl"))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def go_on(rank: int, out: Path, model: str, ranks: int, parallel: dict[str, Any]
         torch.save(weights, out / f"weights-{rank}.pt")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As ranks have; afterwards as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     "model, chain",
     [
@@ -53,10 +63,10 @@ def go_on(rank: int, out: Path, model: str, ranks: int, parallel: dict[str, Any]
     ],
     ids=["tied", "tied and longer", "moe"],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_any_mesh_continues_from_any_other(model: str, chain: list[tuple[int, dict[str, Any]]], tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
-    torch.set_num_threads(1)
     for number, (ranks, parallel) in enumerate(chain, start=1):
         go_on(0, alone, model, 1, {}, 2 * number)
         if ranks == 1:
