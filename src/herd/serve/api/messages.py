@@ -38,7 +38,9 @@ _SCHEMA = "output_config.format.schema"
 class TextBlock(Body):
     type: Literal["text"]
     text: str
-    cache_control: dict[str, Any] | None = Field(default=None, description="Taken; beginnings are always shared.")
+    cache_control: dict[str, Any] | None = Field(
+        default=None, description="Taken; a key's own beginnings are shared in any case."
+    )
     citations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 

@@ -109,8 +109,8 @@ class ResponsesRequest(Generation):
         "max_tool_calls": "there are no built-in tools",
         "moderation": "there is no moderation",
         "prompt": "there are no stored prompts; use instructions and input",
-        "prompt_cache_options": "beginnings are always shared",
-        "prompt_cache_retention": "beginnings are always shared",
+        "prompt_cache_options": "a key's own beginnings are shared in any case",
+        "prompt_cache_retention": "a key's own beginnings are shared in any case",
     }
     input: str | Annotated[list[Item], Field(min_length=1, max_length=_MAX_ITEMS)]
     instructions: str | None = Field(default=None, description="A system message, for this response only.")
