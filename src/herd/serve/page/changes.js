@@ -115,6 +115,7 @@ function leave(chat) {
   if (!chat) return;
   chats.delete(chat.id);
   state.unsaved.delete(chat);
+  if (runs.has(chat)) writeStored("localStorage", CHAT_ENTRY + chat.id, null); // an answer may have been saved before this was known
   stop(chat);
 }
 

@@ -71,6 +71,26 @@ export const what_another_tab_deletes_is_gone = {
   },
 };
 
+export const what_is_saved_while_another_tab_deletes_is_gone_as_well = {
+  async play({ page, context, url }) {
+    await enter(page, url);
+    await say(page, SLOW);
+    await isGrowing(page);
+    const other = await context.newPage();
+    await enter(other, url);
+    await other.locator("#chats .open").first().focus();
+    const saving = page.evaluate(() => {
+      const [name, text] = Object.entries(localStorage).find(([each]) => each.startsWith("herd.chat."));
+      for (const until = Date.now() + 1000; Date.now() < until;); // hears of nothing meanwhile
+      localStorage.setItem(name, text); // as the page does twice a second while it answers
+    });
+    await other.keyboard.press("Delete");
+    await saving;
+    await becomes(() => keptQuestions(page), []);
+    await becomes(() => titles(other), []);
+  },
+};
+
 export const an_answer_of_another_tab_is_told_from_one_that_broke_off = {
   async play({ page, context, url }) {
     await enter(page, url);
