@@ -4,9 +4,10 @@
 
 speed: whole steps of the trainer with two ranks of one thread each, split along every axis, and one process with two
 threads. All are started at once and step only when it is their turn; figures are medians over rounds of three steps,
-and the ratio is to the one process. memory: what a row of 8,192 tokens takes more than one of 1,024 at the peak, on
-1, 2 and 4 context ranks. length: tokens a second of one process as rows get longer, beside the arithmetic that a
-token takes (`training_flops_per_token`); rows hold one document each. On Linux.
+and the ratio is to the one process. memory: what each token of a row adds at the peak, on 1, 2 and 4 context ranks:
+rows of 16,384 tokens less such of 4,096, from where on the tiles of attention, which do not grow, are whole on all
+ranks. length: tokens a second of one process as rows get longer, beside the arithmetic that a token takes
+(`training_flops_per_token`); rows hold one document each. On Linux.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp 2": (2, {"pp": 2}),
 }
 STEPS = 3
-MEMORY = {"vocab": 1024, "dim": 256, "layers": 4, "heads": 4, "kv": 2, "ffn": 704, "batch": 1, "seq": 8192}
+MEMORY = {"vocab": 1024, "dim": 256, "layers": 4, "heads": 4, "kv": 2, "ffn": 704, "batch": 1}
+MEMORY_LENGTHS = (4096, 16384)
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""So that memory that a process has freed is not counted as its own."""
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -149,7 +153,8 @@ def start(
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, **base, "RANK": str(rank), "OMP_NUM_THREADS": str(max(1, 2 // ranks))},
+            env={**os.environ, **base, "RANK": str(rank), "OMP_NUM_THREADS": str(max(1, 2 // ranks))}
+            | (FREED_AT_ONCE if task == "memory" else {}),
         )
         for rank in range(ranks)
     ]
@@ -186,17 +191,20 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """MiB at a rank's peak that a row of 8,192 tokens adds to one of 1,024, on the fullest rank."""
-    result = {}
+    """KiB at a rank's peak for a token of the row, on the fullest rank, and the share of one process's."""
+    result: dict[str, Any] = {}
     for cp in (1, 2, 4):
         for kind in ("gather", "ring") if cp > 1 else ("gather",):
             parallel = {"cp": cp, "context": kind} if cp > 1 else {}
             peaks = []
-            for tokens in (1024, MEMORY["seq"]):
+            for tokens in MEMORY_LENGTHS:
                 ranks = start("memory", cp, parallel, "5M", 29700 + cp, tokens)
                 found = [json.loads(rank.communicate()[0]) for rank in ranks]
                 peaks.append(max(rank["peak"] - rank["before"] for rank in found))
-            result[f"cp {cp}" + (f" {kind}" if cp > 1 else "")] = round((peaks[1] - peaks[0]) / 2**20)
+            each = (peaks[1] - peaks[0]) / (MEMORY_LENGTHS[1] - MEMORY_LENGTHS[0]) / 1024
+            first = result["cp 1"]["kib_per_token"] if result else each
+            name = f"cp {cp}" + (f" {kind}" if cp > 1 else "")
+            result[name] = {"kib_per_token": each, "share": each / first, "peak_mib": peaks[1] / 2**20}
     return result
 
 

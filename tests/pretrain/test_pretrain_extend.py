@@ -19,6 +19,7 @@ from herd.corpus import Document, TokenShards, read_documents
 from herd.corpus.document import write_documents
 from herd.errors import UsageError
 from herd.pretrain import ExtendConfig, PretrainConfig, extend, run
+from herd.pretrain.extending import _halvings, _some_as_chats
 from herd.recipe.lock import run_lock
 
 
@@ -233,3 +234,15 @@ def test_some_documents_become_long_chats(short: Path, corpus: Path, tmp_path: P
     texts = [document.text for document in read_documents(tmp_path / "stage-256" / "corpus" / "train.jsonl")]
     chats = [text for text in texts if text.startswith("User: ") and "Assistant: " in text]
     assert 0.2 < len(chats) / len(texts) < 0.95
+
+
+def test_chats_are_of_all_lengths_between_the_contexts() -> None:
+    texts = ["\n".join(_text(100 * n + i) for i in range(120)) for n in range(80)]
+    documents = [Document(text, f"lib{n}/x.py") for n, text in enumerate(texts)]
+    lengths = [16_000 // part for part in _halvings(512 // 128)]
+    assert lengths == [16_000, 8_000, 4_000]
+    chats = list(_some_as_chats(documents, lengths, ExtendConfig(chats=1)))
+    share = dict.fromkeys(lengths, 0)
+    for chat in chats:
+        share[min(length for length in lengths if chat.n_bytes < 1.1 * length)] += chat.n_bytes
+    assert all(0.15 < size / sum(share.values()) < 0.6 for size in share.values()), share

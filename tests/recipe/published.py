@@ -1,4 +1,4 @@
-"""The recipes that ship with published numbers, and a folder in which all of them are valid."""
+"""The recipes that ship and a folder in which all of them are valid."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def names() -> list[str]:
-    """Every recipe by the name under which `herd run` knows it, sizes one by one."""
+    """Every recipe that pretrains, by the name under which `herd run` knows it, sizes one by one."""
     found = []
     for file in sorted(RECIPES.glob("*.yaml")):
-        sizes = yaml.safe_load(file.read_text()).get("sizes")
+        data = yaml.safe_load(file.read_text())
+        sizes = data.get("sizes")
+        if "base" not in data["stages"]:
+            continue
         found += [f"{file.stem}-{size}" for size in sizes] if sizes else [file.stem]
     return found
 

@@ -219,7 +219,7 @@ def test_a_layout_fits_model_and_batches(name: str, configs: Any) -> None:
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_number_of_the_loop_says_where_it_is_from(file: Path) -> None:
-    if file.stem == "pocket":
+    if file.stem in ("pocket", "pocket-long"):
         return
     text = file.read_text()
     legend = set(re.findall(r"\[(\w+)\] \S", text.split("\nname:")[0].replace("·", "·\n")))

@@ -20,6 +20,7 @@ __all__ = ["continuing", "models_home", "pulled_repositories", "resolve"]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]*/[A-Za-z0-9][A-Za-z0-9._\-]*")
 _RUN_FILE = "run.json"
+_PRETRAINED = ("extend", "base")  # stages that pretrain, the last first
 _MAX_RUNS = 10_000  # directories looked at for suggestions
 
 
@@ -56,17 +57,20 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
 
 def continuing(name: str | os.PathLike[str]) -> Path:
-    """As `resolve`, but of a run directory the base model, if it has one: a tuned model answers, it does not go on."""
+    """As `resolve`, but of a run directory the pretrained model, if it has one: a tuned model answers, it does not
+    go on. Of a run that extends its context that is the extended one.
+    """
     try:
         run = Path(name).expanduser()
         if (run / _RUN_FILE).is_file():
             stages = read_json_object(run / _RUN_FILE).get("stages")
-            base = stages.get("base") if isinstance(stages, dict) else None
-            directory = base.get("directory") if isinstance(base, dict) else None
-            if isinstance(directory, str) and re.fullmatch(r"base-[0-9a-f]+", directory):
-                checkpoint = run / directory / "checkpoint"
-                if checkpoint.is_dir():
-                    return checkpoint.resolve()
+            for stage in _PRETRAINED:
+                entry = stages.get(stage) if isinstance(stages, dict) else None
+                directory = entry.get("directory") if isinstance(entry, dict) else None
+                if isinstance(directory, str) and re.fullmatch(rf"{stage}-[0-9a-f]+", directory):
+                    checkpoint = run / directory / "checkpoint"
+                    if checkpoint.is_dir():
+                        return checkpoint.resolve()
     except (OSError, RuntimeError):
         pass  # resolve says what is wrong with it
     return resolve(name)

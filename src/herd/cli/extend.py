@@ -28,7 +28,12 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder of the stages; an extension begun there goes on.")] = Path("extend"),
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of each stage.  [default: the plan's]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a step.  [default: the plan's]")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or muon.  [default: adamw]")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: the plan's]")] = None,
+    muon_lr: Annotated[float | None, typer.Option(help="Learning rate of Muon.  [default: as lr]")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="The rate after the warm-up: constant or linear.  [default: constant]")
+    ] = None,
     chats: Annotated[
         float | None, typer.Option(help="Share of the documents made into long chats that ask.  [default: 0]")
     ] = None,
@@ -38,9 +43,16 @@ def command(
     needles: Annotated[
         float | None, typer.Option(help="Share of needles to find at each length; 0: do not ask.  [default: 1]")
     ] = None,
-    depths: Annotated[int, typer.Option(min=2, max=1000, help="Depths at which needles lie.")] = 11,
-    samples: Annotated[int, typer.Option(min=1, max=1000, help="Needles at each depth.")] = 2,
-    digits: Annotated[int, typer.Option(min=1, max=18, help="Digits of their numbers.")] = 7,
+    lengths: Annotated[
+        int | None,
+        typer.Option(
+            help="Lengths that needles are hidden at, evenly up to the new one; if several, the model before is asked"
+            " too.  [default: 1]"
+        ),
+    ] = None,
+    depths: Annotated[int | None, typer.Option(help="Depths at which needles lie.  [default: 11]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Needles at each depth.  [default: 2]")] = None,
+    digits: Annotated[int | None, typer.Option(help="Digits of their numbers.  [default: 7]")] = None,
     haystack: Annotated[
         list[str] | None,
         typer.Option(metavar="SOURCE", help="Text to hide them in; may be repeated.  [default: python-stdlib]"),
@@ -63,27 +75,25 @@ def command(
 
         herd extend Llama-3-8B --to 262144 --method card --corpus books --out runs/long
     """
-    from herd.config import parse_config
-    from herd.pretrain.extension import ExtendConfig
-
-    given = {
-        "method": method, "steps": steps, "batch_size": batch_size, "lr": lr, "chats": chats, "tolerance": tolerance,
-        "needles": needles, "seed": seed,
-    }  # fmt: skip
-    config = parse_config(ExtendConfig, {k: v for k, v in given.items() if v is not None}, "herd extend")
     if plan:
         data = _plan(model, to, method)
         emit(data, as_json, lambda: _show(data))
         return
-    from herd.pretrain import extend
+    from herd.config import parse_config
     from herd.recipe.lock import run_lock
+    from herd.recipe.long_context import LongContextConfig, lengthen
     from herd.train.launch import one_process
 
+    given = {
+        "to": to, "method": method, "steps": steps, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
+        "muon_lr": muon_lr, "schedule": schedule, "chats": chats, "tolerance": tolerance, "needles": needles,
+        "lengths": lengths, "depths": depths, "samples": samples, "digits": digits, "haystack": haystack, "seed": seed,
+    }  # fmt: skip
+    config = parse_config(LongContextConfig, {k: v for k, v in given.items() if v is not None}, "herd extend")
     one_process("herd extend")
-    grid = {"depths": depths, "samples": samples, "digits": digits} | ({"haystack": haystack} if haystack else {})
     texts = corpus or _corpus_of(model)
     with run_lock(out):
-        state = extend(model, to, texts, out, config, lambda path, context, place: _found(grid, path, context, place))
+        state = lengthen(config, model, texts, out)
     emit(state, as_json, lambda: _show_result(state))
 
 
@@ -122,20 +132,6 @@ def _corpus_of(model: str) -> Path:
         "there is no text to train on", value=model, allowed="a run with its corpus, or --corpus DIR",
         fix="herd corpus SOURCES... --out DIR",
     )  # fmt: skip
-
-
-def _found(grid: dict[str, Any], path: Path, context: int, place: Path) -> float:
-    """The share of needles that the model at `path` finds in prompts of `context` tokens."""
-    from herd.config import parse_config
-    from herd.engine import LLM
-    from herd.evaluate.needle import NeedleConfig, even_depths, run, write_page
-
-    options = grid | {"lengths": [context], "depths": even_depths(grid["depths"])}
-    config = parse_config(NeedleConfig, options, "herd extend")
-    with LLM(str(path)) as llm:
-        results = run(config, llm, place)
-    write_page(results, place / "needle.html")
-    return float(results["overall"]["score"])
 
 
 def _show(data: dict[str, Any]) -> None:
@@ -178,5 +174,7 @@ def _show_result(state: dict[str, Any]) -> None:
     headings = ["context", "theta", "scaling", "tokens", "loss", "bits per byte, short", "needles", "promoted"]
     print(table(headings, rows))
     print(f"\nbits per byte of short text before: {state['short_before']:.4f}")
+    if "before" in state:
+        print(f"needles found before: {100 * state['before']:.0f} %")
     end = f"stopped {state['stopped']}" if state["stopped"] else f"reached {state['settings']['to']:,} tokens"
     print(f"{end}\nmodel: {state['model']}")

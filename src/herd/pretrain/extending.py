@@ -75,7 +75,8 @@ def extend(
         place = out / f"stage-{stage.context}"
         record = state["stages"][number]
         if "result" not in record:
-            texts = _long_corpus(config, folder, place / "corpus", stage.context, tokenizer)
+            before = stages[number - 1].context if number else shape.context_length
+            texts = _long_corpus(config, folder, place / "corpus", before, stage.context, tokenizer)
             longer = _shape(shape, stage)
             result = run(_stage_config(config, stage, state["model"]), longer, texts, tokenizer, place)
             record["result"] = {name: result[name] for name in ("steps", "tokens", "loss", "epochs", "seconds")}
@@ -128,8 +129,11 @@ def _stage_config(config: ExtendConfig, stage: ExtensionStage, init_from: str) -
         steps=config.steps or stage.steps,
         seq_len=stage.context,
         batch_size=batch_size,
+        optimizer=config.optimizer,
         lr=config.lr or stage.lr,
-        schedule="constant",
+        muon_lr=config.muon_lr,
+        schedule=config.schedule,
+        final_lr_ratio=0.0,
         warmup=config.warmup,
         log_every=1,
     )
@@ -150,7 +154,9 @@ def _shape(shape: LlamaConfig, stage: ExtensionStage) -> LlamaConfig:
     )
 
 
-def _long_corpus(config: ExtendConfig, corpus: Path, place: Path, context: int, tokenizer: Tokenizer) -> Path:
+def _long_corpus(
+    config: ExtendConfig, corpus: Path, place: Path, before: int, context: int, tokenizer: Tokenizer
+) -> Path:
     """The corpus with its documents joined to ones of `context` tokens, some of them as chats; made once."""
     if not (config.related or config.chats):
         return corpus
@@ -164,15 +170,22 @@ def _long_corpus(config: ExtendConfig, corpus: Path, place: Path, context: int, 
         longer: Iterable[Document] = documents
         if config.related:
             longer = join_related(documents, target, config.seed)
-        write_documents(made, _some_as_chats(longer, target, config))
+        lengths = [target // part for part in _halvings(context // before)]
+        write_documents(made, _some_as_chats(longer, lengths, config))
     return place
 
 
-def _some_as_chats(documents: Iterable[Document], n_bytes: int, config: ExtendConfig) -> Iterator[Document]:
+def _halvings(times: int) -> list[int]:
+    """1, 2, 4, … up to `times`."""
+    return [1 << power for power in range(times.bit_length())]
+
+
+def _some_as_chats(documents: Iterable[Document], lengths: list[int], config: ExtendConfig) -> Iterator[Document]:
+    """Each length in bytes gets as many documents: short chats teach to look back, long ones how far."""
     chance = random.Random(config.seed)
     for document in documents:
         if chance.random() < config.chats:
-            yield from chats_of(document, n_bytes, config.seed)
+            yield from chats_of(document, chance.choice(lengths), config.seed)
         else:
             yield document
 

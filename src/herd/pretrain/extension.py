@@ -72,8 +72,15 @@ class ExtendConfig(Config):
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the order of the data")
     steps: int | None = Field(default=None, ge=1, description="optimiser steps of each stage")
     batch_size: int | None = Field(default=None, ge=1, description="rows of a step")
-    lr: float | None = Field(default=None, gt=0, le=1, description="learning rate")
-    warmup: float = Field(default=0.1, ge=0, description="linear warm-up, then constant; below 1: a share of the steps")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: Muon for the matrices inside the blocks, AdamW for everything else"
+    )
+    lr: float | None = Field(default=None, gt=0, le=1, description="peak learning rate")
+    muon_lr: float | None = Field(default=None, gt=0, le=1, description="peak learning rate of Muon; null: as lr")
+    warmup: float = Field(default=0.1, ge=0, description="linear warm-up; below 1: a share of the steps")
+    schedule: Literal["constant", "linear"] = Field(
+        default="constant", description="learning rate after the warm-up; linear: down to 0"
+    )
     related: bool = Field(default=True, description="join related documents to ones as long as the context")
     chats: float = Field(
         default=0.0, ge=0, le=1, description="share of the documents made into long chats that ask for what was said"

@@ -26,7 +26,7 @@ from herd.recipe.stage import Stage, StageContext
 from herd.train.launch import Ranks, started_ranks
 
 RUN_FILE = "run.json"
-_MODEL_STAGES = ("sft", "base")
+_MODEL_STAGES = ("sft", "extend", "base")
 """Stages whose checkpoint a run directory stands for, best first."""
 
 

@@ -17,6 +17,7 @@ time       Every stretch between two changes (warm-up ends, rows or batches grow
 layout     Two ranks for every axis that has several, as far as the ranks that are there go round; the rest is DP.
            A pipeline's schedule stays where there are two stages, with two chunks if it had several.
 measuring  Two probes of 2,000 tokens, a line for every step, no time limits; some dozen exercises and rows to prune by.
+extending  To 1,024 tokens in 4 steps; what a model that small must still read and find is not asked.
 
 Learning rates, optimiser, schedules, precision, packing and infilling stay as they are. (Only documents that fit a row
 are infilled; of the standard library's, some four in a hundred do.)
@@ -59,6 +60,7 @@ _SFT: dict[str, int] = {"exercises": 100, "max_turns": 1}
 _SFT_STEPS = 8
 _MOST: dict[str, dict[str, int]] = {
     "base": {"evaluations": 2, "probe_tokens": 2000},
+    "extend": {"to": 1024, "steps": 4, "batch_size": 1, "probe_tokens": 2000, "lengths": 2, "depths": 2, "samples": 1},
     "evaluate": {
         "exercises": 20,
         "shots": 1,
@@ -86,6 +88,8 @@ def shrunk(data: Values, where: str, *, text: str = STDLIB, ranks: int = 1) -> d
     for name, most in _MOST.items():
         if name in stages:
             stages[name] = {**stages[name], **_lowered(stages[name], most)}
+    if "extend" in stages:
+        stages["extend"] |= {"tolerance": 1.0, "needles": 0.0}
     if "corpus" in stages:
         stages["corpus"] = {**stages["corpus"], "sources": [text], "heldout_fraction": _HELDOUT}
     if "tokenizer" in stages and stages["tokenizer"].get("file") is None:

@@ -1,12 +1,12 @@
 """The thin table that binds stage names to the rooms that do the work. Importing it imports PyTorch.
 
-corpus → tokenizer → base → sft → evaluate → quantise → report
+corpus → tokenizer → base → extend → sft → evaluate → quantise → report
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -15,11 +15,13 @@ from herd import evaluate, pretrain, tokenizer
 from herd.align import sft
 from herd.config import Config
 from herd.corpus import STDLIB, CorpusConfig, check_sources, curate, read_documents
+from herd.errors import UsageError
 from herd.files import read_json
 from herd.pretrain import PretrainConfig
 from herd.pretrain.adapting import AdaptConfig, adapt
 from herd.recipe.earlier import earlier, fingerprint
 from herd.recipe.hashing import fingerprint_paths
+from herd.recipe.long_context import ExtendStageConfig, extend_stage
 from herd.recipe.quantise import QuantiseConfig, quantise
 from herd.recipe.report import ReportConfig, RunData, write_report
 from herd.recipe.shape import ModelShape
@@ -82,10 +84,21 @@ def stage_table() -> list[Stage]:
             check=_base_fits,
         ),
         Stage(
+            "extend",
+            ExtendStageConfig,
+            _extend,
+            inputs=("corpus",),
+            optional_inputs=("base",),
+            resumes=True,
+            fingerprint=lambda config: fingerprint([config.init_from]),
+            check=_extends_something,
+        ),
+        Stage(
             "sft",
             sft.SftConfig,
             _sft,
-            inputs=("corpus", "tokenizer", "base"),
+            inputs=("corpus", "tokenizer"),
+            optional_inputs=_PRETRAINED,
             version=2,
             resumes=True,
             ranks=True,
@@ -95,16 +108,28 @@ def stage_table() -> list[Stage]:
             "evaluate",
             evaluate.EvaluateConfig,
             _evaluate,
-            inputs=("corpus", "base"),
-            optional_inputs=("sft",),
+            inputs=("corpus",),
+            optional_inputs=_MODELS,
             version=3,
+            check=_has_model,
         ),
-        Stage("quantise", QuantiseConfig, _quantise, inputs=("corpus", "base"), optional_inputs=("sft",), version=2),
+        Stage(
+            "quantise",
+            QuantiseConfig,
+            _quantise,
+            inputs=("corpus",),
+            optional_inputs=_MODELS,
+            version=2,
+            check=_has_model,
+        ),
         Stage("report", ReportConfig, _report, optional_inputs=_REPORTED, version=3),
     ]
 
 
-_REPORTED = ("corpus", "tokenizer", "base", "sft", "evaluate", "quantise")
+_PRETRAINED = ("base", "extend")
+_MODELS = (*_PRETRAINED, "sft")
+"""Stages that leave a model, in the order in which they build on one another."""
+_REPORTED = ("corpus", "tokenizer", *_MODELS, "evaluate", "quantise")
 
 
 def _sources(config: CorpusConfig) -> object:
@@ -137,10 +162,25 @@ def _base_fits(config: BaseConfig, configs: Mapping[str, Config]) -> None:
 
 
 def _rows_fit(config: sft.SftConfig, configs: Mapping[str, Config]) -> None:
-    """Rows are at most as long as the context of the base model."""
-    base = configs["base"]
-    assert isinstance(base, BaseConfig)
-    config.train.check_context(base.model.context_length)
+    """Rows are at most as long as the context of the model that is tuned."""
+    _has_model(config, configs)
+    model = [configs[name] for name in _PRETRAINED if name in configs][-1]
+    assert isinstance(model, BaseConfig | ExtendStageConfig)
+    config.train.check_context(model.to if isinstance(model, ExtendStageConfig) else model.model.context_length)
+
+
+def _has_model(config: Config, configs: Mapping[str, Config]) -> None:
+    if not any(name in configs for name in _PRETRAINED):
+        raise UsageError(
+            "this stage needs a model, and no stage before it leaves one", allowed=" or ".join(_PRETRAINED)
+        )
+
+
+def _extends_something(config: ExtendStageConfig, configs: Mapping[str, Config]) -> None:
+    if config.init_from is not None:
+        earlier(config.init_from)
+    elif "base" not in configs:
+        raise UsageError("nothing to extend: neither init_from nor the stage base before this one", fix="init_from")
 
 
 def _corpus(config: CorpusConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
@@ -165,15 +205,20 @@ def _base(config: BaseConfig, inputs: Inputs, out: Path, context: StageContext) 
     return _trained(out)
 
 
+def _extend(config: ExtendStageConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
+    model = earlier(config.init_from) if config.init_from else inputs["base"] / "checkpoint"
+    return extend_stage(config, model, inputs["corpus"], out)
+
+
 def _sft(config: sft.SftConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
     words = tokenizer.load(inputs["tokenizer"])
     rehearsal = (document.text for document in read_documents(inputs["corpus"] / "train.jsonl"))
-    sft.run(config, inputs["base"] / "checkpoint", words, out, rehearsal=rehearsal)
+    sft.run(config, _models(inputs, _PRETRAINED)[-1], words, out, rehearsal=rehearsal)
     return _trained(out)
 
 
 def _evaluate(config: evaluate.EvaluateConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
-    models = {name: inputs[name] / "checkpoint" for name in ("base", "sft") if name in inputs}
+    models = {name: inputs[name] / "checkpoint" for name in _MODELS if name in inputs}
     results = evaluate.run(config, models, _heldout(inputs), out)
     bits = next(iter(results["bits_per_byte"].values()), None)
     match = list(results["exact_match"].values())[-1:]
@@ -183,8 +228,7 @@ def _evaluate(config: evaluate.EvaluateConfig, inputs: Inputs, out: Path, contex
 
 
 def _quantise(config: QuantiseConfig, inputs: Inputs, out: Path, context: StageContext) -> str:
-    model = inputs.get("sft", inputs["base"]) / "checkpoint"
-    formats = quantise(config, model, _heldout(inputs), out, name=context.recipe.name)["formats"]
+    formats = quantise(config, _models(inputs)[-1], _heldout(inputs), out, name=context.recipe.name)["formats"]
     return ", ".join(f"{name} {size(entry['bytes'])}" for name, entry in formats.items() if name != "source")
 
 
@@ -199,6 +243,11 @@ def _report(config: ReportConfig, inputs: Inputs, out: Path, context: StageConte
         config=config,
     )
     return ", ".join(path.name for path in write_report(run, out))
+
+
+def _models(inputs: Inputs, stages: Sequence[str] = _MODELS) -> list[Path]:
+    """The checkpoints of those of these stages that ran, in their order."""
+    return [inputs[name] / "checkpoint" for name in stages if name in inputs]
 
 
 def _heldout(inputs: Inputs) -> list[str]:

@@ -90,7 +90,7 @@ def _page(results: Mapping[str, Any]) -> str:
 <h1>{title}</h1>
 <p>Share of the hidden numbers that the model said, by length of the prompt and depth of the first number; 95 %
 intervals are Wilson's.</p>
-{_svg(results)}
+{heat_map(results)}
 <table><thead><tr><th>length</th><th>found</th><th>share</th><th>95 % interval</th></tr></thead>
 <tbody>
 {rows}</tbody></table>
@@ -101,7 +101,8 @@ intervals are Wilson's.</p>
 """
 
 
-def _svg(results: Mapping[str, Any]) -> str:
+def heat_map(results: Mapping[str, Any]) -> str:
+    """The picture alone, as SVG for a page."""
     lengths, depths, scores = _grid(results)
     width, height = _LEFT + _WIDE * len(lengths) + 8, _TOP + _HIGH * len(depths) + 36
     parts = [f'<svg viewBox="0 0 {width} {height}" style="max-width: {2 * width}px" role="img" aria-label="heat map">']

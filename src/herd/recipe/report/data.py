@@ -56,7 +56,7 @@ class RunData:
         """Shape of the trained model."""
         from herd.checkpoint import open_checkpoint
 
-        for stage in reversed(TRAINING_STAGES):
+        for stage in ("sft", "extend", "base"):
             folder = self.directories.get(stage, Path()) / "checkpoint"
             if stage in self.directories and folder.is_dir():
                 try:

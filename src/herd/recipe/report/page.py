@@ -7,7 +7,13 @@ import re
 from herd import __version__
 from herd.recipe.report.data import RunData
 from herd.recipe.report.html import Child, Html, join, tag
-from herd.recipe.report.results import evaluation_section, quantised_section, samples_section, training_section
+from herd.recipe.report.results import (
+    evaluation_section,
+    needle_section,
+    quantised_section,
+    samples_section,
+    training_section,
+)
 from herd.recipe.report.sections import (
     Section,
     corpus_section,
@@ -32,6 +38,7 @@ def render_page(run: RunData) -> str:
         tokenizer_section(run),
         model_section(run),
         *(training_section(run, stage) for stage in run.training),
+        needle_section(run),
         evaluation_section(run),
         samples_section(run),
         quantised_section(run),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from herd.evaluate.needle.picture import heat_map
 from herd.evaluate.table import LEVELS, kinds_in_order, score_text
 from herd.recipe.report.charts import Interval, Series, bars, interval_rows, line_chart, smooth
 from herd.recipe.report.data import RunData, Training
@@ -68,6 +69,25 @@ def _training_words(training: Training) -> str:
     rate = f"{speed:,.0f} tokens a second with everything counted" if training.tokens else ""
     facts = ", ".join(part for part in (steps, tokens, duration(training.manifest["wall_seconds"]), rate) if part)
     return facts + "."
+
+
+def needle_section(run: RunData) -> Section | None:
+    """Heat maps of the numbers found in long texts, before and after the context was extended."""
+    state = run.result("extend", "extension.json")
+    if not state:
+        return None
+    stages = [f"stage-{stage['plan']['context']}" for stage in state["stages"]]
+    grids = {"before": run.result("extend", "before/needle.json")}
+    grids |= {stage: run.result("extend", f"{stage}/needle/needle.json") for stage in stages}
+    parts: list[Child] = [
+        tag("p", f"Bits per byte of short text: {state['short_before']:.4f} before"),
+        *(tag("p", f"{stage['plan']['context']:,} tokens: {stage['short']:.4f}") for stage in state["stages"]),
+    ]
+    for name, results in grids.items():
+        if results:
+            title = "Numbers found before" if name == "before" else f"Numbers found after {name}"
+            parts += [tag("h3", title), tag("figure", Html(heat_map(results)))]
+    return Section("extend", "Longer context", join(parts))
 
 
 def evaluation_section(run: RunData) -> Section | None:

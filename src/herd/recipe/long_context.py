@@ -1,0 +1,130 @@
+"""A model for a longer context, with grids of the numbers that it finds there: the extend stage, and `herd extend`.
+
+stage-4096/        what `herd.pretrain.extending` writes: the text, the trained model; its grid is in needle/
+before/            the first model's grid at the same lengths, where several are asked for
+checkpoint/        the last stage's model, as every stage that trains leaves one (a recipe's stage only)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from herd import checkpoint
+from herd.corpus import STDLIB
+from herd.errors import HerdError, MissingDependency
+from herd.evaluate.needle import NeedleConfig, even_depths
+from herd.files import read_json
+from herd.pretrain.extension import ExtendConfig
+
+
+class LongContextConfig(ExtendConfig):
+    """An extension, and the grids of needles that it is judged by."""
+
+    to: int = Field(ge=2, le=2**32, description="tokens of context to reach")
+    lengths: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="lengths of the needle grid, evenly up to the new context; several: the model before is asked, too",
+    )
+    depths: int = Field(default=11, ge=2, le=1000, description="depths at which needles lie, from start to end")
+    samples: int = Field(default=2, ge=1, le=1000, description="needles at each length and depth")
+    digits: int = Field(default=7, ge=1, le=18, description="digits of their numbers")
+    haystack: tuple[str, ...] = Field(
+        default=(STDLIB,), min_length=1, description="text to hide them in: files, *.jsonl, folders, python-stdlib"
+    )
+
+    def training(self) -> ExtendConfig:
+        """What the training of the stages is told."""
+        return ExtendConfig.model_validate({name: getattr(self, name) for name in ExtendConfig.model_fields})
+
+    def grid(self, context: int) -> NeedleConfig:
+        """The needle grid of a model with this context."""
+        return NeedleConfig(
+            lengths=tuple(context * number // self.lengths for number in range(1, self.lengths + 1)),
+            depths=even_depths(self.depths),
+            samples=self.samples,
+            digits=self.digits,
+            haystack=self.haystack,
+        )
+
+
+class ExtendStageConfig(LongContextConfig):
+    """The extend stage of a recipe."""
+
+    init_from: str | None = Field(
+        default=None, min_length=1, description="the checkpoint to extend; null: the base stage's"
+    )
+
+
+def lengthen(config: LongContextConfig, model: str | Path, corpus: Path, out: Path) -> dict[str, Any]:
+    """Extend `model` on a corpus folder's text; returns the data of extension.json, with "before" where it was asked.
+
+    Raises what `herd.pretrain.extending.extend` does.
+    """
+    from herd.pretrain.extending import extend
+
+    def found(path: Path, context: int, place: Path) -> float:
+        return _least_found(_found(config.grid(context), path, place))
+
+    before = {"before": _before(config, model, out)} if config.lengths > 1 and config.needles else {}
+    return extend(model, config.to, corpus, out, config.training(), found) | before
+
+
+def extend_stage(config: LongContextConfig, model: Path, corpus: Path, out: Path) -> str:
+    """Run the stage and leave its model in checkpoint/; says in a line what came out.
+
+    Raises HerdError where a criterion is not met: what comes after would build on a model that lost something.
+    """
+    state = lengthen(config, model, corpus, out)
+    if state["stopped"]:
+        raise HerdError(
+            f"the extension stopped {state['stopped']}",
+            fix="other steps, lr or chats; or less asked of it: needles, tolerance",
+        )
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    shutil.copytree(state["model"], out / "checkpoint", copy_function=os.link)
+    last = state["stages"][-1]
+    said = [f"{last['plan']['context']:,} tokens", f"short text {state['short_before']:.3f} → {last['short']:.3f}"]
+    if "needles" in last:
+        before = [f"{100 * state['before']:.0f} →"] if "before" in state else []
+        said.append(" ".join(["needles", *before, f"{100 * last['needles']:.0f} %"]))
+    return ", ".join(said)
+
+
+def _before(config: LongContextConfig, model: str | Path, out: Path) -> float:
+    """The share that the first model finds at the same lengths, read as it is, past its own context too."""
+    place = out / "before"
+    if not (place / "needle.json").is_file():
+        with checkpoint.open_checkpoint(checkpoint.continuing(model)) as opened:
+            shape = dataclasses.replace(opened.config, context_length=config.to)
+            checkpoint.save(place / "model", shape, opened, tokenizer=opened.tokenizer)
+        _found(config.grid(config.to), place / "model", place)
+        shutil.rmtree(place / "model")
+    return float(read_json(place / "needle.json")["overall"]["score"])
+
+
+def _found(grid: NeedleConfig, path: Path, place: Path) -> Mapping[str, Any]:
+    """The grid's results for the model at `path`, with pictures of them in `place`."""
+    from herd.engine import LLM
+    from herd.evaluate.needle import run, write_page, write_png
+
+    with LLM(str(path)) as llm:
+        results = run(grid, llm, place)
+    write_page(results, place / "needle.html")
+    with contextlib.suppress(MissingDependency):
+        write_png(results, place / "needle.png")
+    return results
+
+
+def _least_found(results: Mapping[str, Any]) -> float:
+    """At the length with the fewest."""
+    return min(float(row["score"]) for row in results["by_length"])
