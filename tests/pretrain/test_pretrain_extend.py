@@ -231,8 +231,8 @@ def test_it_is_for_one_process(
 def test_some_documents_become_long_chats(short: Path, corpus: Path, tmp_path: Path) -> None:
     config = ExtendConfig(**FAST, chats=0.5, tolerance=1)
     extend(short, 256, corpus, tmp_path, config)
-    texts = [document.text for document in read_documents(tmp_path / "stage-256" / "corpus" / "train.jsonl")]
-    chats = [text for text in texts if text.startswith("User: ") and "Assistant: " in text]
+    texts = [document.url for document in read_documents(tmp_path / "stage-256" / "corpus" / "train.jsonl")]
+    chats = [url for url in texts if "#chat" in url]
     assert 0.2 < len(chats) / len(texts) < 0.95
 
 

@@ -71,7 +71,7 @@ def tiny(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def _directory(tiny: tuple[Path, dict[str, Any]], stage: str) -> Path:
     run_dir, state = tiny
-    return run_dir / state["stages"][stage]["directory"]
+    return run_dir / str(state["stages"][stage]["directory"])
 
 
 def _context(path: Path) -> int:

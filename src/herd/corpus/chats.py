@@ -11,7 +11,9 @@ its question begins as the fact did:
     User: What is the rough estimate of parser?
     Assistant: The rough estimate of parser is: 48213.
 
-How far back a question looks is drawn evenly in its logarithm: near ones teach the looking, far ones the distance.
+How far back a question looks is drawn evenly in its logarithm: near ones teach the looking, far ones the distance. Each
+chat has its own marks for who speaks, and facts also come again unasked: a model that has only seen one way of asking
+finds nothing when it is asked otherwise.
 """
 
 from __future__ import annotations
@@ -39,6 +41,18 @@ _FORMS = (
     ("{thing} {what}?", "{thing} {what}:"),
     ("Do you remember the {what} for {thing}?", "The {what} for {thing} is"),
 )
+_MARKS = (
+    ("User: ", "\n\n", "Assistant: ", "\n\n"),
+    ("Human: ", "\n", "AI: ", "\n\n"),
+    ("Question: ", "\n", "Answer: ", "\n\n"),
+    ("Question: ", " ", "Answer: ", "\n"),
+    ("Q: ", "\n", "A: ", "\n"),
+    ("<user>", "</user>\n", "<assistant>", "</assistant>\n"),
+    ("> ", "\n", "", "\n\n"),
+    ("", " ", "", "\n"),
+)
+"""Before and after what one says and what the other answers."""
+_REPEATED = 0.3  # share of the facts that are recalled without a question
 _READ = ("Read.", "I have read it.", "Go on.", "Noted.", "I will remember it.")
 
 
@@ -82,6 +96,7 @@ class _Chat:
         self.facts: list[_Fact] = []
         self._size = 0
         self._words, self._chance = words, chance
+        self._marks = chance.choice(_MARKS)
 
     def has_room(self, passage: str, target_bytes: int) -> bool:
         """Whether a passage and the last questions fit; the first one always does."""
@@ -91,24 +106,29 @@ class _Chat:
         """A turn with text and new facts in it, and perhaps questions about these or older ones."""
         chance = self._chance
         said, new = _with_facts(passage, self._words, self._size, chance)
-        self._say("User", said)
-        self._say("Assistant", chance.choice(_READ))
+        self._say(said, chance.choice(_READ))
         self.facts += new
         for _ in range(chance.randrange(3) if self.facts else 0):
-            self._ask(_some_way_back(self.facts, self._size, chance))
+            self._recall(_some_way_back(self.facts, self._size, chance))
 
     def finish(self) -> None:
         """Questions that look anywhere."""
         for fact in self._chance.sample(self.facts, min(_LAST, len(self.facts))):
-            self._ask(fact)
+            self._recall(fact)
 
-    def _ask(self, fact: _Fact) -> None:
-        self._say("User", fact.question)
-        self._say("Assistant", fact.sentence)
+    def _recall(self, fact: _Fact) -> None:
+        if self._chance.random() < _REPEATED:
+            self._add(f"{fact.sentence}\n")
+        else:
+            self._say(fact.question, fact.sentence)
 
-    def _say(self, who: str, text: str) -> None:
-        self.turns.append(f"{who}: {text}\n\n")
-        self._size += len(self.turns[-1].encode())
+    def _say(self, said: str, answered: str) -> None:
+        before, between, answer, after = self._marks
+        self._add(f"{before}{said}{between}{answer}{answered}{after}")
+
+    def _add(self, text: str) -> None:
+        self.turns.append(text)
+        self._size += len(text.encode())
 
 
 def _passages(text: str, chance: random.Random) -> list[str]:
