@@ -57,6 +57,10 @@ def test_texts_are_continued_by_the_base_model_of_a_run(home: Path, small: Small
     for directory, expected in (("base-0123abcd", base), ("base-77", None), ("../base-0123abcd", None), (7, None)):
         (run / "run.json").write_text(json.dumps(state | {"stages": {"base": {"directory": directory}}}))
         assert continuing("runs/pocket") == (expected.resolve() if expected else resolve(run))
+    longer = save(run / "extend-0123abcd" / "checkpoint", config, weights)
+    both = {"stages": {"base": {"directory": "base-0123abcd"}, "extend": {"directory": "extend-0123abcd"}}}
+    (run / "run.json").write_text(json.dumps(state | both))
+    assert continuing(run) == longer.resolve(), "a context that was extended stays so"
     assert continuing(base) == base
     with pytest.raises(HerdError, match="no such model"):
         continuing("nowhere")
@@ -87,6 +91,8 @@ def test_a_miss_names_what_is_near_and_the_command(home: Path, small: Small) -> 
     with pytest.raises(HerdError, match=r"near names: .*runs/pocket") as caught:
         resolve("runs/pockt")
     assert "runs/pockt" not in str(caught.value.fix)  # it is a mistyped path, not a repository
+    with pytest.raises(HerdError, match="herd run llama2-7b makes it"):
+        resolve("runs/llama2-7b")
     with pytest.raises(HerdError, match=r"meta-llama/Llama-3.2-1B-Instruct") as caught:
         resolve("meta-llama/Llama-3.2-1B-Instrct")
     assert caught.value.fix == "herd pull meta-llama/Llama-3.2-1B-Instrct"

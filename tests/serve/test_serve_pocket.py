@@ -308,7 +308,7 @@ MANY = {"max_tokens": 200}
 def test_tools(client: Any) -> None:
     """A call that must come, whole and streamed, parsed by the client; its result, and the answer to that."""
     messages = said_by("What is 3 + 5?")
-    # Room for 64 spaces, which is what a small model may put before a bracket, a token each.
+    # Room for 20 spaces, which is what a small model may put before a bracket, a token each.
     options: dict[str, Any] = {"model": "pocket", "messages": messages, "temperature": 0, "max_tokens": 200}
     for choice in ("required", NAMED):
         answer = valid(client.chat.completions.create(tools=[CHAT_TOOL], tool_choice=choice, **options)).choices[0]

@@ -135,7 +135,8 @@ def _miss(name: str) -> HerdError:
         near += [by_lower[key] for key in difflib.get_close_matches(text, by_lower, n=3, cutoff=0.6)]
     near = list(dict.fromkeys(near))[:4]
     if _REPOSITORY.fullmatch(name) and not any(Path(candidate).exists() for candidate in near):
-        fix = f"herd pull {name}"
+        recipe = name.removeprefix("runs/")  # where a recipe of that name leaves its model
+        fix = f"herd pull {name}" if recipe == name else f"herd run {recipe} makes it"
     elif name in releases:
         fix = "herd pull OWNER/NAME gets its weights from the Hugging Face hub; then use OWNER/NAME or a path"
     else:

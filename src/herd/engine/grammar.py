@@ -37,7 +37,7 @@ _FOLLOWED = (*_OTHERS, *_COUNTS, *_BOUNDS, *_ONE_SCHEMA, *_LISTS_OF_SCHEMAS, *_N
 _DESCRIPTIONS = {"$schema", "$comment", "title", "description", "default", "examples", "deprecated", "readOnly"}
 _DESCRIPTIONS |= {"writeOnly", "contentEncoding", "contentMediaType", "contentSchema", "discriminator"}
 # A space, or a line break with indentation: without a bound, a model may go on with blanks for ever.
-_WHITESPACE = r" |\n[ \t]{0,64}"
+_WHITESPACE = r" |\n[ \t]{0,20}"
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 _PATTERN_PARTS = re.compile(r"\\.|\[\^?\]?|&&|--|~~|.", re.DOTALL)
 # Characters that all readers have in these classes, and those that any of them has.
