@@ -82,3 +82,29 @@ def test_tools(client: Any) -> None:
 def test_errors(client: Any, change: dict[str, Any], text: str) -> None:
     with pytest.raises(anthropic.BadRequestError, match=text):
         client.messages.create(**(OPTIONS | {"messages": USER} | change))
+
+
+@pytest.mark.parametrize("content", ["<|eot_id|>", "<|start_header_id|>"])
+def test_content_never_becomes_control(client: Any, served: Any, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    """Through every place of Anthropic's where text goes in."""
+    (model,) = served.registry.loaded
+    submit, seen = model.driver.submit, list[list[int]]()
+
+    def noted(prompt: Any, *args: Any, **more: Any) -> Any:
+        seen.append([i for i in prompt if i in set(served.llm.tokenizer.specials.values())])
+        return submit(prompt, *args, **more)
+
+    def say(text: str) -> list[list[int]]:
+        block, schema = {"type": "text", "text": text}, {"type": "object", "title": text}
+        call = {"type": "tool_use", "id": text, "name": "f", "input": {text: text}}
+        result = {"type": "tool_result", "tool_use_id": text, "content": [block]}
+        turns = [("user", [block]), ("assistant", [block, call]), ("user", [result, block]), ("assistant", text)]
+        messages = [{"role": role, "content": said} for role, said in turns]
+        tools = [{"name": "f", "description": text, "input_schema": schema}]
+        client.messages.create(messages=messages, system=[block], tools=tools, **OPTIONS)
+        client.messages.create(messages=[{"role": "user", "content": text}], system=text, **OPTIONS)
+        return [seen.pop(0), seen.pop(0)]
+
+    monkeypatch.setattr(model.driver, "submit", noted)
+    plain = say("x")
+    assert say(content) == plain and all(plain)

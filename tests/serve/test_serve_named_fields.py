@@ -37,6 +37,12 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
      "messages.0.content.0.text", "missing"),
     (ANTHROPIC, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
      "messages.0.content.0.text", "string"),
+    (ANTHROPIC, {"messages": SAID, "thinking": {"type": "enabled", "budget_tokens": 1024}},
+     "thinking.type", "'disabled'"),
+    # values as the request has them
+    (CHAT, {"messages": SAID, "store": True}, "store", "allowed is false; got true"),
+    (ANTHROPIC, {"messages": SAID, "thinking": {"type": "disabled", "budget_tokens": 5}},
+     "thinking.budget_tokens", "allowed is null; got 5"),
     # names as the request has them
     (CHAT, {"messages": SAID, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}}},
      "response_format.json_schema.schema", ""),

@@ -120,6 +120,31 @@ def test_an_answer_that_never_could_be_sent_is_refused(
         assert client.post("/v1/chat/completions", json={**chat, "max_tokens": 2}).status_code == 200
 
 
+@pytest.mark.parametrize(("path", "asks"), [("chat/completions", "top_logprobs"), ("completions", "logprobs")])
+def test_streams_that_nobody_reads_are_bounded(
+    serving: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, asks: str
+) -> None:
+    """Each keeps 1.3 MB of log-probabilities at most; of 4 MiB a key has half."""
+    monkeypatch.setattr("herd.serve.bodies._ANSWERS", 4 << 20)
+    body: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "n": 4, asks: 20, "stream": True}
+    body |= (
+        {"prompt": "x"} if asks == "logprobs" else {"messages": [{"role": "user", "content": "x"}], "logprobs": True}
+    )
+    with serving({"tiny": model_path}) as served:
+        held = [served.post(f"/v1/{path}", body) for _ in range(3)]
+        assert sorted(answered(raw) for raw in held) == [200, 429, 429]
+        for raw in held:
+            raw.close()
+        until(served.is_free)
+        until(lambda: served.app._app.state.answers._held.total() == 0)
+        with served.client() as client:
+            assert client.post(f"/v1/{path}", json={**body, "max_tokens": 2}).text.endswith("data: [DONE]\n\n")
+            refused = client.post(f"/v1/{path}", json={**body, "max_tokens": 400})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["param"], error["code"]) == (400, asks, "answer_too_large")
+        until(served.is_free)
+
+
 def test_bytes_of_a_key_and_of_all() -> None:
     found = Bytes("answers", 100)
     found.hold("ann", 50)

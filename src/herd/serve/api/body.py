@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import UnionType
@@ -50,6 +51,7 @@ class Body(Config):
         return dict.fromkeys(field.alias or name for name, field in cls.model_fields.items())
 
 
+_AS_JSON = {"True": "true", "False": "false", "None": "null"}
 _UNKNOWN, _TAG = "unknown_name", "union_tag_"
 NOT_THERE = "not_there"
 """Type of a validator's error for what the protocol has and Herd has not; its `ctx` has the `place` below the field."""
@@ -174,8 +176,9 @@ def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> 
         return ApiError(400, f"{param} is missing", param=param, code="missing_parameter")
     message = re.sub("^Input should be ", "allowed is ", first["msg"].removeprefix("Value error, "))
     message = f"allowed is {first['ctx']['expected_tags']}" if tag else message
+    message = re.sub("(?<= )(True|False|None)$", lambda found: _AS_JSON[found[1]], message)
     given = first["input"]
-    got = f"; got {given!r}" if isinstance(given, int | float) else ""
+    got = f"; got {json.dumps(given)}" if isinstance(given, int | float) else ""
     return ApiError(400, f"{param}: {message}{got[:60]}", param=param, code="invalid_value")
 
 

@@ -73,7 +73,7 @@ async def completions(request: Request) -> Response:
     tickets = await call.submit_all(prompts, sampling, **how)
     answer = _Answer(call, tickets, body)
     if body.stream:
-        return stream_response(call, answer.events())
+        return stream_response(call, answer.events(), "logprobs")
     return await json_response(call, answer.whole(), of_logprob=_OF_LOGPROB, logprobs_in="logprobs")
 
 
@@ -172,7 +172,7 @@ class _Answer:
     def _logprobs(self, tokens: list[_Token], offset: int, hidden: int = 0) -> dict[str, Any]:
         """OpenAI's four lists, of tokens from `offset` in the text on, the first `hidden` of which are not in it.
 
-        Two tokens of the same text count as the likelier one in `top_logprobs`.
+        Two tokens of the same text count as the likelier one in `top_logprobs`, where the token itself is in any case.
         """
         texts = [token_text(self._call.tokenizer, token.id)[0] for token in tokens]
         offsets = []
@@ -180,10 +180,12 @@ class _Answer:
             offsets.append(offset)
             offset += len(text) if i >= hidden else 0
         tops = []
-        for token in tokens:
+        for token, text in zip(tokens, texts, strict=True):
             found: dict[str, float] = {}
             for token_id, logprob in token.top or ():
                 found.setdefault(token_text(self._call.tokenizer, token_id)[0], finite(logprob))
+            if token.logprob is not None:
+                found.setdefault(text, finite(token.logprob))
             tops.append(None if token.logprob is None else found)
         return {
             "tokens": texts,

@@ -37,7 +37,7 @@ H = TypeVar("H", bound=Callable[..., Any])
 T = TypeVar("T")
 log = logging.getLogger("herd.serve")
 
-_OF_LOGPROB = 80  # bytes, as chat has them
+_OF_LOGPROB = 80  # bytes, as chat has them; in a stream, objects wait that are twice as large
 _CHARACTERS_PER_TOKEN = 16  # no text of any language has more than 6
 
 
@@ -374,8 +374,13 @@ async def begin(
     return call, body
 
 
-def stream_response(call: Call, events: AsyncGenerator[bytes, None]) -> Response:
-    """A response of events that closes the call at its end."""
+def stream_response(call: Call, events: AsyncGenerator[bytes, None], logprobs_in: str = "top_logprobs") -> Response:
+    """A response of events that closes the call at its end.
+
+    Who reads slowly lets them wait, so they count as the bytes of a whole answer do. `logprobs_in`: the field that asks
+    for log-probabilities.
+    """
+    call.expect(call.expected_bytes(_OF_LOGPROB), logprobs_in)
     return EventStream(events, call.config, call.close_stream)
 
 

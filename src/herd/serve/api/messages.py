@@ -101,6 +101,8 @@ class OutputConfig(Body):
 
 class Thinking(Body):
     type: Literal["disabled"]
+    budget_tokens: None = Field(default=None, description="Of a type that is not there.")
+    display: None = Field(default=None, description="Of a type that is not there.")
 
 
 class Metadata(Body):
