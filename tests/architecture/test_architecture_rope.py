@@ -73,6 +73,42 @@ def test_by_parts_rules_look_at_turns_in_the_trained_context(method: Any) -> Non
     assert scaling == RopeScaling(method, 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=2048)
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_scaled_rope_is_stretched_further_by_its_own_kind(kind: Any) -> None:
+    """In two steps as in one, as transformers has it; scaled pairs turn as often in the longer context."""
+    once, twice = stretched(SMALL, 4 * 2048, kind), stretched(stretched(SMALL, 4 * 2048, kind), 32 * 2048, kind)
+    assert twice == stretched(SMALL, 32 * 2048, kind)
+    before, after = rope_frequencies(once), rope_frequencies(twice)
+    assert after == pytest.approx(_of_transformers(twice)[0], rel=1e-5)
+    assert after[-1] == pytest.approx(before[-1] / 8)
+    assert (after[0] == before[0]) == (kind != "linear")
+    for pair, (old, new) in enumerate(zip(before, after, strict=True)):
+        assert old / 8 <= new * (1 + 1e-9) and new <= old, pair  # between as slow as the context is long, and as before
+
+
+def test_llama_3_1_is_stretched_from_its_first_context() -> None:
+    """The pairs that do not finish a turn in 8,192 tokens are slowed; Llama 3.2 has 32 where 3.1 has 8."""
+    config = releases["llama3.1-8b"].config
+    longer = stretched(config, 4 * config.context_length, "llama3")
+    assert longer.rope_scaling == releases["llama3.2-1b"].config.rope_scaling
+    assert (longer.rope_theta, longer.context_length) == (config.rope_theta, 524_288)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "said"),
+    [
+        ("llama3", "law", "--method llama3"),
+        ("yarn", "llama3", "--method yarn"),
+        ("llama3", "ntk", "scaled already"),
+        ("dynamic", "law", "follows the length"),
+    ],
+)
+def test_scalings_are_not_combined(kind: Any, method: Any, said: str) -> None:
+    config = dataclasses.replace(SMALL, rope_scaling=RopeScaling(kind, 4.0, original_context=2048))
+    with pytest.raises(UsageError, match=said):
+        stretched(config, 4 * 2048, method)
+
+
 @pytest.mark.parametrize("length", [100, 2048, 2049, 16_384])
 def test_dynamic_frequencies_follow_the_length_as_in_transformers(length: int) -> None:
     config = dataclasses.replace(SMALL, rope_scaling=RopeScaling("dynamic", 4.0, original_context=2048))

@@ -103,4 +103,6 @@ def test_command(make_model: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert _herd("extend", "llama3-8b", "--to", "262144") == 2
     assert "--plan" in capsys.readouterr().err
     assert _herd("extend", "llama3.1-8b", "--to", "262144", "--plan") == 2
-    assert "scaled already" in capsys.readouterr().err
+    assert "scaled already" in (said := capsys.readouterr().err) and "--method llama3" in said
+    assert _herd("extend", "llama3.1-8b", "--to", "1048576", "--plan", "--method", "llama3") == 0
+    assert "llama3 x64" in capsys.readouterr().out

@@ -34,7 +34,7 @@ class Run:
     def job(self) -> Job:
         loss = "chunked" if self.card == "h100" else "whole"
         config = releases[f"llama3.1-{self.model}"].config
-        return Job(config, self.seq, self.seq * self.sequences, self.precision, loss)
+        return Job(config, self.seq, self.seq * self.sequences, self.precision, loss, "published")
 
     @property
     def gpu(self) -> Gpu:

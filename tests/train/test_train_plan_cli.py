@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-TABLE_4 = ("llama3.1-405b", "--gpus", "8192", "--memory", "80GiB", "--seq", "8192", "--batch-tokens", "16777216")
+RUN = ("llama3.1-405b", "--gpus", "8192", "--memory", "80GiB", "--seq", "8192", "--batch-tokens", "16777216")
+OWN = (*RUN, "--trainer", "herd")
 
 
 def herd_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -19,7 +20,7 @@ def herd_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_json_begins_with_the_layout() -> None:
-    result = herd_plan(*TABLE_4, "--json")
+    result = herd_plan(*RUN, "--json")
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     assert next(iter(data)) == "layout"
@@ -36,8 +37,18 @@ def test_json_begins_with_the_layout() -> None:
     }  # fmt: skip
 
 
+def test_it_plans_what_our_own_trainer_holds() -> None:
+    """The layout of the published run does not fit it but with everything computed again."""
+    data = json.loads(herd_plan(*OWN, "--json", "--tp", "8", "--cp", "1", "--pp", "16").stdout)
+    assert data["settings"]["trainer"] == "herd" and data["settings"]["recompute"] == "full"
+    published = json.loads(herd_plan(*RUN, "--json").stdout)
+    assert data["time"]["seconds"] > published["time"]["seconds"]
+    assert data["memory"]["parts"]["optimizer"] == published["memory"]["parts"]["optimizer"]
+    assert data["memory_by_schedule"]["interleaved"]["none"] > 3 * published["memory"]["needed"]
+
+
 def test_tables_for_people() -> None:
-    result = herd_plan(*TABLE_4)
+    result = herd_plan(*RUN)
     assert "layout       tp=8 cp=1 pp=16 dp=64\n" in result.stdout
     for words in ("interleaved, 8 chunks a rank, bubble 5.9%", "MFU 43.5%", "of 80.0", "looped-bfs", "GB a step"):
         assert words in result.stdout
@@ -61,11 +72,11 @@ def test_tables_for_people() -> None:
     ],
 )
 def test_errors(changes: tuple[str, ...], code: int, words: str) -> None:
-    result = herd_plan(*TABLE_4, *changes)
+    result = herd_plan(*RUN, *changes)
     assert result.returncode == code and words in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""
 
 
 def test_a_name_that_is_no_model() -> None:
-    result = herd_plan("llama9", *TABLE_4[1:])
+    result = herd_plan("llama9", *RUN[1:])
     assert result.returncode in (2, 3) and "llama9" in result.stderr

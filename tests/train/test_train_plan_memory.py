@@ -144,7 +144,7 @@ def test_schedules_against_their_order_of_operations(schedule: Schedule, pp: int
 
 
 def test_less_is_kept_where_more_is_computed_again() -> None:
-    job = Job(_405B, 8192, 2**24)
+    job = Job(_405B, 8192, 2**24, trainer="published")
     layout, needs = Layout(8, 1, 16, 64), []
     for recompute in ("none", "selective", "full"):
         needs.append(memory(job, layout, Settings(1, "interleaved", 8, recompute, "optimizer")).total)
@@ -152,19 +152,19 @@ def test_less_is_kept_where_more_is_computed_again() -> None:
 
 
 def test_sharding_divides_what_it_says() -> None:
-    job = Job(_8B, 8192, 2**20)
+    job = Job(_8B, 8192, 2**20, trainer="published")
     layout = Layout(1, 2, 1, 8)
     by = {one: memory(job, layout, Settings(sharding=one)) for one in ("optimizer", "gradients", "parameters")}
     n = releases["llama3.1-8b"].parameters
     assert all(one.optimizer == pytest.approx(12 * n / 16) for one in by.values())
     assert by["optimizer"].weights == by["gradients"].weights == 2 * n > 3 * by["parameters"].weights
     assert by["optimizer"].gradients > 4 * n > 3 * by["gradients"].gradients
-    alone = memory(Job(_8B, 8192, 8192), Layout(1, 1, 1, 1), Settings())
+    alone = memory(Job(_8B, 8192, 8192, trainer="published"), Layout(1, 1, 1, 1), Settings())
     assert (alone.weights, alone.gradients, alone.optimizer) == (2 * n, 4 * n, 12 * n)
 
 
 def test_context_and_tensor_ranks_divide_activations() -> None:
-    job = Job(_8B, 131_072, 2**22)
+    job = Job(_8B, 131_072, 2**22, trainer="published")
     whole = memory(job, Layout(1, 1, 1, 32), Settings(sharding="parameters"))
     halves = memory(job, Layout(1, 2, 1, 16), Settings(sharding="parameters"))
     assert halves.activations == pytest.approx(whole.activations / 2, rel=0.02)

@@ -96,7 +96,7 @@ def test_context_ranks_need_a_reason() -> None:
     assert 0 < gain < 0.15
     config, mesh = releases["llama3.1-8b"].config, {"tp": 1, "pp": 1}
     by_length = {
-        seq: make_plan(Job(config, seq, 2**22), 32, 80 * GIB, GPUS["h100"], mesh).plan.layout.cp
+        seq: make_plan(Job(config, seq, 2**22, trainer="published"), 32, 80 * GIB, GPUS["h100"], mesh).plan.layout.cp
         for seq in (8192, 131_072)
     }
     assert by_length[8192] == 1 < by_length[131_072]

@@ -8,6 +8,7 @@ import pytest
 
 from herd.architecture import releases
 from herd.train.plan import GPUS, Job, Layout, Settings, StepTime
+from herd.train.plan.layout import Trainer
 from herd.train.plan.step_time import exposed, step_time
 
 H100 = GPUS["h100"]
@@ -16,9 +17,16 @@ SCOUT = releases["llama4-scout-17b-16e"].config
 D, LAYERS, SEQ = _8B.dim, _8B.n_layers, 8192
 
 
-def step(layout: Layout, settings: Settings, sequences: int, seq: int = SEQ, config: object = _8B) -> StepTime:
+def step(
+    layout: Layout,
+    settings: Settings,
+    sequences: int,
+    seq: int = SEQ,
+    config: object = _8B,
+    trainer: Trainer = "published",
+) -> StepTime:
     assert isinstance(config, type(_8B))
-    return step_time(Job(config, seq, seq * sequences), layout, settings, H100)
+    return step_time(Job(config, seq, seq * sequences, trainer=trainer), layout, settings, H100)
 
 
 def test_parts_make_the_step() -> None:
@@ -95,6 +103,36 @@ def test_what_computes_again_takes_longer() -> None:
     assert len({one.flops for one in times}) == 1
 
 
+def test_our_own_trainer_sends_states_in_fp32() -> None:
+    """Gathered states and their gradients take twice as much, and so do what stages hand on and the gradients of keys
+    and values; results and their gradients do not."""
+    cases = [
+        ("tp", Layout(4, 1, 1, 1), _8B, 3 / 2),
+        ("cp", Layout(1, 4, 1, 1), _8B, 4 / 3),
+        ("pp", Layout(1, 1, 4, 1), _8B, 2),
+        ("ep", Layout(1, 1, 1, 4, 4), SCOUT, 3 / 2),
+    ]
+    for axis, layout, config, times in cases:
+        published, own = (step(layout, Settings(), 8, SEQ, config, one) for one in ("published", "herd"))
+        assert own.volume[axis] == pytest.approx(times * published.volume[axis]), axis
+        assert own.seconds > published.seconds
+
+
+def test_our_own_trainer_gathers_weights_for_every_micro_batch() -> None:
+    n, count = releases["llama3.1-8b"].parameters, 4
+    ends = 2 * _8B.vocab_size * D + D
+    for sharding, gathers, reduces in (
+        ("optimizer", count, 1),
+        ("gradients", count, count),
+        ("parameters", 2 * count, count),
+    ):
+        found = step(Layout(1, 1, 1, 16), Settings(sharding=sharding), 16 * count, SEQ, _8B, "herd")  # type: ignore[arg-type]
+        expected = gathers * (2 * n + 2 * ends) + reduces * 4 * n
+        assert found.volume["dp"] == pytest.approx(expected * 15 / 16)
+    stage = step(Layout(1, 1, 4, 4), Settings(), 4 * count, SEQ, _8B, "herd")
+    assert stage.volume["dp"] < (2 * n + 2 * ends + 4 * n) * 3 / 4  # once a step, and a quarter of the model
+
+
 def test_links() -> None:
     assert [Layout(4, 2, 2, 2).in_node(axis) for axis in ("tp", "cp", "pp", "dp")] == [4, 2, 1, 1]
     assert Layout(16, 1, 1, 4).in_node("tp") == 8
@@ -113,7 +151,7 @@ def test_half_of_what_could_be_hidden_is() -> None:
 
 def test_float8_makes_products_faster_and_nothing_else() -> None:
     layout, settings = Layout(8, 1, 1, 1), Settings()
-    bf16 = step_time(Job(_8B, SEQ, SEQ), layout, settings, H100)
-    fp8 = step_time(Job(_8B, SEQ, SEQ, "fp8"), layout, settings, H100)
+    bf16 = step_time(Job(_8B, SEQ, SEQ, trainer="published"), layout, settings, H100)
+    fp8 = step_time(Job(_8B, SEQ, SEQ, "fp8", trainer="published"), layout, settings, H100)
     assert fp8.parts["compute"] < bf16.parts["compute"] < H100.float8 * fp8.parts["compute"]
     assert fp8.parts["tp"] == bf16.parts["tp"]

@@ -19,6 +19,10 @@ def command(
     gpu: Annotated[str, typer.Option(help="h100, h200, or h100-500w (torchtitan's).")] = "h100",
     precision: Annotated[Literal["bf16", "fp8"], typer.Option(help="Of matrix products.")] = "bf16",
     loss: Annotated[Literal["chunked", "whole"], typer.Option(help="How many logits are held at once.")] = "chunked",
+    trainer: Annotated[
+        Literal["herd", "published"],
+        typer.Option(help="Who trains: as the Llama 3 paper and torchtitan did, or Herd's own trainer."),
+    ] = "published",
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallel ranks (default: searched).")] = None,
     cp: Annotated[int | None, typer.Option(min=1, help="Context parallel ranks.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Pipeline ranks.")] = None,
@@ -33,7 +37,8 @@ def command(
     """Find a parallel layout that fits, and predict its memory, communication, bubble, step time and MFU.
 
     The mesh is [TP, CP, PP, DP], innermost first. Axes that are given are checked: what does not divide is an error
-    that names the nearest layout that works. docs/plan.md says how far predictions were from published runs.
+    that names the nearest layout that works. docs/plan.md says how far predictions were from published runs, whose
+    trainers hold less than Herd's own: --trainer herd plans for that.
 
     Examples:
 
@@ -41,7 +46,7 @@ def command(
 
         herd plan llama3.1-8b --gpus 8 --seq 8192 --batch-tokens 1048576 --json
 
-        herd plan llama3.1-70b --gpus 256 --seq 8192 --batch-tokens 4194304 --tp 8 --pp 1
+        herd plan llama3.1-70b --gpus 256 --seq 8192 --batch-tokens 4194304 --tp 8 --trainer herd
 
         herd plan llama4-scout-17b-16e --gpus 512 --seq 8192 --batch-tokens 4194304 --ep 16
     """
@@ -49,7 +54,7 @@ def command(
     from herd.train.plan.report import describe
 
     card = gpu_named(gpu)
-    job = Job(shape_of(model), seq, batch_tokens, precision, loss)
+    job = Job(shape_of(model), seq, batch_tokens, precision, loss, trainer)
     each = card.memory if memory is None else size_bytes(memory)
     axes = {"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep}
     fixed = {axis: ranks for axis, ranks in axes.items() if ranks is not None}
@@ -68,7 +73,8 @@ def _show(data: dict[str, Any]) -> None:
         f"pipeline     {_pipeline(data)}\n"
         f"micro-batch  {settings['micro_batch']} x {data['seq']:,} tokens, {settings['micro_batches']:,} in a step\n"
         f"recompute    {settings['recompute']}\n"
-        f"sharded      {_SHARDED[settings['sharding']]}\n\n"
+        f"sharded      {_SHARDED[settings['sharding']]}\n"
+        f"trainer      {_TRAINERS[settings['trainer']]}\n\n"
         f"step         {time['seconds']:.2f} s, {speed['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, "
         f"{speed['tflops_per_gpu']:.0f} TFLOP/s, MFU {speed['mfu']:.1%}\n"
     )
@@ -92,6 +98,7 @@ def _show(data: dict[str, Any]) -> None:
         print(f"\nwith more context ranks: {_axes(fastest)}, {fastest['seconds']:.2f} s (see docs/plan.md)")
 
 
+_TRAINERS = {"herd": "Herd's own", "published": "as in published runs (--trainer herd: Herd's own)"}
 _SHARDED = {
     "optimizer": "optimiser state (ZeRO-1)",
     "gradients": "optimiser state and gradients (ZeRO-2)",

@@ -35,7 +35,9 @@ def command(
         str | None,
         typer.Option(metavar="FOLDER", help="What the small copy reads.  [default: Python's standard library]"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run and what is missing for it, and run nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
 ) -> int:
     """Run a recipe: every stage that is new or changed, or that was stopped, in its own directory.
@@ -67,7 +69,10 @@ def command(
     run_dir = out or Path("runs") / loaded.name
     stages = stage_table()
     if dry_run:
-        decisions = preview(place(loaded, stages, run_dir, redo_from=redo_from, only=only))
+        placed = place(loaded, stages, run_dir, redo_from=redo_from, only=only, allow_missing=True)
+        for error in (error for item in placed for error in item.bound.missing):
+            console().print(f"missing: {error}", style="yellow", markup=False, soft_wrap=True)
+        decisions = preview(placed)
         emit(_plan_data(run_dir, decisions), as_json, lambda: print(_plan_table(decisions)))
         return 0
     again = loaded.command + (f" --out {shlex.quote(str(out))}" if out else "")
@@ -123,7 +128,8 @@ def _plan_data(run_dir: Path, decisions: list[tuple[Placed, Decision]]) -> dict[
             "stage": item.name,
             "action": decision.action,
             "reason": decision.reason,
-            "directory": str(item.directory),
+            "directory": str(item.directory) if item.hash else None,
+            "missing": [str(error.value) for error in item.bound.missing],
             "config": item.bound.config.model_dump(mode="json"),
         }
         for item, decision in decisions

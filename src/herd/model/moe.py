@@ -79,6 +79,8 @@ def grouped_linear(x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
 
     One operator to torch.compile, which could not trace through the data-dependent counts.
     """
+    if in_one_call(x_TI, weight_EOI):
+        return functional.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=_ends(counts_E))
     y_TO = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
     for e, start, end in groups(counts_E):
         torch.mm(x_TI[start:end], weight_EOI[e].T, out=y_TO[start:end])
@@ -88,10 +90,35 @@ def grouped_linear(x_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
 @torch.library.custom_op("herd::grouped_outer", mutates_args=())
 def grouped_outer(grad_TO: Tensor, x_TI: Tensor, counts_E: Tensor) -> Tensor:
     """The gradient of `grouped_linear` in its weight: sum over an expert's tokens of grad ⊗ x, [E, O, I]."""
+    if in_one_call(grad_TO, x_TI):
+        outer_EOI = functional.grouped_mm(grad_TO.T, x_TI, offs=_ends(counts_E))
+        # Not every GPU writes zeros for an expert without tokens (pytorch/pytorch#172439).
+        return outer_EOI.masked_fill_((counts_E == 0)[:, None, None], 0)
     weight_EOI = x_TI.new_zeros(counts_E.shape[0], grad_TO.shape[1], x_TI.shape[1])
     for e, start, end in groups(counts_E):
         torch.mm(grad_TO[start:end].T, x_TI[start:end], out=weight_EOI[e])
     return weight_EOI
+
+
+def in_one_call(x_TI: Tensor, other: Tensor) -> bool:
+    """Whether to leave these to torch's grouped product, as GPUs of compute capability 8 have it.
+
+    There it neither waits for the counts, as the loop over experts does, nor starts a kernel for every expert. On CPUs
+    the loop is as fast or faster (docs/lab-log.md).
+    """
+    return x_TI.is_cuda and torch.cuda.get_device_capability(x_TI.device) >= (8, 0) and fits_one_call(x_TI, other)
+
+
+def fits_one_call(x_TI: Tensor, other: Tensor) -> bool:
+    """Whether torch's grouped product takes these: some rows of bf16 of whole 16 bytes."""
+    widths = (x_TI.shape[-1], *other.shape[1:])
+    aligned = x_TI.dtype == torch.bfloat16 and not any(width % 8 for width in widths)
+    return aligned and x_TI.shape[0] > 0 and hasattr(functional, "grouped_mm")
+
+
+def _ends(counts_E: Tensor) -> Tensor:
+    """Where the tokens of every expert end."""
+    return counts_E.cumsum(0).to(torch.int32)
 
 
 @grouped_linear.register_fake

@@ -6,7 +6,7 @@ recipes' runs are named runs/NAME, as `herd run` calls them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,18 @@ def earlier(name: str) -> Path:
             allowed="a run directory, a checkpoint, a pulled OWNER/NAME",
             fix=f"herd run {recipe}{shrunk} makes it",
         ) from None
+
+
+def absent(look_up: Callable[[str], object], names: Iterable[str | None]) -> list[UsageError]:
+    """What `look_up` says of the names that it does not find."""
+    found = []
+    for name in names:
+        try:
+            if name is not None:
+                look_up(name)
+        except UsageError as error:
+            found.append(error)
+    return found
 
 
 def fingerprint(names: Iterable[str | None]) -> list[dict[str, Any]] | None:

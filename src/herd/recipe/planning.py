@@ -13,10 +13,14 @@ from herd.recipe.loading import Recipe
 from herd.recipe.manifest import Decision, decide, read_manifest
 from herd.recipe.stage import BoundStage, Stage, bind
 
+UNKNOWN = "????????"
+"""In place of a hash that depends on what is missing."""
+
 
 @dataclass(frozen=True)
 class Placed:
-    """A stage with its place in a run directory. `key` is what determines its result, `hash` the digest of that.
+    """A stage with its place in a run directory. `key` is what determines its result, `hash` the digest of that; both
+    are empty where something of it is missing.
 
     `redo`: to be run again even if done. `wanted`: not left out by `--only`.
     """
@@ -40,9 +44,11 @@ def place(
     *,
     redo_from: str | None = None,
     only: str | None = None,
+    allow_missing: bool = False,
 ) -> list[Placed]:
-    """Validate a recipe and give every stage its hash and directory. Writes nothing. Raises UsageError."""
-    bound = bind(recipe, table)
+    """Validate a recipe and give every stage its hash and directory. Writes nothing. Raises UsageError, with
+    `allow_missing` not for what is missing outside the run; this is for looking only."""
+    bound = bind(recipe, table, allow_missing=allow_missing)
     names = [stage.name for stage in bound]
     for option, value in (("--from", redo_from), ("--only", only)):
         if value is not None and value not in names:
@@ -51,11 +57,12 @@ def place(
     placed: list[Placed] = []
     redo = False
     for stage in bound:
-        key = stage_key(stage, hashes)
-        full = hashes[stage.name] = digest(key)
+        unknown = bool(stage.missing) or not all(hashes[name] for name in stage.inputs)
+        key = {} if unknown else stage_key(stage, hashes)
+        full = hashes[stage.name] = "" if unknown else digest(key)
         redo = redo or stage.name == redo_from
         wanted = only is None or stage.name == only
-        placed.append(Placed(stage, key, full, Path(run_dir) / f"{stage.name}-{full[:8]}", redo, wanted))
+        placed.append(Placed(stage, key, full, Path(run_dir) / f"{stage.name}-{full[:8] or UNKNOWN}", redo, wanted))
     return placed
 
 
@@ -76,6 +83,8 @@ def _preview_one(item: Placed, digests: Mapping[str, str]) -> Decision:
         manifest = read_manifest(item.directory)
         done = manifest is not None and manifest["status"] == "done"
         return Decision("skip" if done else "leave", "not asked for")
+    if item.bound.missing:
+        return Decision("run", f"needs {', '.join(str(error.value) for error in item.bound.missing)}")
     waiting = [name for name in item.bound.inputs if name not in digests]
     if not waiting or item.redo:
         known = {name: digests[name] for name in item.bound.inputs if name in digests}

@@ -34,7 +34,8 @@ class Stage:
     line that says what came out. `version` is raised when the code's results change, so that old results are made
     again. `fingerprint(config)` describes what the stage reads from outside the run (files named in its config).
     `check(config, configs of the stages before it)` raises UsageError for what no single config shows to be wrong, so
-    that it is refused before anything runs.
+    that it is refused before anything runs. `needs(config)` are the errors of what it would read from outside the run
+    and does not find.
     A `resumes` stage continues from what it left in `out`; any other one starts in an empty directory. A stage with
     `ranks` is run by all ranks that torchrun started, any other one by the first alone.
     """
@@ -49,23 +50,27 @@ class Stage:
     ranks: bool = False
     fingerprint: Callable[[Any], object] | None = None
     check: Callable[[Any, Mapping[str, Config]], None] | None = None
+    needs: Callable[[Any], Sequence[UsageError]] | None = None
 
 
 @dataclass(frozen=True)
 class BoundStage:
-    """A stage with its validated config and the names of the inputs that this recipe has."""
+    """A stage with its validated config and the names of the inputs that this recipe has. `missing`: what it needs from
+    outside and does not find."""
 
     stage: Stage
     config: Config
     inputs: tuple[str, ...]
+    missing: tuple[UsageError, ...] = ()
 
     @property
     def name(self) -> str:
         return self.stage.name
 
 
-def bind(recipe: Recipe, table: Sequence[Stage]) -> list[BoundStage]:
-    """Validate every stage of a recipe against the table of known stages. Raises UsageError."""
+def bind(recipe: Recipe, table: Sequence[Stage], *, allow_missing: bool = False) -> list[BoundStage]:
+    """Validate every stage of a recipe against the table of known stages. Raises UsageError, with `allow_missing` not
+    for what is missing outside the run."""
     known = {stage.name: stage for stage in table}
     bound: list[BoundStage] = []
     earlier: list[str] = []
@@ -90,6 +95,9 @@ def bind(recipe: Recipe, table: Sequence[Stage]) -> list[BoundStage]:
                 stage.check(config, {other.name: other.config for other in bound})
             except UsageError as error:
                 raise error.inside(where) from None
-        bound.append(BoundStage(stage, config, inputs))
+        missing = tuple(error.inside(where) for error in (stage.needs(config) if stage.needs else ()))
+        if missing and not allow_missing:
+            raise missing[0]
+        bound.append(BoundStage(stage, config, inputs, missing))
         earlier.append(name)
     return bound

@@ -19,7 +19,7 @@ from herd.errors import UsageError
 from herd.files import read_json
 from herd.pretrain import PretrainConfig
 from herd.pretrain.adapting import AdaptConfig, adapt
-from herd.recipe.earlier import earlier, fingerprint
+from herd.recipe.earlier import absent, earlier, fingerprint
 from herd.recipe.hashing import fingerprint_paths
 from herd.recipe.long_context import ExtendStageConfig, extend_stage
 from herd.recipe.quantise import QuantiseConfig, quantise
@@ -63,14 +63,14 @@ class BaseConfig(PretrainConfig):
 def stage_table() -> list[Stage]:
     """All known stages."""
     return [
-        Stage("corpus", CorpusConfig, _corpus, fingerprint=_sources, check=_sources_exist),
+        Stage("corpus", CorpusConfig, _corpus, fingerprint=_sources, needs=_missing_sources),
         Stage(
             "tokenizer",
             TokenizerConfig,
             _tokenizer,
             inputs=("corpus",),
             fingerprint=lambda config: fingerprint([config.file]),
-            check=_vocabulary_exists,
+            needs=lambda config: absent(earlier, [config.file]),
         ),
         Stage(
             "base",
@@ -82,6 +82,7 @@ def stage_table() -> list[Stage]:
             ranks=True,
             fingerprint=_beginnings,
             check=_base_fits,
+            needs=lambda config: absent(earlier, config.checkpoints),
         ),
         Stage(
             "extend",
@@ -92,6 +93,7 @@ def stage_table() -> list[Stage]:
             resumes=True,
             fingerprint=lambda config: fingerprint([config.init_from]),
             check=_extends_something,
+            needs=lambda config: absent(earlier, [config.init_from]),
         ),
         Stage(
             "sft",
@@ -138,13 +140,8 @@ def _sources(config: CorpusConfig) -> object:
     return {"paths": fingerprint_paths(paths), "python": sys.version if STDLIB in config.sources else None}
 
 
-def _sources_exist(config: CorpusConfig, configs: Mapping[str, Config]) -> None:
-    check_sources(config.sources)
-
-
-def _vocabulary_exists(config: TokenizerConfig, configs: Mapping[str, Config]) -> None:
-    if config.file is not None:
-        earlier(config.file)
+def _missing_sources(config: CorpusConfig) -> Sequence[UsageError]:
+    return absent(lambda source: check_sources([source]), config.sources)
 
 
 def _beginnings(config: BaseConfig) -> object:
@@ -155,9 +152,7 @@ def _beginnings(config: BaseConfig) -> object:
 
 
 def _base_fits(config: BaseConfig, configs: Mapping[str, Config]) -> None:
-    """What it begins with is there, and the longest rows are no longer than the context."""
-    for name in config.checkpoints:
-        earlier(name)
+    """The longest rows are no longer than the context."""
     config.train.model_copy(update={"seq_len": config.longest_row}).check_context(config.model.context_length)
 
 
@@ -177,9 +172,7 @@ def _has_model(config: Config, configs: Mapping[str, Config]) -> None:
 
 
 def _extends_something(config: ExtendStageConfig, configs: Mapping[str, Config]) -> None:
-    if config.init_from is not None:
-        earlier(config.init_from)
-    elif "base" not in configs:
+    if config.init_from is None and "base" not in configs:
         raise UsageError("nothing to extend: neither init_from nor the stage base before this one", fix="init_from")
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Verdict(enum.IntEnum):
-    """What to do with the gradients of a step; the gravest verdict of all callbacks counts."""
+    """What to do with the gradients of a step; the gravest verdict of all callbacks on all ranks counts."""
 
     APPLY = 0
     SKIP = 1

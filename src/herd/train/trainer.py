@@ -181,7 +181,11 @@ class Trainer(Generic[B]):
         self.step += 1
         self.cursor += 1
         record = StepRecord(self.step, loss, norm, self.config.lr * factor, tokens, weight, 0.0)
-        verdict = max(callback.on_gradients(self, record) for callback in self.callbacks)
+        own = max(callback.on_gradients(self, record) for callback in self.callbacks)
+        # Tensor ranks compute the same loss each, and a callback may look at what its rank alone has.
+        verdict = Verdict(self.world.largest(own))
+        if verdict is not own:
+            announce(f"step {self.step} is not applied: another rank found it bad")
         if verdict is Verdict.APPLY:
             clip = self.config.clip
             clipped = clip / norm if clip and norm > clip else 1.0

@@ -1,9 +1,9 @@
 """The ranks of a run as one small object, so that the loop is written once for one process and for many.
 
 The loop needs of it: its own part of a model and of a micro-batch, sums (gradients, loss, tokens), the gradients' norm,
-a vote (has any rank been told to stop?) and a barrier (has rank 0 written the checkpoint?). Which rows a rank reads
-follows from `data_rank` and `data_size` alone. Here are one process and data parallelism with whole models; a mesh of
-several axes is `herd.train.parallel`.
+votes (has any rank been told to stop? is a step to be left out?) and a barrier (has rank 0 written the checkpoint?).
+Which rows a rank reads follows from `data_rank` and `data_size` alone. Here are one process and data parallelism with
+whole models; a mesh of several axes is `herd.train.parallel`.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ class World(Protocol):
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
 
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers, on every rank."""
+
     def barrier(self) -> None:
         """Wait for all ranks."""
 
@@ -173,6 +176,9 @@ class OneRank:
     def any(self, flag: bool) -> bool:
         return flag
 
+    def largest(self, number: int) -> int:
+        return number
+
     def barrier(self) -> None:
         """Nobody to wait for."""
 
@@ -216,9 +222,12 @@ class ProcessGroup(OneRank):
         return first_alone(action, self.rank)
 
     def any(self, flag: bool) -> bool:
-        votes = self._exchanged([float(flag)])
-        torch.distributed.all_reduce(votes, group=self.group)
-        return bool(votes.item() > 0)
+        return self.largest(flag) > 0
+
+    def largest(self, number: int) -> int:
+        votes = self._exchanged([float(number)])
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(votes.item())
 
     def _exchanged(self, numbers: list[float]) -> Tensor:
         """Numbers where the group can exchange them."""

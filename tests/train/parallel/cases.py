@@ -12,6 +12,7 @@ from torch import Tensor
 from herd.architecture import AttentionTemperature, LlamaConfig, MoeConfig, tensor_shapes
 from herd.model import Llama, initial_weight
 from herd.train import Batch, Callback, StepRecord, TrainConfig, Trainer, Verdict, next_token_loss
+from herd.train.trainer import LossFunction
 from herd.train.world import World, current_world
 
 ROWS, WIDTH, VOCABULARY = 8, 32, 128
@@ -40,7 +41,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a way to split it, and on how many ranks."""
+    """A model, a way to split it, and on how many ranks; `fields` are those of TrainConfig."""
 
     model: str
     ranks: int
@@ -58,6 +59,7 @@ class Case:
         dp = self.ranks // known
         if dp > 1:
             words.append(f"{'fsdp' if self.parallel.get('shard') or self.parallel.get('ep') else 'dp'} {dp}")
+        words += [f"{name} {value}" for name, value in self.fields.items()]
         return f"{self.model}: {', '.join(words)}"
 
 
@@ -97,7 +99,9 @@ class Seen(Callback):
         return Verdict.APPLY
 
 
-def trainer(case: Case, out: Path, callbacks: list[Callback], **fields: Any) -> Trainer[Batch]:
+def trainer(
+    case: Case, out: Path, callbacks: list[Callback], loss_fn: LossFunction[Batch] = next_token_loss, **fields: Any
+) -> Trainer[Batch]:
     """The run of a case on the ranks there are; `fields` are those of TrainConfig.
 
     One process has the whole model from the beginning; several ranks split its shapes and fill their own parts.
@@ -119,7 +123,7 @@ def trainer(case: Case, out: Path, callbacks: list[Callback], **fields: Any) -> 
     if world.size == 1:
         model = Llama(shape)
         model.init_weights(0)
-        return Trainer(model, next_token_loss, rows, config, out, callbacks, world=world)
+        return Trainer(model, loss_fn, rows, config, out, callbacks, world=world)
     shapes = tensor_shapes(shape)
 
     def weights(name: str) -> Tensor:
@@ -128,7 +132,7 @@ def trainer(case: Case, out: Path, callbacks: list[Callback], **fields: Any) -> 
 
     with torch.device("meta"):
         model = Llama(shape)
-    return Trainer(model, next_token_loss, rows, config, out, callbacks, world=world, weights=weights)
+    return Trainer(model, loss_fn, rows, config, out, callbacks, world=world, weights=weights)
 
 
 def run(case: Case, out: Path) -> list[tuple[float, float, int, dict[str, Tensor]]]:
@@ -140,13 +144,23 @@ def run(case: Case, out: Path) -> list[tuple[float, float, int, dict[str, Tensor
     return seen.steps
 
 
-def _cases(ranks: int, model: str, *splits: dict[str, Any], slow: bool = False) -> list[Case]:
-    return [Case(model, ranks, split, slow) for split in splits]
+def _cases(ranks: int, model: str, *splits: dict[str, Any], slow: bool = False, **fields: Any) -> list[Case]:
+    return [Case(model, ranks, split, slow, fields) for split in splits]
 
 
 def _chunked(schedule: str, **more: Any) -> dict[str, Any]:
     return {"pp": 2, "virtual": 2, "schedule": schedule, **more}
 
+
+def _ring(**more: Any) -> dict[str, Any]:
+    return {"cp": 2, "context": "ring", **more}
+
+
+def _replicas(**more: Any) -> dict[str, Any]:
+    return {"replicas": 2, "shard": True, **more}
+
+
+_OTHER_SCHEDULES = ("interleaved", "dualpipev", "looped-bfs", "interleaved-zero-bubble")
 
 CASES = [
     # every axis
@@ -175,6 +189,21 @@ CASES = [
     *_cases(4, "moe", {"cp": 2, "pp": 2}, {"tp": 2, "cp": 2, "recompute": "full"}, slow=True),
     *_cases(4, "tied", {"tp": 2, "pp": 2}, {"tp": 2, "shard": True}, {"pp": 2, "shard": True}, slow=True),
     *_cases(4, "tied", {"tp": 2, "cp": 2}, {"cp": 2, "pp": 2}, {"cp": 2, "shard": True}, slow=True),
+    # rings and pipelines of several chunks with every other axis; the axes with whole models, and with experts on all
+    *_cases(4, "dense", _ring(shard=True)),
+    *_cases(4, "dense", _ring(tp=2), _ring(pp=2), _ring(**_chunked("zbv")), {"tp": 2}, {"cp": 2}, {"pp": 2}, slow=True),
+    *_cases(4, "dense", _chunked("zbv", shard=True), micro_batch=1),
+    *_cases(4, "dense", *(_chunked(name, shard=True) for name in _OTHER_SCHEDULES), slow=True, micro_batch=1),
+    *_cases(4, "dense", _chunked("zbv"), slow=True, micro_batch=1),
+    *_cases(4, "dense", _chunked("interleaved", tp=2), _chunked("zbv", tp=2), _chunked("dualpipev", tp=2), slow=True),
+    *_cases(4, "dense", _chunked("interleaved", cp=2), _chunked("zbv", cp=2), slow=True),
+    *_cases(4, "tied", _chunked("zbv", shard=True), _chunked("zbv", tp=2), _chunked("zbv", cp=2), slow=True),
+    *_cases(4, "moe", {"tp": 2, "shard": True}),
+    *_cases(4, "moe", {"cp": 2, "shard": True}, {"pp": 2, "shard": True}, slow=True),
+    *_cases(4, "moe", _ring(tp=2), _ring(pp=2), _ring(ep=2), _chunked("zbv", ep=2), slow=True),
+    # replicas with every other axis
+    *_cases(8, "dense", _replicas(tp=2), _replicas(cp=2), slow=True),
+    *_cases(8, "dense", _replicas(pp=2), slow=True, micro_batch=1),
     # three axes at once
     *_cases(8, "dense", {"tp": 2, "cp": 2, "pp": 2}, {"tp": 2, "pp": 2, "shard": True}, slow=True),
     *_cases(8, "moe", {"ep": 2, "tp": 2, "pp": 2}, {"ep": 2, "tp": 2, "cp": 2}, slow=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,20 @@ from typing import Any
 
 def launch(ranks: int, function: str, out: Path, /, timeout: float = 300, **arguments: Any) -> None:
     """Call `module:function(rank, out, **arguments)` on so many ranks, each with one thread. Fails when one fails."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.train.parallel.launch", str(ranks), function, str(out),
          json.dumps(arguments)],
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=timeout,
+        start_new_session=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # ranks outlive the process that forked them
+        raise
+    assert process.returncode == 0, errors[-6000:]
 
 
 def _rank(rank: int, ranks: int, function: str, out: Path, arguments: dict[str, Any]) -> None:

@@ -108,21 +108,31 @@ def cannot_write(rank: int, out: Path) -> None:
     loop = trainer(Case("dense", 2, {"shard": True}), out / "run", [], steps=20)
     loop._resume()
     loop.train_step()
-    write = loop.world.write_tensors
+    write, names = loop.world.write_tensors, sorted(path.name for path in loop.store.path(0).glob("*.safetensors"))
 
     def full(directory: Path, tensors: dict[str, Tensor]) -> None:
+        if rank == 1:
+            (directory / names[1]).symlink_to("/dev/full")
+        write(directory, tensors)
+
+    def full_behind(directory: Path, tensors: dict[str, Tensor]) -> None:
         write(directory, tensors)
         if rank == 1:
             raise OSError(28, "No space left on device")
 
-    loop.world.write_tensors = full  # type: ignore[method-assign]
-    try:
-        loop.save()
-    except OSError:
-        assert rank == 1
-    except HerdError as error:
-        assert rank == 0 and "another rank could not write" in str(error)
-    assert loop.store.steps() == [0]
+    said = "rank 1 could not write its part of the checkpoint: No space left on device"
+    for fault, expected in ((full, [said, said]), (full_behind, ["another rank could not", "No space left"])):
+        loop.world.write_tensors = fault  # type: ignore[method-assign]
+        try:
+            loop.save()
+        except (OSError, HerdError) as error:
+            assert expected[rank] in str(error)
+        else:
+            raise AssertionError("it was said to be written")
+        assert loop.store.steps() == [0]
+    loop.world.write_tensors = write  # type: ignore[method-assign]
+    loop.save()
+    assert loop.store.steps() == [0, 1]
     (out / f"done-{rank}").touch()
 
 

@@ -1,9 +1,11 @@
-"""A rank that dies or hangs costs at most one save interval: torchrun starts all of them again, and they go on."""
+"""A rank that dies, hangs or cannot write costs one save interval at most: torchrun starts all again and they go on."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -60,11 +62,13 @@ def _steps(out: Path) -> list[int]:
     return [line["step"] for line in lines if "loss" in line]
 
 
-def _run(recipe: Path, out: Path, fault: Callable[[subprocess.Popen[str]], None] | None) -> dict[str, bytes]:
-    process = _start(recipe, out)
+def _run(
+    recipe: Path, out: Path, fault: Callable[[subprocess.Popen[str]], None] | None, said: str = ""
+) -> dict[str, bytes]:
+    process, reached = _start(recipe, out), 0
     try:
         if fault is not None:
-            while max(_steps(out), default=0) < 2 * EVERY:
+            while (reached := max(_steps(out), default=0)) < 2 * EVERY:
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.02)
             fault(process)
@@ -74,6 +78,10 @@ def _run(recipe: Path, out: Path, fault: Callable[[subprocess.Popen[str]], None]
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors
     assert sorted(set(_steps(out))) == _steps(out) and _steps(out)[-1] == STEPS
+    assert said in errors
+    if fault is not None:
+        (result,) = out.glob("base-*/result.json")
+        assert json.loads(result.read_text())["resumed_from"] >= reached - EVERY
     (folder,) = out.glob("base-*/checkpoint")
     with checkpoint.open_checkpoint(folder) as opened:
         return {name: opened[name].tobytes() for name in opened}
@@ -94,6 +102,18 @@ def test_a_killed_rank(rank: int, recipe: Path, expected: dict[str, bytes], tmp_
 @pytest.mark.slow
 def test_a_rank_that_hangs(recipe: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     found = _run(recipe, tmp_path, lambda launcher: os.kill(_ranks(launcher.pid)[1], signal.SIGSTOP))
+    assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write(rank: int, recipe: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """As on a full disk, what a rank writes ends in the middle; the restarted ranks have room again."""
+
+    def fault(launcher: subprocess.Popen[str]) -> None:
+        resource.prlimit(_ranks(launcher.pid)[rank], resource.RLIMIT_FSIZE, (4096, 4096))
+
+    found = _run(recipe, tmp_path, fault, os.strerror(errno.EFBIG))
     assert found == expected
 
 

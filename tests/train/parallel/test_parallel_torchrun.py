@@ -107,8 +107,20 @@ def test_ranks_make_the_checkpoint_of_one_process(split: list[str], recipe: Path
     assert again.returncode == 0 and "– base" in again.stderr, "how ranks share the work does not change the result"
 
 
-def test_a_layout_that_does_not_fit_says_so_once(recipe: Path, tmp_path: Path) -> None:
-    done = _run(recipe, tmp_path, 2, "base.train.parallel.tp=4")
+DUALPIPEV = ["parallel.pp=2", "parallel.virtual=2", "parallel.schedule=dualpipev", "micro_batch=4"]
+
+
+@pytest.mark.parametrize(
+    "split, said",
+    [
+        (["parallel.tp=4"], "the ranks cannot be shared between the axes"),
+        pytest.param(DUALPIPEV, "needs 4 micro-batches of a step or more, not 2", marks=pytest.mark.slow),
+    ],
+    ids=["tp", "dualpipev"],
+)
+def test_a_layout_that_does_not_fit_says_so_once(split: list[str], said: str, recipe: Path, tmp_path: Path) -> None:
+    done = _run(recipe, tmp_path, 2, *(f"base.train.{field}" for field in split))
     assert done.returncode != 0
-    assert done.stderr.count("the ranks cannot be shared between the axes") == 1
+    assert done.stderr.count(said) == 1
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+    assert not list(tmp_path.glob("base-*/state")), "nothing was trained"

@@ -25,6 +25,7 @@ def ask(rank: int, out: Path, model: str, parallel: dict[str, Any]) -> None:
     assert world.from_first([float(rank), 7.0 + rank]) == [0.0, 7.0]
     assert world.from_first([1.0] * (3 - rank)) == [1.0] * 3, "others may have other lengths"
     assert world.any(rank == 3) and not world.any(False)
+    assert world.largest(rank) == 3
     mine = torch.ones(1)
     world.sum_([mine])
     assert mine.item() == 4 // parallel.get("tp", 1), "TP ranks have the same losses"

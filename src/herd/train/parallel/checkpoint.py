@@ -6,27 +6,33 @@ own format holds a pickle.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from herd.errors import FileFormatError
+from herd.errors import FileFormatError, ResourceError
 from herd.train.tensor_files import SCALAR, SUFFIX, sync
 
 
 def write_parts(directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Write this rank's parts. Every rank must call it; the directory is there. `group` is for who writes what."""
+    """Write this rank's parts. Every rank must call it; the directory is there. `group` is for who writes what.
+
+    Raises ResourceError on every rank when one cannot write.
+    """
     state = {name + SCALAR * (t.ndim == 0): t.detach().reshape(1) if t.ndim == 0 else t for name, t in tensors.items()}
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    save(state, storage_writer=writer, process_group=group)
+    with _failures("write its part of the checkpoint"):
+        save(state, storage_writer=writer, process_group=group)
     if dist.get_rank() == 0:
         for path in directory.glob(f"*{SUFFIX}"):
             sync(path)
@@ -55,8 +61,23 @@ def read_parts(directory: Path, parameters: Mapping[str, nn.Parameter]) -> dict[
         else:
             state[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
+    with _failures("read the checkpoint"):
+        load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
     return {
         name.removesuffix(SCALAR): tensor.reshape(()) if name.endswith(SCALAR) else tensor
         for name, tensor in state.items()
     }
+
+
+@contextlib.contextmanager
+def _failures(action: str) -> Iterator[None]:
+    """Say on all ranks what went wrong on one. The library's error is no Exception: handlers would let it through."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        reason = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
+        raise ResourceError(
+            f"rank {rank} could not {action}: {reason}",
+            fix="the same command once that is mended: it goes on from the newest checkpoint",
+        ) from None

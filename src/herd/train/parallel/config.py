@@ -109,6 +109,24 @@ class ParallelConfig(Config):
             )
         return Layout(self.tp, self.cp, self.pp, dp, self.ep)
 
+    def schedule_problem(self, micro_batches: int) -> str | None:
+        """Why the pipeline's schedule cannot run a step of so many micro-batches on a rank; None if it can."""
+        least = {"1f1b": self.pp, "dualpipev": self.pp * self.virtual}.get(self.schedule, 1)
+        if micro_batches < least:
+            return (
+                f"schedule {self.schedule} on {self.pp} pipeline ranks needs {least} micro-batches of a step or more, "
+                f"not {micro_batches}"
+            )
+        rounds = max(1, micro_batches // self.pp)
+        if self.schedule == "interleaved-zero-bubble" and micro_batches % rounds:
+            return (
+                f"schedule {self.schedule} on {self.pp} pipeline ranks runs a step in {rounds} equal rounds, which its "
+                f"{micro_batches} micro-batches do not make"
+            )
+        if self.contiguous is not None and self.contiguous < min(self.pp, micro_batches):
+            return f"contiguous {self.contiguous} is less than the {self.pp} pipeline ranks"
+        return None
+
     def check(self, shape: LlamaConfig, seq_len: int, batch_size: int, micro_batch: int, world_size: int) -> Layout:
         """The layout, if this model and batch can be split by it; UsageError with every reason otherwise."""
         layout = self.layout(world_size)
@@ -121,6 +139,8 @@ class ParallelConfig(Config):
         if self.pp > 1:
             if rows % micro_batch:
                 found.append(f"a pipeline's micro-batches of {micro_batch} rows do not divide a rank's {rows} rows")
+            elif problem := self.schedule_problem(rows // micro_batch):
+                found.append(problem)
             if self.pp * self.virtual > shape.n_layers + 2:
                 found.append(
                     f"{self.pp}·{self.virtual} chunks are more than the {shape.n_layers} layers, embedding and output"

@@ -1,6 +1,6 @@
 """Which parallel layout fits a training run, what memory it takes and how long a step lasts: arithmetic, no torch.
 
->>> job = Job(releases["llama3.1-405b"].config, seq=8192, batch_tokens=2**24)
+>>> job = Job(releases["llama3.1-405b"].config, seq=8192, batch_tokens=2**24, trainer="published")
 >>> make_plan(job, 8192, 80 * 2**30, gpu_named("h100")).plan.layout
 Layout(tp=8, cp=1, pp=16, dp=64, ep=1)
 """

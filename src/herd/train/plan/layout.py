@@ -19,6 +19,7 @@ Loss = Literal["chunked", "whole"]
 Schedule = Literal["1f1b", "interleaved", "gpipe", "looped-bfs"]
 Recompute = Literal["none", "selective", "full"]
 Sharding = Literal["optimizer", "gradients", "parameters"]
+Trainer = Literal["herd", "published"]
 
 MOST_TENSOR = 64
 """Tensor parallel ranks that are considered: beyond, every published run is far slower."""
@@ -72,7 +73,9 @@ class Settings:
 class Job:
     """What is to be trained: `seq` tokens a sequence, `batch_tokens` a step. Raises UsageError for a bad number.
 
-    `loss`: "chunked" holds the logits of some rows at a time, "whole" those of the micro-batch in fp32.
+    `loss`: "chunked" holds the logits of some rows at a time, "whole" those of the micro-batch in fp32. `trainer`:
+    "herd" keeps and sends what Herd's own does (own_trainer.py), "published" what the Llama 3 paper's and torchtitan's
+    do: bf16 states between layers and stages, compiled blocks, gathered weights that stay for a step.
     """
 
     config: LlamaConfig
@@ -80,6 +83,7 @@ class Job:
     batch_tokens: int
     precision: Precision = "bf16"
     loss: Loss = "chunked"
+    trainer: Trainer = "published"
 
     def __post_init__(self) -> None:
         for name, value in (("--seq", self.seq), ("--batch-tokens", self.batch_tokens)):
@@ -92,6 +96,11 @@ class Job:
                 value=self.batch_tokens,
                 allowed=f"a multiple of {self.seq:,}, such as {below or self.seq:,}",
             )
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a number of the states between layers and between stages."""
+        return 4 if self.trainer == "herd" else 2
 
     @property
     def sequences(self) -> int:

@@ -22,6 +22,7 @@ def describe(choice: Choice) -> dict[str, Any]:
             "micro_batches": chosen.job.micro_batches(layout, settings.micro_batch),
             "precision": chosen.job.precision,
             "loss": chosen.job.loss,
+            "trainer": chosen.job.trainer,
         },
         "memory": {
             "parts": chosen.memory.parts(),

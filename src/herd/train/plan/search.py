@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from herd.errors import ResourceError, UsageError
+from herd.train.plan import own_trainer
 from herd.train.plan.hardware import GPUS_PER_NODE, Gpu
 from herd.train.plan.layout import (
     Job,
@@ -146,9 +147,10 @@ class _Search:
 
     def _fitting(self, layout: Layout, option: Settings) -> Iterator[Plan]:
         """For each kind of recomputation the plan that shards least, as sharding less is faster; at last the first."""
-        most = len(SHARDINGS)
+        shardings = SHARDINGS if self.job.trainer == "published" else own_trainer.shardings(layout, SHARDINGS)
+        most = len(shardings)
         for recompute in RECOMPUTES:
-            for i, sharding in enumerate(SHARDINGS[:most]):
+            for i, sharding in enumerate(shardings[:most]):
                 settings = replace(option, recompute=recompute, sharding=sharding)
                 needed = memory(self.job, layout, settings)
                 if needed.needed <= self.memory_bytes:

@@ -7,8 +7,9 @@ run beside arithmetic, and half of what could be hidden is (`HIDDEN`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from herd.train.plan import own_trainer
 from herd.train.plan.hardware import ACHIEVED, Gpu, Link
 from herd.train.plan.layout import Job, Layout, Settings
 from herd.train.plan.memory import loss_bytes
@@ -110,6 +111,7 @@ def micro_batch(job: Job, layout: Layout, settings: Settings, gpu: Gpu, stage: S
     """One micro-batch through the layers of one stage, without what its neighbours send."""
     config, tp, cp = job.config, layout.tp, layout.cp
     tokens = settings.micro_batch * job.seq / cp
+    wire = (BF16 + job.state_bytes) / 2
     multiply = gpu.peak * gpu.matmul * (gpu.float8 if job.precision == "fp8" else 1.0)
     move = gpu.memory_rate * ACHIEVED
     forward = backward = tp_bytes = cp_bytes = ep_bytes = 0.0
@@ -119,10 +121,12 @@ def micro_batch(job: Job, layout: Layout, settings: Settings, gpu: Gpu, stage: S
         products = 2 * tokens * part.products / multiply
         seen = visible(config, job.seq, whole)
         attention = tokens * 4 * config.n_heads * config.head_dim / tp * seen / (gpu.peak * gpu.attention)
-        other = tokens * part.moved / move
+        other = tokens * (part.moved + (job.state_bytes - BF16) * 10 * config.dim / tp) / move
+        own = job.trainer == "herd"
+        chosen = attention * (cp > 1) if own else 2 * tokens * part.again / multiply
         again = {
             "none": 0.0,
-            "selective": 2 * tokens * part.again / multiply + other,
+            "selective": other + chosen,
             "full": products + attention + other,
         }
         forward += count * (products + attention + other)
@@ -130,11 +134,15 @@ def micro_batch(job: Job, layout: Layout, settings: Settings, gpu: Gpu, stage: S
         backward += count * (2 * products + 2.5 * attention + 2 * other + again[settings.recompute])
         twice = 1 + (settings.recompute == "full")
         # Sequence parallel: gather before and scatter after both halves of a layer, forward and backward.
-        tp_bytes += count * (4 * twice + 4) * tokens * BF16 * config.dim * (tp - 1) / tp
+        # Herd gathers states and reduces their gradients in fp32, and scatters results and gathers theirs in bf16.
+        tp_bytes += count * (4 * twice + 4) * tokens * wire * config.dim * (tp - 1) / tp
         tp_calls += count * (4 * twice + 4)
-        cp_bytes += count * (twice + 2) * _gathered_kv(job, layout, settings, whole)
-        cp_calls += count * (twice + 2)
-        ep_bytes += count * 2 * (twice + 1) * tokens * part.routed * (layout.ep - 1) / layout.ep
+        # The last of these exchanges, of gradients, is in fp32 in Herd. What computes attention again gathers again.
+        shown = 1 + (settings.recompute == "full" or (settings.recompute == "selective" and own))
+        kv_bytes = shown + 2 + own
+        cp_bytes += count * kv_bytes * _gathered_kv(job, layout, settings, whole)
+        cp_calls += count * (shown + 2)
+        ep_bytes += count * 2 * (twice + 1) * tokens * part.routed * wire / BF16 * (layout.ep - 1) / layout.ep
         ep_calls += count * 2 * (twice + 1) * mixture
     if stage.output:
         head = 2 * tokens * config.vocab_size * config.dim / tp / multiply
@@ -154,7 +162,7 @@ def micro_batch(job: Job, layout: Layout, settings: Settings, gpu: Gpu, stage: S
 
 def loss_bytes_moved(job: Job, tp: int, tokens: float) -> float:
     """Every logit is written and read once in each of its forms, chunked or not."""
-    return loss_bytes(Job(job.config, job.seq, job.batch_tokens, job.precision, "whole"), tp, tokens)
+    return loss_bytes(replace(job, loss="whole"), tp, tokens)
 
 
 def _gathered_kv(job: Job, layout: Layout, settings: Settings, whole: bool) -> float:
@@ -185,7 +193,7 @@ def _between_stages(job: Job, layout: Layout, settings: Settings, gpu: Gpu, work
     if layout.pp == 1:
         return 0.0, 0.0
     tokens = settings.micro_batch * job.seq / layout.cp
-    sent = 2 * settings.virtual * tokens * BF16 * job.config.dim / layout.tp
+    sent = 2 * settings.virtual * tokens * job.state_bytes * job.config.dim / layout.tp
     near = layout.pp if layout.in_node("pp") == layout.pp else 1
     seconds = gpu.link(layout.pp, near).seconds(sent, 2 * settings.virtual)
     return exposed(seconds, work.seconds), sent
@@ -205,11 +213,14 @@ def _data(
     shared, experts = stage_parameters(job.config, layout, stage)
     link = gpu.link(shards, layout.in_node("cp", "dp"))
     seconds = n_bytes = 0.0
-    for parameters, ranks in ((shared, shards), (experts, shards // layout.ep)):
-        gather = BF16 * parameters * (ranks - 1) / ranks
+    ends = (job.state_bytes - BF16) * (stage.embedding + stage.output)  # Herd gathers them in fp32
+    for parameters, ranks, more in ((shared, shards, ends), (experts, shards // layout.ep, 0)):
+        gather = (BF16 * parameters + more) * (ranks - 1) / ranks
         reduce = FP32 * parameters * (ranks - 1) / ranks
         in_a_row = settings.schedule in ("gpipe", "looped-bfs")
         gathers = 2 * count if settings.sharding == "parameters" else 1
+        if job.trainer == "herd":
+            gathers = own_trainer.gathers(layout, settings.sharding, count)
         reduces = 1 if settings.sharding == "optimizer" or in_a_row else count
         forward = exposed(link.seconds(gather), work.compute_forward)
         backward = exposed(link.seconds(reduce), work.compute_backward)
