@@ -122,6 +122,20 @@ def test_an_extension_that_loses_something_ends_the_run(
         run(strict, stage_table(), copy)
 
 
+def test_judged_otherwise_the_stage_goes_on_where_it_is(
+    recipe: Path, tiny: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(tiny[0], copy)
+    with pytest.raises(HerdError, match="bits per byte of short text"):
+        run(load_recipe(recipe, ["extend.tolerance=0", "extend.lr=0.2"]), stage_table(), copy)
+    monkeypatch.setattr("herd.pretrain.extending.run", lambda *_: pytest.fail("trained again"))
+    state = run(load_recipe(recipe, ["extend.tolerance=1", "extend.lr=0.2", "sft=false"]), stage_table(), copy)
+    assert _context(copy / state["stages"]["extend"]["directory"] / "checkpoint") == 512
+    with pytest.raises(HerdError, match="bits per byte of short text"):  # what was good enough is judged again
+        run(load_recipe(recipe, ["extend.tolerance=0", "extend.lr=0.2", "sft=false"]), stage_table(), copy)
+
+
 def test_a_stage_needs_something_to_extend(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for overrides, said in (

@@ -30,10 +30,10 @@ def digest(data: object) -> str:
 def stage_key(bound: BoundStage, input_hashes: Mapping[str, str]) -> dict[str, Any]:
     """Everything that determines a stage's result, as plain data. Its `digest` is the stage's hash.
 
-    How ranks share the work is left out: a run goes on when they share it otherwise.
+    How ranks share the work is left out, and what it is judged by: a run goes on when that changes.
     """
     fingerprint = bound.stage.fingerprint
-    config = bound.config.model_dump(mode="json")
+    config = bound.config.model_dump(mode="json", exclude=set(bound.stage.judges))
     if isinstance(train := config.get("train"), dict):
         train.pop("parallel", None)
     return {

@@ -2,6 +2,7 @@
 
 status      running (also: was stopped), failed, done
 key         everything that determines the result; `hash` is its digest, the first 8 digits name the directory
+judges      what it was found good by
 inputs      per input stage: its directory, hash, and digest of the artefacts that were read
 artefacts   relative path → bytes and sha256 ; `digest` is one hash over them
 """
@@ -48,7 +49,15 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and data.get("format") == FORMAT else None
 
 
-def decide(directory: Path, full_hash: str, input_digests: Mapping[str, str], *, resumes: bool, redo: bool) -> Decision:
+def decide(
+    directory: Path,
+    full_hash: str,
+    input_digests: Mapping[str, str],
+    *,
+    resumes: bool,
+    redo: bool,
+    judges: Mapping[str, Any] | None = None,
+) -> Decision:
     """Compare a stage directory with what it should hold. Reads every artefact to check its sha256."""
     if redo:
         return Decision("run", "asked for")
@@ -63,8 +72,11 @@ def decide(directory: Path, full_hash: str, input_digests: Mapping[str, str], *,
         if resumes:
             return Decision("resume", "it failed" if manifest["status"] == "failed" else "it was stopped")
         return Decision("run", "it failed" if manifest["status"] == "failed" else "it was stopped")
-    wrong = first_difference(directory, manifest)
-    return Decision("run", wrong) if wrong else Decision("skip", "unchanged")
+    if wrong := first_difference(directory, manifest):
+        return Decision("run", wrong)
+    if manifest.get("judges", {}) != (judges or {}):
+        return Decision("resume", "it is judged otherwise")
+    return Decision("skip", "unchanged")
 
 
 def first_difference(directory: Path, manifest: Mapping[str, Any]) -> str | None:
@@ -79,7 +91,12 @@ def first_difference(directory: Path, manifest: Mapping[str, Any]) -> str | None
 
 
 def begin(
-    directory: Path, decision: Decision, key: Mapping[str, Any], full_hash: str, inputs: Mapping[str, Any]
+    directory: Path,
+    decision: Decision,
+    key: Mapping[str, Any],
+    full_hash: str,
+    inputs: Mapping[str, Any],
+    judges: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Prepare the directory and write a manifest with status `running`."""
     earlier = read_manifest(directory) if decision.action == "resume" else None
@@ -91,6 +108,7 @@ def begin(
         "stage": key["stage"],
         "hash": full_hash,
         "key": dict(key),
+        "judges": dict(judges or {}),
         "status": "running",
         "inputs": dict(inputs),
         "artefacts": {},

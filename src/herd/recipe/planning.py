@@ -88,7 +88,8 @@ def _preview_one(item: Placed, digests: Mapping[str, str]) -> Decision:
     waiting = [name for name in item.bound.inputs if name not in digests]
     if not waiting or item.redo:
         known = {name: digests[name] for name in item.bound.inputs if name in digests}
-        return decide(item.directory, item.hash, known, resumes=item.bound.stage.resumes, redo=item.redo)
+        stage, judges = item.bound.stage, item.bound.judges
+        return decide(item.directory, item.hash, known, resumes=stage.resumes, redo=item.redo, judges=judges)
     manifest = read_manifest(item.directory)
     if manifest is not None and manifest["hash"] == item.hash and manifest["status"] == "done":
         return Decision("run", f"kept if {waiting[0]} comes out the same")

@@ -157,13 +157,14 @@ def _run_stage(
         {other: entry["digest"] for other, entry in inputs.items()},
         resumes=stage.resumes,
         redo=item.redo,
+        judges=item.bound.judges,
     )
     if decision.action == "skip":
         manifest = read_manifest(out) or {}
         _record(state, item, manifest, run_dir)
         on_event(StageEvent("skip", name, out, decision.reason, manifest["wall_seconds"], manifest["summary"]))
         return
-    manifest = begin(out, decision, item.key, item.hash, inputs)
+    manifest = begin(out, decision, item.key, item.hash, inputs, item.bound.judges)
     on_event(StageEvent("start", name, out, decision.reason, manifest["wall_seconds"]))
     meter = Meter()
     try:

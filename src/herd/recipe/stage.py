@@ -37,7 +37,8 @@ class Stage:
     that it is refused before anything runs. `needs(config)` are the errors of what it would read from outside the run
     and does not find.
     A `resumes` stage continues from what it left in `out`; any other one starts in an empty directory. A stage with
-    `ranks` is run by all ranks that torchrun started, any other one by the first alone.
+    `ranks` is run by all ranks that torchrun started, any other one by the first alone. `judges` are fields of its
+    config that decide only whether what it made is good enough: a resuming stage goes on where it is with others.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     fingerprint: Callable[[Any], object] | None = None
     check: Callable[[Any, Mapping[str, Config]], None] | None = None
     needs: Callable[[Any], Sequence[UsageError]] | None = None
+    judges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class BoundStage:
     @property
     def name(self) -> str:
         return self.stage.name
+
+    @property
+    def judges(self) -> dict[str, Any]:
+        """What its result is judged by."""
+        return self.config.model_dump(mode="json", include=set(self.stage.judges))
 
 
 def bind(recipe: Recipe, table: Sequence[Stage], *, allow_missing: bool = False) -> list[BoundStage]:
