@@ -210,7 +210,7 @@ def test_the_pace_of_a_running_model(serving: Any, model_path: Path) -> None:
         served.llm.backend.step = step
         with served.client() as client:
             assert client.post("/v1/completions", json=body).status_code == 200
-        assert pace._computed >= 400
+        until(lambda: pace._computed >= 400)  # counted after the answer is sent
 
 
 TOO_LONG = [

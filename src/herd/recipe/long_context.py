@@ -28,7 +28,7 @@ from herd.pretrain.extension import ExtendConfig
 class LongContextConfig(ExtendConfig):
     """An extension, and the grids of needles that it is judged by."""
 
-    to: int = Field(ge=2, le=2**32, description="tokens of context to reach")
+    to: int = Field(default=4096, ge=2, le=2**32, description="tokens of context to reach")
     lengths: int = Field(
         default=1,
         ge=1,
