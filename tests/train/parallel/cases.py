@@ -192,13 +192,13 @@ CASES = [
     # rings and pipelines of several chunks with every other axis; the axes with whole models, and with experts on all
     *_cases(4, "dense", _ring(shard=True)),
     *_cases(4, "dense", _ring(tp=2), _ring(pp=2), _ring(**_chunked("zbv")), {"tp": 2}, {"cp": 2}, {"pp": 2}, slow=True),
-    *_cases(4, "dense", _chunked("zbv", shard=True), micro_batch=1),
+    *_cases(4, "dense", _chunked("zbv", shard=True), slow=True, micro_batch=1),
     *_cases(4, "dense", *(_chunked(name, shard=True) for name in _OTHER_SCHEDULES), slow=True, micro_batch=1),
     *_cases(4, "dense", _chunked("zbv"), slow=True, micro_batch=1),
     *_cases(4, "dense", _chunked("interleaved", tp=2), _chunked("zbv", tp=2), _chunked("dualpipev", tp=2), slow=True),
     *_cases(4, "dense", _chunked("interleaved", cp=2), _chunked("zbv", cp=2), slow=True),
     *_cases(4, "tied", _chunked("zbv", shard=True), _chunked("zbv", tp=2), _chunked("zbv", cp=2), slow=True),
-    *_cases(4, "moe", {"tp": 2, "shard": True}),
+    *_cases(4, "moe", {"tp": 2, "shard": True}, slow=True),
     *_cases(4, "moe", {"cp": 2, "shard": True}, {"pp": 2, "shard": True}, slow=True),
     *_cases(4, "moe", _ring(tp=2), _ring(pp=2), _ring(ep=2), _chunked("zbv", ep=2), slow=True),
     # replicas with every other axis
