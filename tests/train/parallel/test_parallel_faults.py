@@ -105,8 +105,11 @@ def test_a_rank_that_hangs(recipe: Path, expected: dict[str, bytes], tmp_path: P
     assert found == expected
 
 
+HANGS = pytest.mark.xfail(run=False, reason="both ranks wait for each other for ever: docs/parallel.md, Limits")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=HANGS), 1])
 def test_a_rank_that_cannot_write(rank: int, recipe: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """As on a full disk, what a rank writes ends in the middle; the restarted ranks have room again."""
 
