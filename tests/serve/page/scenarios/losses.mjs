@@ -53,14 +53,20 @@ export const a_tab_that_edits_hears_of_others = {
   },
 };
 
+/** A tab whose focus is on the conversation that is being answered in `page`. */
+async function anotherAboutToDelete(page, context, url) {
+  await enter(page, url);
+  await say(page, SLOW);
+  await isGrowing(page);
+  const other = await context.newPage();
+  await enter(other, url);
+  await other.locator("#chats .open").first().focus();
+  return other;
+}
+
 export const what_another_tab_deletes_is_gone = {
   async play({ page, context, url }) {
-    await enter(page, url);
-    await say(page, SLOW);
-    await isGrowing(page);
-    const other = await context.newPage();
-    await enter(other, url);
-    await other.locator("#chats .open").first().focus();
+    const other = await anotherAboutToDelete(page, context, url);
     await other.keyboard.press("Delete");
     await becomes(() => keptQuestions(other), []);
     await answered(page);
@@ -73,12 +79,7 @@ export const what_another_tab_deletes_is_gone = {
 
 export const what_is_saved_while_another_tab_deletes_is_gone_as_well = {
   async play({ page, context, url }) {
-    await enter(page, url);
-    await say(page, SLOW);
-    await isGrowing(page);
-    const other = await context.newPage();
-    await enter(other, url);
-    await other.locator("#chats .open").first().focus();
+    const other = await anotherAboutToDelete(page, context, url);
     const saving = page.evaluate(() => {
       const [name, text] = Object.entries(localStorage).find(([each]) => each.startsWith("herd.chat."));
       for (const until = Date.now() + 1000; Date.now() < until;); // hears of nothing meanwhile
