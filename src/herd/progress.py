@@ -10,9 +10,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def speaks() -> bool:
+    """True for the first of several ranks that torchrun started, which share a terminal, and for a single process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def interactive() -> bool:
-    """True when a person is watching standard error; of several ranks that share it, for the first."""
-    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    """True when a person is watching standard error."""
+    return sys.stderr.isatty() and speaks()
 
 
 def track(iterable: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,18 +217,56 @@ def test_the_verb(short: Path, corpus: Path, tmp_path: Path, capsys: pytest.Capt
     assert "tolerance" in capsys.readouterr().err
 
 
-def test_it_is_for_one_process(
-    short: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_another_extension_into_the_same_folder_waits_outside(
+    short: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two of them would train the same stages into the same files."""
     out = tmp_path / "long"
     arguments = ["extend", str(short), "--to", "64", "--corpus", str(corpus), "--out", str(out)]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert _herd(*arguments) == 2 and "one process" in capsys.readouterr().err
-    assert not out.exists()
-    monkeypatch.delenv("WORLD_SIZE")
     with run_lock(out):
         assert _herd(*arguments) == 4 and "another run is writing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_model_of_one_process(short: Path, corpus: Path, tmp_path: Path) -> None:
+    """Each has half of a row: a ring over two context ranks, two stages, and what rank 0 alone does in between."""
+    options = ["--corpus", str(corpus), "--needles", "0", "--tolerance", "1", "--steps", "3", "--batch-size", "2"]
+    command = ["-m", "herd", "extend", str(short), "--to", "512", *options, "--lr", "1e-4", "--json"]
+    ring = ["--parallel", "cp=2", "--parallel", "context=ring"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    said = []
+    for name, launcher, more in (("one", [], []), ("two", torchrun, ring)):
+        done = subprocess.run(
+            [sys.executable, *launcher, *command, *more, "--out", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        said.append(json.loads(done.stdout))  # one account: only the first rank prints
+    one, two = said
+    assert [stage["plan"]["context"] for stage in two["stages"]] == [256, 512] and two["stopped"] is None
+    for a, b in zip(one["stages"], two["stages"], strict=True):
+        assert a["result"]["tokens"] == b["result"]["tokens"]
+        assert b["short"] == pytest.approx(a["short"], rel=1e-3)
+    with (
+        checkpoint.open_checkpoint(short) as before,
+        checkpoint.open_checkpoint(one["model"]) as first,
+        checkpoint.open_checkpoint(two["model"]) as second,
+    ):
+        way = sum(float(((first[name] - before[name]) ** 2).sum()) for name in before)
+        apart = sum(float(((first[name] - second[name]) ** 2).sum()) for name in before)
+    assert 0 < apart < 0.01 * way  # squares; in bf16 the signs of small gradients differ
+
+
+def test_ranks_are_told_what_does_not_fit(
+    short: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["extend", str(short), "--to", "64", "--corpus", str(corpus), "--out", str(tmp_path / "out")]
+    assert _herd(*given, "--parallel", "cp") == 2 and "--parallel cp=2" in capsys.readouterr().err
+    assert _herd(*given, "--parallel", "cq=2") == 2 and "cq" in capsys.readouterr().err
+    assert _herd(*given, "--parallel", "cp=2", "--optimizer", "muon") == 2 and "use adamw" in capsys.readouterr().err
+    assert _herd(*given, "--parallel", "cp=2") == 2 and "torchrun" in capsys.readouterr().err
 
 
 def test_some_documents_become_long_chats(short: Path, corpus: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -28,6 +29,15 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder of the stages; an extension begun there goes on.")] = Path("extend"),
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of each stage.  [default: the plan's]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a step.  [default: the plan's]")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Rows of a forward pass on a rank.  [default: as many as hold 4,096 tokens]")
+    ] = None,
+    parallel: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="How the ranks of torchrun share the work, as cp=8 or context=ring; repeatable."
+        ),
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw or muon.  [default: adamw]")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: the plan's]")] = None,
     muon_lr: Annotated[float | None, typer.Option(help="Learning rate of Muon.  [default: as lr]")] = None,
@@ -74,6 +84,8 @@ def command(
         herd extend runs/pocket --to 4096 --lr 5e-4 --out runs/pocket-long
 
         herd extend Llama-3-8B --to 262144 --method card --corpus books --out runs/long
+
+        torchrun --nproc-per-node 8 -m herd extend Llama-3-8B --to 262144 --parallel cp=8 --parallel context=ring
     """
     if plan:
         data = _plan(model, to, method)
@@ -82,19 +94,29 @@ def command(
     from herd.config import parse_config
     from herd.recipe.lock import run_lock
     from herd.recipe.long_context import LongContextConfig, lengthen
-    from herd.train.launch import one_process
+    from herd.train.launch import started_ranks
 
     given = {
-        "to": to, "method": method, "steps": steps, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
-        "muon_lr": muon_lr, "schedule": schedule, "chats": chats, "tolerance": tolerance, "needles": needles,
+        "to": to, "method": method, "steps": steps, "batch_size": batch_size, "micro_batch": micro_batch,
+        "parallel": _pairs(parallel), "optimizer": optimizer, "lr": lr, "muon_lr": muon_lr, "schedule": schedule,
+        "chats": chats, "tolerance": tolerance, "needles": needles,
         "lengths": lengths, "depths": depths, "samples": samples, "digits": digits, "haystack": haystack, "seed": seed,
     }  # fmt: skip
     config = parse_config(LongContextConfig, {k: v for k, v in given.items() if v is not None}, "herd extend")
-    one_process("herd extend")
     texts = corpus or _corpus_of(model)
-    with run_lock(out):
+    with started_ranks() as ranks, run_lock(out) if ranks.leads else contextlib.nullcontext():
         state = lengthen(config, model, texts, out)
     emit(state, as_json, lambda: _show_result(state))
+
+
+def _pairs(given: list[str] | None) -> dict[str, str] | None:
+    """The fields of ParallelConfig that are given, as text."""
+    from herd.errors import UsageError
+
+    for pair in given or []:
+        if not all(pair.partition("=")):
+            raise UsageError("--parallel is no NAME=VALUE", value=pair, fix="--parallel cp=2")
+    return dict(pair.split("=", 1) for pair in given) if given else None
 
 
 def _plan(model: str, to: int, method: str) -> dict[str, Any]:

@@ -9,23 +9,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from herd.progress import speaks
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 @functools.cache
 def console() -> Console:
-    """The console for people: standard error, colours only on a terminal."""
+    """The console for people: standard error, colours only on a terminal. Of several ranks, the first one speaks."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=not speaks())
 
 
 def emit(data: Any, as_json: bool, human: Callable[[], None] | None = None) -> None:
     """Print `data` as JSON on standard output, or let `human` print it for a person.
 
-    JSON has no NaN and no infinity: they become null.
+    JSON has no NaN and no infinity: they become null. Of several ranks, the first one prints.
     """
+    if not speaks():
+        return
     if as_json or human is None:
         json.dump(_finite(data), sys.stdout, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         sys.stdout.write("\n")

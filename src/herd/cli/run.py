@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,8 +81,6 @@ def command(
     except (KeyboardInterrupt, SystemExit) as stop:
         console().print(f"Stopped. {again} continues where it was.", markup=False, soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
-    if os.environ.get("RANK", "0") != "0":  # started by torchrun, and not the rank that leads
-        return 0
     emit({"run": str(run_dir), **state}, as_json, lambda: _summary(run_dir, state, lines.skipped))
     return 0
 
@@ -116,8 +113,6 @@ class _Lines:
     def _print(self, text: str, style: str) -> None:
         from herd.progress import status
 
-        if os.environ.get("RANK", "0") != "0":
-            return
         status("")
         console().print(text, style=style, markup=False, soft_wrap=True)
 

@@ -4,14 +4,16 @@
     stage-4096/checkpoint/    the model after the stage, and all else that `herd.pretrain.run` writes
     extension.json            the plan, what each stage came to, which model is the last good one
 
-Called again, it goes on where it was: stages that are trained are only judged again.
+Called again, it goes on where it was: stages that are trained are only judged again. Several ranks train the stages
+together; text and judgement are rank 0's, and the others read what came of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ from herd.pretrain.promotion import Criterion, short_bits_per_byte
 from herd.pretrain.stage import run
 from herd.train.announce import announce
 from herd.train.config import TrainConfig
+from herd.train.world import World, current_world
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
@@ -50,8 +53,8 @@ def extend(
     """Train the stages of `plan_extension` on corpus/train.jsonl until one fails; returns the data of extension.json.
 
     Without `needles`, or with none wanted, short text alone decides. The result's "model" is the checkpoint of the last
-    stage that met its criteria, or `model` itself; "stopped" says why it is not the last stage's. Raises UsageError
-    where there is nothing to plan, nothing held out, or a directory of another extension.
+    stage that met its criteria, or `model` itself; "stopped" says why it is not the last stage's. Every rank calls it.
+    Raises UsageError where there is nothing to plan, nothing held out, or a directory of another extension.
     """
     out, folder = Path(out_dir), Path(corpus)
     start = checkpoint.continuing(model)
@@ -62,50 +65,99 @@ def extend(
         if not (folder / name).is_file() or not (folder / name).stat().st_size:
             text = "text to train on" if name == "train.jsonl" else "held-out text to judge by"
             raise UsageError(f"{folder} has no {text} ({name})", fix="herd corpus SOURCES... --out DIR")
-    state = _begin(out, str(start), to, folder, config, stages)
-    if (out / "tokens" / "probe").is_dir():
-        heldout = TokenShards(out / "tokens" / "probe")
-    else:
-        heldout = pack_heldout(folder / "heldout.jsonl", tokenizer, out / "tokens", config.probe_tokens)
-    if "short_before" not in state:
-        state["short_before"] = short_bits_per_byte(start, heldout, shape.context_length)
-        write_json(out / FILE, state)
-    state |= {"model": str(start), "stopped": None}
-    for number, stage in enumerate(stages):
-        place = out / f"stage-{stage.context}"
-        record = state["stages"][number]
-        if "result" not in record:
-            before = stages[number - 1].context if number else shape.context_length
-            texts = _long_corpus(config, folder, place / "corpus", before, stage.context, tokenizer)
-            longer = _shape(shape, stage)
-            result = run(_stage_config(config, stage, state["model"]), longer, texts, tokenizer, place)
-            record["result"] = {name: result[name] for name in ("steps", "tokens", "loss", "epochs", "seconds")}
-            write_json(out / FILE, state)
-        if "short" not in record:
-            record["short"] = short_bits_per_byte(place / "checkpoint", heldout, shape.context_length)
-        if needles is not None and config.needles and "needles" not in record:
-            record["needles"] = needles(place / "checkpoint", stage.context, place / "needle")
-        criteria = _criteria(config, state["short_before"], record)
-        record["criteria"] = [criterion.to_dict() for criterion in criteria]
-        failed = [criterion for criterion in criteria if not criterion.met]
-        if failed:
-            state["stopped"] = f"at {stage.context:,} tokens: {'; '.join(one.describe() for one in failed)}"
-            write_json(out / FILE, state)
-            announce(f"the extension stops {state['stopped']}")
+    extension = _Extension(start, shape, tokenizer, folder, out, config, needles)
+    extension.change(lambda state: state.update(_begin(out, str(start), to, folder, config, stages)))
+    extension.change(extension.measure_before)
+    for number in range(len(stages)):
+        if "result" not in extension.state["stages"][number]:
+            extension.train(number, stages)
+        extension.judge(number, stages[number])
+        if extension.state["stopped"]:
+            announce(f"the extension stops {extension.state['stopped']}")
             break
-        state["model"] = str(place / "checkpoint")
-        write_json(out / FILE, state)
-    return state
+    return extension.state
+
+
+@dataclass
+class _Extension:
+    """`state` is extension.json: rank 0 writes it, and every rank reads it."""
+
+    start: Path
+    shape: LlamaConfig
+    tokenizer: Tokenizer
+    corpus: Path
+    out: Path
+    config: ExtendConfig
+    needles: Needles | None
+    state: dict[str, Any] = field(default_factory=dict)
+    world: World = field(default_factory=current_world)
+
+    def change(self, action: Callable[[dict[str, Any]], None]) -> None:
+        """Let rank 0 work on the state while the others wait, for as long as it takes; if it fails, it fails on all."""
+
+        def work() -> None:
+            action(self.state)
+            write_json(self.out / FILE, self.state)
+
+        self.world.first(work)
+        self.state = read_json(self.out / FILE)
+
+    def measure_before(self, state: dict[str, Any]) -> None:
+        if "short_before" not in state:
+            state["short_before"] = self._short(self.start)
+        state.update(model=str(self.start), stopped=None)
+
+    def train(self, number: int, stages: Sequence[ExtensionStage]) -> None:
+        stage, config = stages[number], self.config
+        before = stages[number - 1].context if number else self.shape.context_length
+        texts, place = self.corpus, self._place(stage)
+        if config.related or config.chats:
+            texts = place / "corpus"
+            self.world.first(lambda: _long_corpus(config, self.corpus, texts, before, stage.context, self.tokenizer))
+        settings = _stage_config(config, stage, self.state["model"])
+        result = run(settings, _shape(self.shape, stage), texts, self.tokenizer, place)
+        kept = {name: result[name] for name in ("steps", "tokens", "loss", "epochs", "seconds")}
+        self.change(lambda state: state["stages"][number].update(result=kept))
+
+    def judge(self, number: int, stage: ExtensionStage) -> None:
+        trained = self._place(stage) / "checkpoint"
+
+        def work(state: dict[str, Any]) -> None:
+            record = state["stages"][number]
+            if "short" not in record:
+                record["short"] = self._short(trained)
+            if self.needles is not None and self.config.needles and "needles" not in record:
+                record["needles"] = self.needles(trained, stage.context, trained.with_name("needle"))
+            criteria = _criteria(self.config, state["short_before"], record)
+            record["criteria"] = [criterion.to_dict() for criterion in criteria]
+            if failed := [criterion.describe() for criterion in criteria if not criterion.met]:
+                state["stopped"] = f"at {stage.context:,} tokens: {'; '.join(failed)}"
+            else:
+                state["model"] = str(trained)
+
+        self.change(work)
+
+    def _place(self, stage: ExtensionStage) -> Path:
+        return self.out / f"stage-{stage.context}"
+
+    def _short(self, model: Path) -> float:
+        tokens = self.out / "tokens"
+        if (tokens / "probe").is_dir():
+            heldout = TokenShards(tokens / "probe")
+        else:
+            heldout = pack_heldout(self.corpus / "heldout.jsonl", self.tokenizer, tokens, self.config.probe_tokens)
+        return short_bits_per_byte(model, heldout, self.shape.context_length)
 
 
 def _begin(
     out: Path, start: str, to: int, corpus: Path, config: ExtendConfig, stages: list[ExtensionStage]
 ) -> dict[str, Any]:
-    """What extension.json has of an earlier call, or its beginning. What judges may change, the rest may not."""
-    judges = {"tolerance", "needles"}
+    """What extension.json has of an earlier call, or its beginning. What judges may change, and how ranks share the
+    work; the rest may not."""
+    free = {"tolerance", "needles", "parallel"}
     texts = [sha256_file(corpus / name) for name in ("train.jsonl", "heldout.jsonl")]
     settings: dict[str, Any] = {"from": start, "to": to, "texts": texts}
-    settings |= config.model_dump(mode="json", exclude=judges)
+    settings |= config.model_dump(mode="json", exclude=free)
     path = out / FILE
     if not path.exists():
         return {"settings": settings, "stages": [{"plan": dataclasses.asdict(stage)} for stage in stages]}
@@ -129,6 +181,8 @@ def _stage_config(config: ExtendConfig, stage: ExtensionStage, init_from: str) -
         steps=config.steps or stage.steps,
         seq_len=stage.context,
         batch_size=batch_size,
+        micro_batch=config.micro_batch,
+        parallel=config.parallel,
         optimizer=config.optimizer,
         lr=config.lr or stage.lr,
         muon_lr=config.muon_lr,
@@ -156,10 +210,8 @@ def _shape(shape: LlamaConfig, stage: ExtensionStage) -> LlamaConfig:
 
 def _long_corpus(
     config: ExtendConfig, corpus: Path, place: Path, before: int, context: int, tokenizer: Tokenizer
-) -> Path:
+) -> None:
     """The corpus with its documents joined to ones of `context` tokens, some of them as chats; made once."""
-    if not (config.related or config.chats):
-        return corpus
     made = place / "train.jsonl"
     if not made.exists():
         documents = list(read_documents(corpus / "train.jsonl"))
@@ -172,7 +224,6 @@ def _long_corpus(
             longer = join_related(documents, target, config.seed)
         lengths = [target // part for part in _halvings(context // before)]
         write_documents(made, _some_as_chats(longer, lengths, config))
-    return place
 
 
 def _halvings(times: int) -> list[int]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from herd.architecture import LlamaConfig, RopeScaling, StretchMethod, law_theta, stretched
 from herd.config import Config
 from herd.errors import UsageError
+from herd.train.parallel.config import ParallelConfig
 
 PlanMethod = Literal["card"] | StretchMethod
 
@@ -72,6 +73,12 @@ class ExtendConfig(Config):
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the order of the data")
     steps: int | None = Field(default=None, ge=1, description="optimiser steps of each stage")
     batch_size: int | None = Field(default=None, ge=1, description="rows of a step")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="rows of a forward pass on a rank; null: as many as hold 4,096 tokens"
+    )
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="how several ranks (torchrun) share the model and the rows"
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw", description="muon: Muon for the matrices inside the blocks, AdamW for everything else"
     )
@@ -91,6 +98,12 @@ class ExtendConfig(Config):
     needles: float = Field(default=1.0, ge=0, le=1, description="share of the needles to find at the new length")
     probe_tokens: int = Field(default=65_536, ge=1, description="about so many held-out tokens judge short text")
     save_dtype: Literal["f32", "bf16"] = Field(default="f32", description="number format of the checkpoints")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExtendConfig:
+        if self.optimizer == "muon" and self.parallel.needs_mesh:
+            raise ValueError("optimizer muon works on whole matrices, and parallel splits them: use adamw")
+        return self
 
 
 def plan_extension(config: LlamaConfig, to: int, method: PlanMethod = "law") -> list[ExtensionStage]:

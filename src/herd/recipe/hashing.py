@@ -34,8 +34,9 @@ def stage_key(bound: BoundStage, input_hashes: Mapping[str, str]) -> dict[str, A
     """
     fingerprint = bound.stage.fingerprint
     config = bound.config.model_dump(mode="json", exclude=set(bound.stage.judges))
-    if isinstance(train := config.get("train"), dict):
-        train.pop("parallel", None)
+    for fields in (config, config.get("train")):
+        if isinstance(fields, dict):
+            fields.pop("parallel", None)
     return {
         "stage": bound.name,
         "version": bound.stage.version,

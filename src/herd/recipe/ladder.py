@@ -23,7 +23,7 @@ from herd.recipe.shape import ModelShape
 from herd.recipe.stage import Stage
 from herd.recipe.tokenise import TokenizerConfig
 from herd.train.config import TrainConfig
-from herd.train.launch import one_process
+from herd.train.launch import Ranks
 
 LADDER_FILE = "ladder.jsonl"
 _SHARED = ("corpus", "tokenizer")
@@ -80,7 +80,6 @@ def run_ladder(
     `on_rung` hears of each rung as it starts (None) and as it is done (its row). `command` is quoted in errors as the
     way to go on. Raises UsageError before anything trains where the corpus holds nothing out, and as `run` does.
     """
-    one_process("a ladder")
     run_dir = Path(run_dir)
     plan_ladder(recipe, config)  # what is wrong shows before the corpus is read
     shared = dataclasses.replace(recipe, stages={name: recipe.stages[name] for name in _SHARED})
@@ -97,8 +96,9 @@ def run_ladder(
         on_rung(rung, None)
         state = run(rung_recipe(recipe, rung), table, run_dir, command=command)
         rows.append(_row(rung, run_dir / state["stages"]["base"]["directory"]))
-        with atomic_write(run_dir / LADDER_FILE, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if Ranks().leads:
+            with atomic_write(run_dir / LADDER_FILE, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
         on_rung(rung, rows[-1])
     return rows
 

@@ -66,17 +66,21 @@ class ExtendStageConfig(LongContextConfig):
 
 
 def lengthen(config: LongContextConfig, model: str | Path, corpus: Path, out: Path) -> dict[str, Any]:
-    """Extend `model` on a corpus folder's text; returns the data of extension.json, with "before" where it was asked.
+    """Extend `model` on a corpus folder's text; returns the data of extension.json, on rank 0 with "before" where it
+    was asked. Every rank calls it.
 
     Raises what `herd.pretrain.extending.extend` does.
     """
     from herd.pretrain.extending import extend
+    from herd.train.world import current_world
 
     def found(path: Path, context: int, place: Path) -> float:
         return _least_found(_found(config.grid(context), path, place))
 
-    before = {"before": _before(config, model, out)} if config.lengths > 1 and config.needles else {}
-    return extend(model, config.to, corpus, out, config.training(), found) | before
+    state: dict[str, Any] = {}
+    if config.lengths > 1 and config.needles:
+        state["before"] = current_world().first(lambda: _before(config, model, out))
+    return extend(model, config.to, corpus, out, config.training(), found) | state
 
 
 def extend_stage(config: LongContextConfig, model: Path, corpus: Path, out: Path) -> str:
@@ -84,20 +88,26 @@ def extend_stage(config: LongContextConfig, model: Path, corpus: Path, out: Path
 
     Raises HerdError where a criterion is not met: what comes after would build on a model that lost something.
     """
+    from herd.train.world import current_world
+
     state = lengthen(config, model, corpus, out)
     if state["stopped"]:
         raise HerdError(
             f"the extension stopped {state['stopped']}",
             fix="other steps, lr or chats; or less asked of it: needles, tolerance",
         )
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    shutil.copytree(state["model"], out / "checkpoint", copy_function=os.link)
+    current_world().first(lambda: _leave(Path(state["model"]), out / "checkpoint"))
     last = state["stages"][-1]
     said = [f"{last['plan']['context']:,} tokens", f"short text {state['short_before']:.3f} → {last['short']:.3f}"]
     if "needles" in last:
-        before = [f"{100 * state['before']:.0f} →"] if "before" in state else []
+        before = [f"{100 * state['before']:.0f} →"] if state.get("before") is not None else []
         said.append(" ".join(["needles", *before, f"{100 * last['needles']:.0f} %"]))
     return ", ".join(said)
+
+
+def _leave(model: Path, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(model, place, copy_function=os.link)
 
 
 def _before(config: LongContextConfig, model: str | Path, out: Path) -> float:

@@ -22,7 +22,7 @@ from herd.pretrain.scaling.mixes import LOSS, WEIGHT
 from herd.recipe.loading import Recipe
 from herd.recipe.runner import run
 from herd.recipe.stage import Stage
-from herd.train.launch import one_process
+from herd.train.launch import Ranks
 
 MIXES_FILE = "mixes.jsonl"
 _SHARED = ("corpus", "tokenizer")
@@ -74,7 +74,6 @@ def run_mixes(
     `on_mix` hears of each mix as it starts (None) and as it is done (its row). `command` is quoted in errors as the way
     to go on. Raises UsageError before anything trains where a source has no held-out text, and as `run` does.
     """
-    one_process("a ladder of mixes")
     run_dir = Path(run_dir)
     own_mix(recipe)  # what is wrong shows before the corpus is read
     shared = dataclasses.replace(recipe, stages={name: recipe.stages[name] for name in _SHARED})
@@ -85,8 +84,9 @@ def run_mixes(
         on_mix(number, mix, None)
         state = run(mix_recipe(recipe, number, mix), table, run_dir, command=command)
         rows.append(_row(mix, domains, run_dir / state["stages"]["base"]["directory"]))
-        with atomic_write(run_dir / MIXES_FILE, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if Ranks().leads:
+            with atomic_write(run_dir / MIXES_FILE, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
         on_mix(number, mix, rows[-1])
     return rows
 

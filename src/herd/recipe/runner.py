@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,16 +76,16 @@ def run(
     were stopped resume. `command`, by default the recipe's, is quoted in errors and reports as the way to go on. Raises
     UsageError before anything runs, StageFailed when a stage fails, ResourceError when another run holds the directory.
     KeyboardInterrupt and SystemExit pass through once the stage's manifest is written.
-    Started by torchrun, ranks but the first run the stages that it calls for, and return {}.
+    Started by torchrun, ranks but the first run the stages that it calls for.
     """
     run_dir = Path(run_dir)
     command = command or recipe.command
     placed = place(recipe, table, run_dir, redo_from=redo_from, only=only)
     with started_ranks() as ranks:
-        if not ranks.leads:
-            _follow(ranks, recipe, placed, command)
-            return {}
-        return _lead(ranks, recipe, placed, run_dir, on_event, command)
+        if ranks.leads:
+            return _lead(ranks, recipe, placed, run_dir, on_event, command)
+        _follow(ranks, recipe, placed, command)
+    return read_run(run_dir)
 
 
 def _lead(
@@ -113,18 +112,14 @@ def _lead(
 
 
 def _follow(ranks: Ranks, recipe: Recipe, placed: Sequence[Placed], command: str) -> None:
-    """Run what rank 0 calls for. What goes wrong on every rank is said by rank 0, whose end ends the others."""
+    """Run what rank 0 calls for."""
     items = {item.name: item for item in placed}
     directories = {item.name: item.directory for item in placed}
     for name in ranks.follow():
         item = items[name]
         context = StageContext(recipe=recipe, directories=directories, command=command)
         paths = {other: directories[other] for other in item.bound.inputs}
-        try:
-            item.bound.stage.run(item.bound.config, paths, item.directory, context)
-        except HerdError:
-            time.sleep(10)
-            raise
+        item.bound.stage.run(item.bound.config, paths, item.directory, context)
 
 
 def read_run(run_dir: str | Path) -> dict[str, Any]:

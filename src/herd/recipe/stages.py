@@ -91,6 +91,7 @@ def stage_table() -> list[Stage]:
             inputs=("corpus",),
             optional_inputs=("base",),
             resumes=True,
+            ranks=True,
             judges=("tolerance", "needles"),
             fingerprint=lambda config: fingerprint([config.init_from]),
             check=_extends_something,

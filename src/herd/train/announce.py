@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from herd.progress import status
+from herd.progress import speaks, status
 
 
 def announce(text: str) -> None:
     """Print `text` on its own line, clearing the live status line first. Of several ranks, the first one speaks."""
-    if os.environ.get("RANK", "0") != "0":
+    if not speaks():
         return
     status("")
     print(f"herd: {text}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from herd.errors import HerdError, UsageError
 
 T = TypeVar("T")
 _FOREVER = timedelta(days=365)
+_SAID_SECONDS = 10
 _number_of_signal = itertools.count()
 
 
@@ -64,6 +66,7 @@ class Ranks:
 def started_ranks() -> Iterator[Ranks]:
     """The ranks for the length of a run; their process group is there from the beginning to the end.
 
+    What goes wrong on every rank is said by rank 0, whose end ends the others: they leave it some seconds for that.
     Raises UsageError for an environment that torchrun would not have made.
     """
     ranks = Ranks()
@@ -72,24 +75,27 @@ def started_ranks() -> Iterator[Ranks]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    from herd.train.meeting import meet
 
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(_number("LOCAL_RANK", 0))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    shared, _, _ = next(rendezvous("env://"))
+    store = meet(shared, ranks.rank, ranks.size)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=ranks.rank, world_size=ranks.size)
     try:
         yield ranks
         if ranks.leads:
             ranks.dismiss()
         dist.barrier()
+    except HerdError:
+        if not ranks.leads:
+            time.sleep(_SAID_SECONDS)
+        raise
     finally:
         dist.destroy_process_group()
-
-
-def one_process(command: str) -> None:
-    """Raises UsageError where torchrun has started several: each would do all of it, into the same files."""
-    if (size := Ranks().size) > 1:
-        raise UsageError(f"{command} is for one process", value=f"{size} ranks", fix="start it without torchrun")
 
 
 class Signal:

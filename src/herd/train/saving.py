@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,11 @@ from herd.train.state import StateStore
 
 
 class Saver:
-    """Saves to a store: at once, or in a thread of its own from copies of the tensors."""
+    """Saves to a store: at once, or in a thread of its own from copies of the tensors.
+
+    As a context, it lets no error out while that thread is at work: the process group that the thread exchanges with
+    must not be taken away from it.
+    """
 
     def __init__(self, store: StateStore, *, background: bool) -> None:
         self._store = store
@@ -34,3 +39,13 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            wait([pending])

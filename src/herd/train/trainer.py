@@ -148,7 +148,7 @@ class Trainer(Generic[B]):
         SIGTERM and SIGINT save the state between two steps and leave with exit code 0 or as KeyboardInterrupt. Raises
         UsageError for a state of another configuration, HerdError for damaged checkpoints or a diverged run.
         """
-        with StopSignals() as stop:
+        with StopSignals() as stop, self.saver:
             self.compile()
             self.world.barrier()
             self.world.limit_waiting()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from herd.errors import HerdError
+from herd.train import Callback, StepRecord, Trainer
 from herd.train.tensor_files import read_tensors
 from tests.train.parallel.cases import Case, trainer
 from tests.train.parallel.launch import launch
@@ -60,6 +63,25 @@ def test_the_training_goes_on_while_one_is_written(tmp_path: Path) -> None:
     found = loop.store.load_newest({})
     assert found is not None
     assert all(torch.equal(found[0][f"model/{name}"], weight) for name, weight in before.items())
+
+
+def test_an_error_of_the_training_waits_for_what_is_being_written(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
+            if record.step == 3:
+                raise HerdError("the third step")
+
+    loop = trainer(Case("dense", 1, {}), tmp_path, [Fails()], checkpoint_background=True, **FIELDS)
+    write = loop.store._world.write_tensors
+
+    def slow(directory: Path, tensors: dict[str, Tensor]) -> None:
+        time.sleep(0.5)
+        write(directory, tensors)
+
+    loop.store._world.write_tensors = slow  # type: ignore[method-assign]
+    with pytest.raises(HerdError, match="the third step"):
+        loop.fit()
+    assert loop.store.steps() == [0, 2]
 
 
 def test_what_went_wrong_beside_is_said_at_the_next_one(tmp_path: Path) -> None:
