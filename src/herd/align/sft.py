@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field
 
-from herd import checkpoint, model
+from herd import checkpoint
 from herd.align.dialogs import Dialog, dialogs
 from herd.align.examples import encode, rehearse
 from herd.align.exercises import generate
@@ -24,9 +24,11 @@ from herd.architecture import parameter_count
 from herd.config import Config
 from herd.corpus import PackedExamples, pack_examples
 from herd.files import atomic_write, write_json
+from herd.model import Llama
 from herd.train import Batch, PackedSource, TrainConfig, Trainer, next_token_loss
 from herd.train.budget import TimeLimit, within
 from herd.train.export import export
+from herd.train.filling import stored
 from herd.train.trainer import pick_device
 from herd.train.world import current_world
 
@@ -85,8 +87,9 @@ def run(
     Raises UsageError if rows are longer than the model's context, HerdError if a dialogue is longer than a row."""
     started = time.monotonic()
     out = Path(out_dir)
-    llama = model.load(base, dtype=torch.float32)
-    config.train.check_context(llama.config.context_length)
+    with checkpoint.open_checkpoint(base) as opened:
+        shape = opened.config
+    config.train.check_context(shape.context_length)
     exercises = generate(config.seed, config.exercises, "train", kinds=config.kinds)
     conversations = dialogs(exercises, seed=config.seed, max_turns=config.max_turns, system_share=config.system_share)
     world = current_world(config.train.parallel, pick_device(config.train).type)
@@ -103,12 +106,17 @@ def run(
         train = within(60 * config.max_minutes, train)
         limits.append(TimeLimit(60 * config.max_minutes, out / "plan.json", started=started))
     source = PackedSource(rows, train.micro_batch_rows, world)
-    loop: Trainer[Batch] = Trainer(llama, next_token_loss, source, train, out, limits, world=world)
+    with torch.device("meta"):
+        llama = Llama(shape)
+    with checkpoint.open_checkpoint(base) as opened:
+        loop: Trainer[Batch] = Trainer(
+            llama, next_token_loss, source, train, out, limits, world=world, weights=stored(opened)
+        )
     outcome = loop.fit()
     export(
         loop,
         lambda weights: checkpoint.save(
-            out / "checkpoint", llama.config, weights, format="hf", dtype=config.save_dtype, tokenizer=tokenizer
+            out / "checkpoint", shape, weights, format="hf", dtype=config.save_dtype, tokenizer=tokenizer
         ),
     )
     result: dict[str, Any] = {
@@ -119,7 +127,7 @@ def run(
         "answer_tokens": sum(sum(mask) for _, mask in spoken),
         "rehearsal_tokens": sum(len(ids) for ids, _ in repeated),
         "epochs": outcome.steps * train.batch_size / rows.rows_per_epoch,
-        "parameters": parameter_count(llama.config),
+        "parameters": parameter_count(shape),
         "batch_tokens": train.batch_tokens,
         "precision": str(loop.precision).removeprefix("torch."),
         "compiled": loop.blocks.active,

@@ -6,7 +6,7 @@ from herd.model.cache import KVCache
 from herd.model.calibration import input_squares
 from herd.model.compare import largest_difference
 from herd.model.llama import Llama, initial_weight
-from herd.model.load import from_arrays, load, state_arrays, to_array, to_tensor
+from herd.model.load import from_arrays, load, read_weight, state_arrays, to_array, to_tensor
 
 __all__ = [
     "LOWERINGS",
@@ -20,6 +20,7 @@ __all__ = [
     "input_squares",
     "largest_difference",
     "load",
+    "read_weight",
     "state_arrays",
     "to_array",
     "to_tensor",

@@ -42,17 +42,22 @@ def from_arrays(
     with torch.device("meta"):
         model = Llama(config)
     for name, shape in tensor_shapes(config).items():
-        if name not in arrays:
-            raise HerdError(f"the checkpoint has no tensor {name!r}", fix="herd convert the original checkpoint again")
-        array = arrays[name]
-        if tuple(array.shape) != shape:
-            raise HerdError(f"tensor {name!r} has the wrong shape", value=tuple(array.shape), allowed=str(shape))
-        tensor = to_tensor(array)
+        tensor = read_weight(arrays, name, shape)
         dtype = tensor.dtype if dtype is None else dtype
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
         owner.register_parameter(leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
     return model
+
+
+def read_weight(arrays: Mapping[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...]) -> Tensor:
+    """One weight in the precision it is stored in. Raises HerdError when it is missing or has another shape."""
+    if name not in arrays:
+        raise HerdError(f"the checkpoint has no tensor {name!r}", fix="herd convert the original checkpoint again")
+    array = arrays[name]
+    if tuple(array.shape) != shape:
+        raise HerdError(f"tensor {name!r} has the wrong shape", value=tuple(array.shape), allowed=str(shape))
+    return to_tensor(array)
 
 
 def state_arrays(model: nn.Module) -> Iterator[tuple[str, npt.NDArray[Any]]]:

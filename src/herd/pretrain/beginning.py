@@ -8,13 +8,15 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from herd import checkpoint
 from herd import model as models
 from herd.architecture import LlamaConfig, tensor_shapes
 from herd.errors import HerdError, UsageError
 from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import vocabulary_hash
-from herd.train.filling import Weights
+from herd.train.filling import Weights, stored
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
@@ -25,23 +27,24 @@ _FREE = frozenset({"context_length", "rope_theta", "rope_scaling", "generation"}
 
 @contextlib.contextmanager
 def begin(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> Iterator[tuple[Weights, str]]:
-    """Where the weights come from, in fp32 and as long as the context lasts, and a hash of those that were read ("" for
+    """Where the weights come from, as long as the context lasts, and a hash of those that were read ("" for
     new ones).
 
     Raises UsageError for a checkpoint of another shape or with another vocabulary.
     """
     shapes = tensor_shapes(shape)
-
-    def stored(name: str) -> str:
-        return name if name in shapes else "embed.weight"  # a pipeline has a copy of it at its end
-
     if config.init_from is None:
-        yield lambda name: models.initial_weight(shape, stored(name), shapes[stored(name)], config.seed), ""
+
+        def new(name: str) -> Tensor:
+            name = name if name in shapes else "embed.weight"  # a pipeline has a copy of it at its end
+            return models.initial_weight(shape, name, shapes[name], config.seed)
+
+        yield new, ""
         return
     with checkpoint.open_checkpoint(checkpoint.continuing(config.init_from)) as opened:
         _check_shape(config.init_from, opened.config, shape)
         _check_tokenizer(config.init_from, opened, tokenizer)
-        yield lambda name: models.to_tensor(opened[stored(name)]).float(), _hash(opened, shapes)
+        yield stored(opened), _hash(opened, shapes)
 
 
 def _check_shape(name: str, found: LlamaConfig, wanted: LlamaConfig) -> None:

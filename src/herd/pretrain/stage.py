@@ -26,10 +26,10 @@ from herd.train.batches import Batch
 from herd.train.budget import TimeLimit, within
 from herd.train.callbacks import Callback
 from herd.train.config import TrainConfig
-from herd.train.distillation import DistilConfig, Distillation
+from herd.train.distillation import DistilConfig, Distillation, load_teacher
 from herd.train.export import Arrays, Exports, export
 from herd.train.losses import next_token_loss
-from herd.train.trainer import LossFunction, Trainer, TrainResult, pick_device
+from herd.train.trainer import LossFunction, Trainer, TrainResult, compute_dtype, pick_device
 from herd.train.world import World, current_world
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(
     _check(config, shape, tokenizer)
     world, phases = current_world(train.parallel, pick_device(train).type), config.sizes()
     _check_mesh(train, shape, phases, world)
-    loss, taught = _loss(config, shape, train, distil)
+    loss, taught = _loss(config, shape, train, distil, world)
     files = _token_files(world, config, Path(corpus), tokenizer, out / "tokens")
     rows = mixture(config, files.sources)
     callbacks: list[Callback] = [RowLength(phases)]
@@ -132,14 +132,16 @@ def _check(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> 
 
 
 def _loss(
-    config: PretrainConfig, shape: LlamaConfig, train: TrainConfig, distil: DistilConfig | None
+    config: PretrainConfig, shape: LlamaConfig, train: TrainConfig, distil: DistilConfig | None, world: World
 ) -> tuple[LossFunction[Batch], str]:
     """What a step lowers, and what of it belongs to the run's identity beside its first weights."""
     if distil is None:
         return next_token_loss, ""
     if config.max_minutes is not None:
         raise UsageError("steps with teachers cannot be planned by max_minutes: give train.steps alone")
-    teachers = [models.load(checkpoint.continuing(name)) for name in distil.teachers]
+    device = pick_device(train)
+    precision = compute_dtype(train, device)
+    teachers = [load_teacher(checkpoint.continuing(name), world, device, precision) for name in distil.teachers]
     loss = Distillation(teachers, distil.weight, shape.vocab_size, train.parallel)
     return loss, f", taught by {distil.model_dump_json()}"
 

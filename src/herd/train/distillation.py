@@ -12,6 +12,7 @@ T targets with a weight, C targets of a chunk, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from herd.checkpoint import open_checkpoint
 from herd.config import Config
 from herd.errors import UsageError
 from herd.model import Llama
 from herd.train.batches import Batch
+from herd.train.filling import fill, stored
 from herd.train.losses import CHUNK_LOGITS, GPU_CHUNK_LOGITS, MIN_CHUNK_ROWS, LanguageModel, next_token_loss
 from herd.train.parallel.config import ParallelConfig
+from herd.train.world import World
 
 _Rows = tuple[Tensor, Tensor]
 """States [T, D] and the output matrix [V, D] that turns them into logits."""
@@ -43,12 +47,26 @@ class DistilConfig(Config):
     )
 
 
+def load_teacher(path: Path, world: World, device: torch.device, precision: torch.dtype) -> Llama:
+    """A checkpoint's model in the precision it is stored in; of sharded weights a rank holds its part.
+
+    Raises HerdError for a checkpoint that is no whole Llama.
+    """
+    with open_checkpoint(path) as opened:
+        weights = stored(opened)
+        with torch.device("meta"):
+            shapes = Llama(opened.config).to(weights("embed.weight").dtype)
+        teacher = world.place_asked(shapes, device, precision)
+        fill(teacher, weights)
+    return teacher
+
+
 class Distillation:
     """The loss as a function of (model, batch), for `herd.train.Trainer`: sum over targets, and their weight, in nats.
 
     A model that is being evaluated gets the loss on the text alone, so that held-out figures mean what they always
-    mean. Teachers are whole on every rank and see the same rows; raises UsageError for one with another vocabulary and
-    for a layout that splits rows or layers.
+    mean. Teachers see the same whole rows; raises UsageError for one with another vocabulary and for a layout that
+    splits rows or layers.
     """
 
     def __init__(
@@ -66,7 +84,7 @@ class Distillation:
             raise UsageError(
                 "teachers need whole rows and layers",
                 value=f"tp {parallel.tp} · cp {parallel.cp} · pp {parallel.pp}",
-                allowed="tp, cp and pp of 1; shard splits the student's weights all the same",
+                allowed="tp, cp and pp of 1; shard splits weights, the teachers' too",
             )
         self._teachers, self._weight = list(teachers), weight
 
@@ -82,7 +100,7 @@ class Distillation:
             return x_BSD.flatten(0, 1)[rows_T], of.output_weight
 
         with torch.no_grad():
-            taught = [states(teacher.to(batch.tokens_BS.device)) for teacher in self._teachers]
+            taught = [states(teacher) for teacher in self._teachers]
         x_TD, output_VD = states(model)
         return distillation_loss(x_TD, output_VD, taught, targets_T, weights_T, self._weight), weights_T.sum()
 

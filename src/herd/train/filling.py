@@ -8,12 +8,33 @@ cut out of one weight after the other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from herd.architecture import tensor_shapes
+from herd.model import read_weight
+
+if TYPE_CHECKING:
+    from herd.checkpoint import Checkpoint
+
 Weights = Callable[[str], Tensor]
 """The whole weight of a canonical name, on the CPU."""
+
+
+def stored(opened: Checkpoint) -> Weights:
+    """Those of a checkpoint, as long as it is open. A pipeline's copy of a tied embedding is the embedding.
+
+    They raise HerdError for what the checkpoint lacks or has in another shape.
+    """
+    shapes = tensor_shapes(opened.config)
+
+    def weight(name: str) -> Tensor:
+        name = name if name in shapes else "embed.weight"
+        return read_weight(opened, name, shapes[name])
+
+    return weight
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ class Trainer(Generic[B]):
         shape = getattr(model, "config", None)
         if config.parallel.needs_mesh and isinstance(shape, LlamaConfig):
             config.parallel.check(shape, config.seq_len, config.batch_size, config.micro_batch_rows, self.world.size)
-        self.precision = matrix_dtype(self.device) if config.precision == "auto" else _DTYPES[config.precision]
+        self.precision = compute_dtype(config, self.device)
         if config.parallel.recompute != "none" and isinstance(model, Llama):
             recompute(model, config.parallel.recompute)
         if config.float8:
@@ -366,6 +366,11 @@ class Trainer(Generic[B]):
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What the products of training are computed in; "auto" takes what is faster on the device."""
+    return matrix_dtype(device) if config.precision == "auto" else _DTYPES[config.precision]
 
 
 def pick_device(config: TrainConfig) -> torch.device:

@@ -21,6 +21,7 @@ from herd.train import tensor_files
 from herd.train.launch import first_alone, limit_waiting
 
 if TYPE_CHECKING:
+    from herd.model import Llama
     from herd.train.parallel.config import ParallelConfig
     from herd.train.parallel.pipeline import Pipeline
 
@@ -64,6 +65,9 @@ class World(Protocol):
 
         All ranks hold the model alike, or as shapes alone (on the meta device): then what they get is to be filled.
         """
+
+    def place_asked(self, model: Llama, device: torch.device, precision: torch.dtype) -> Llama:
+        """Room for this rank's part of a model that is only asked, on whole rows, and given as shapes."""
 
     def local(self, batch: Any) -> Any:
         """This rank's part of a micro-batch."""
@@ -132,6 +136,9 @@ class OneRank:
 
     def place(self, model: nn.Module, device: torch.device, precision: torch.dtype) -> nn.Module:
         return model.to_empty(device=device) if is_shapes(model) else model.to(device)
+
+    def place_asked(self, model: Llama, device: torch.device, precision: torch.dtype) -> Llama:
+        return model.to_empty(device=device)
 
     def local(self, batch: Any) -> Any:
         return batch

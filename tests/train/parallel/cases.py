@@ -203,7 +203,10 @@ CASES = [
     *_cases(4, "moe", _ring(tp=2), _ring(pp=2), _ring(ep=2), _chunked("zbv", ep=2), slow=True),
     # replicas with every other axis
     *_cases(8, "dense", _replicas(tp=2), _replicas(cp=2), slow=True),
-    *_cases(8, "dense", _replicas(pp=2), slow=True, micro_batch=1),
+    *_cases(8, "dense", _replicas(pp=2), _chunked("zbv", **_replicas()), slow=True, micro_batch=1),
+    *_cases(8, "dense", _replicas(**_ring()), slow=True),
+    *_cases(4, "moe", _replicas(), slow=True),
+    *_cases(8, "moe", _replicas(cp=2), _replicas(tp=2), slow=True),
     # three axes at once
     *_cases(8, "dense", {"tp": 2, "cp": 2, "pp": 2}, {"tp": 2, "pp": 2, "shard": True}, slow=True),
     *_cases(8, "moe", {"ep": 2, "tp": 2, "pp": 2}, {"ep": 2, "tp": 2, "cp": 2}, slow=True),

@@ -80,6 +80,11 @@ class MeshWorld(ProcessGroup):
             shard_model(part, mesh.shard, mesh.expert_shard, precision, reshard=config.reshard)
         return model.to_empty(device=device) if only_shapes else model
 
+    def place_asked(self, model: Llama, device: torch.device, precision: torch.dtype) -> Llama:
+        if self.config.shard:
+            shard_model(model, self.mesh.shard, self.mesh.expert_shard, precision, reshard=True)
+        return model.to_empty(device=device)
+
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             dist.all_reduce(tensor, group=self.mesh.data.get_group())
