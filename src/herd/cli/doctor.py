@@ -15,6 +15,7 @@ from herd.cli.output import emit
 
 _OPTIONAL = {
     "torch": "training, and the torch backend",
+    "safetensors": "checkpoints on the way of a training run",
     "matplotlib": "plots in reports",
     "huggingface_hub": "herd pull",
 }
