@@ -112,6 +112,7 @@ def trained(directory: Path, clock: Clock) -> Trainer[Batch]:
     return Trainer(llama, next_token_loss, Random(), config, directory, [clock, limit])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_decides_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speed = {0.3: 1.0, 9: 0.5}
     whole = trained(tmp_path / "whole", Clock(monkeypatch, speed))

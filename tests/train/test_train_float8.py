@@ -42,6 +42,7 @@ def test_the_middle_blocks_products_are_replaced_and_no_name_changes() -> None:
     assert changed == {name for name in kinds if name.startswith(("layers.1.", "layers.2."))}
 
 
+@pytest.mark.slow
 def test_training_follows_that_in_fp32_and_is_not_the_same(tmp_path: Path) -> None:
     for name, fields in (("exact", {}), ("float8", {"float8": True})):
         (tmp_path / name).mkdir()
