@@ -15,6 +15,7 @@ from herd.errors import UsageError
 from herd.train.memory import keep_freed_memory, memory_bytes
 from herd.train.metrics import MetricsFile, _clock
 from herd.train.peak import matmul_peak
+from tests.train.parallel.cases import Case, trainer
 
 
 def test_rewind_drops_later_and_broken_lines(tmp_path: Path) -> None:
@@ -101,3 +102,16 @@ def test_the_config_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_a_terminal_a_line_says_now_and_then_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(seconds: float) -> list[str]:
+        monkeypatch.setattr("herd.train.metrics._LINE_SECONDS", seconds)
+        trainer(Case("dense", 1, {}), tmp_path / str(seconds), [], steps=4).fit()
+        return [line for line in capsys.readouterr().err.splitlines() if "step" in line]
+
+    assert told(3600.0) == []
+    lines = told(0.0)
+    assert len(lines) == 4 and re.search(r"herd: step 3/4 · loss \d\.\d+ · .* · 0:\d\d left", lines[2])

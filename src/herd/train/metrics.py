@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from herd.files import atomic_write
-from herd.progress import status
+from herd.progress import interactive, status
+from herd.train.announce import announce
 from herd.train.callbacks import Callback, StepRecord, Verdict
 from herd.train.memory import memory_bytes
 
 if TYPE_CHECKING:
     from herd.train.trainer import Trainer, TrainResult
+
+
+_LIVE_SECONDS, _LINE_SECONDS = 0.5, 60.0
+"""Between changes of the live line, and between lines where nobody watches a terminal: a log says that it goes on."""
 
 
 class MetricsFile:
@@ -61,7 +66,8 @@ def _step_of(line: str) -> float:
 
 
 class Metrics(Callback):
-    """A line in metrics.jsonl every `log_every` steps and at the end, and the live status line.
+    """A line in metrics.jsonl every `log_every` steps and at the end, and the live status line; without a terminal, its
+    text once a minute.
 
     loss: mean per supervised token since the last line · tokens: seen so far, padding included · tokens_per_second:
     of training steps since the last line · mfu: FLOPs of the model / FLOPs that the measured matmul peak allows ·
@@ -74,7 +80,7 @@ class Metrics(Callback):
         self._every = every
         self._loss = self._weight = self._seconds = 0.0
         self._tokens = self._skipped = 0
-        self._shown = 0.0
+        self._shown = time.monotonic()
         self._pace: float | None = None
 
     def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
@@ -88,9 +94,10 @@ class Metrics(Callback):
         self._pace = record.seconds if self._pace is None else 0.9 * self._pace + 0.1 * record.seconds
         if trainer.world.rank != 0:
             return
-        if time.monotonic() - self._shown > 0.5:
+        if time.monotonic() - self._shown > (_LIVE_SECONDS if interactive() else _LINE_SECONDS):
             self._shown = time.monotonic()
-            status(self._live(trainer, record))
+            say = status if interactive() else announce
+            say(self._live(trainer, record))
         if record.step % self._every == 0 or record.step == trainer.total_steps:
             self._write(trainer, record)
 
