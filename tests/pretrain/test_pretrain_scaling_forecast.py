@@ -99,6 +99,8 @@ def test_what_no_curve_goes_through_is_refused() -> None:
         fit_benchmark([Model(m.flops, 3 - m.nll, m.accuracy) for m in models])
     with pytest.raises(UsageError, match="does not rise as the NLL falls"):
         fit_benchmark([Model(m.flops, m.nll, 1 - (m.accuracy or 0)) for m in models])
+    with pytest.raises(UsageError, match=r"no model is better than chance; got 0\.\d+; allowed: above 0.9"):
+        fit_benchmark(models, chance=0.9)
     with pytest.raises(UsageError, match="are no range"):
         fit_benchmark(models, chance=0.5, ceiling=0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from herd.corpus import CorpusConfig
 from herd.errors import UsageError
 from herd.files import write_json
 from herd.pretrain import PretrainConfig
-from herd.pretrain.scaling import LadderConfig, PowerLaw, fit_ladder, plan, read_runs
+from herd.pretrain.scaling import LadderConfig, PowerLaw, Run, fit_ladder, plan, read_runs
+from herd.pretrain.scaling.isoflop import _grouped
 from herd.pretrain.scaling.ladder import shape_of
 from herd.recipe import Recipe, Stage, StageContext, StageFailed
 from herd.recipe.ladder import LADDER_FILE, plan_ladder, run_ladder, rung_recipe
@@ -93,11 +95,27 @@ def _tiny(budget: float) -> list[Any]:
         ((1e10, 1e15), 512, "budget"),
         ((1e15, float("1e41")), 512, "this is no budget"),
         ((1e15, 1e16), 513, "longer than the model's context.*up to 512"),
+        ((1e15, 1e15), 512, "two budgets are as good as one; got 1e\\+15, 1e\\+15"),
+        ((1e15, 3e15, 1.1e15), 512, "as good as one; got 1e\\+15, 1.1e\\+15; allowed: 1.25 times"),
     ],
 )
 def test_impossible_ladders_are_refused(budgets: tuple[float, ...], seq_len: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan(LadderConfig(budgets=budgets), REFERENCE, seq_len)
+
+
+def test_the_fit_tells_planned_budgets_apart_however_few_their_steps() -> None:
+    row, fewest = 2**16, 1000
+    reference = dataclasses.replace(REFERENCE, context_length=row)
+    for budget in np.geomspace(2.5e14, 4e14, 60):
+        try:
+            rungs = plan(LadderConfig(budgets=(budget, 1.25 * budget), sizes=5, spread=9.0), reference, row)
+        except UsageError:  # not steps enough
+            continue
+        fewest = min(fewest, *(rung.steps for rung in rungs))
+        found = _grouped([Run(rung.flops, rung.params, rung.tokens, 2.0) for rung in rungs])
+        assert [len(group) for group in found] == [5, 5], budget
+    assert fewest == 12
 
 
 class _BaseConfig(PretrainConfig):
@@ -240,6 +258,23 @@ def test_verbs_speak_json_and_text(capsys: pytest.CaptureFixture[str], table: Pa
 def test_wrong_use_is_told(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     code, out, err = _herd(capsys, "scaling", *arguments)
     assert code == 2 and message in err and not out
+
+
+def test_two_budgets_have_no_floor_and_it_is_said(capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    said = "has no floor and may be too low beyond them"
+    for verb in (["fit"], ["predict", "--flops", "1e14"]):
+        assert said not in _herd(capsys, "scaling", *verb, str(table))[1]
+    assert json.loads(_herd(capsys, "scaling", "predict", str(table), "--flops", "1e14", "--json")[1])[0]["has_floor"]
+    two = table.with_name("two.csv")
+    two.write_text("\n".join(line for line in table.read_text().split("\n") if not line.startswith(str(BUDGETS[-1]))))
+    fitted = _herd(capsys, "scaling", "fit", str(two))[1]
+    assert said in fitted and "E = 0, not fitted" in fitted
+    law = json.loads(_herd(capsys, "scaling", "fit", str(two), "--json")[1])["laws"]["loss"]
+    assert law["floor"] == {"value": 0.0, "low": None, "high": None} and law["exponent"]["low"] is not None
+    assert said in _herd(capsys, "scaling", "predict", str(two), "--flops", "1e14")[1]
+    assert said not in _herd(capsys, "scaling", "predict", str(two), "--flops", str(BUDGETS[1]))[1]  # not beyond
+    row = json.loads(_herd(capsys, "scaling", "predict", str(two), "--flops", "1e14", "--json")[1])[0]
+    assert row["has_floor"] is False
 
 
 def test_fit_predict_and_plan_need_no_torch(table: Path, repository: Path) -> None:

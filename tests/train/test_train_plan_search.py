@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from herd.architecture import releases
 from herd.errors import ResourceError, UsageError
+from herd.train.config import TrainConfig
+from herd.train.parallel.config import ParallelConfig
 from herd.train.plan import GPUS, Job, Layout, Settings, gpu_named, make_plan, problems
 from herd.train.plan.hardware import GPUS_PER_NODE
 from herd.train.plan.layout import divisors, largest, layouts
@@ -111,6 +114,61 @@ def test_a_schedule_that_is_asked_for_is_used() -> None:
     for schedule in ("1f1b", "gpipe", "interleaved", "looped-bfs"):
         fixed = {"tp": 8, "pp": 16, "cp": 1}
         assert make_plan(job, 8192, 141 * 10**9, H100, fixed, schedule).plan.settings.schedule == schedule  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "sequences", "fixed", "precision"),
+    [
+        ("llama3.1-8b", 8, 128, {}, "bf16"),
+        ("llama3.2-3b", 12, 6, {"pp": 4}, "bf16"),  # two micro-batches for four stages
+        ("llama3.1-8b", 6, 1, {}, "bf16"),
+        ("llama3.1-8b", 64, 4, {"tp": 2}, "bf16"),
+        ("llama4-scout-17b-16e", 64, 3, {"tp": 2}, "bf16"),
+        ("llama3.2-1b", 8, 4, {}, "fp8"),  # fewer sequences than GPUs
+        ("llama3.1-8b", 8, 8, {"pp": 4}, "fp8"),
+    ],
+)
+def test_our_own_trainer_takes_what_is_planned_for_it(
+    model: str, gpus: int, sequences: int, fixed: dict[str, int], precision: Any
+) -> None:
+    """The configuration that the plan describes passes the checks that a run makes before its first step."""
+    job = Job(releases[model].config, 4096, 4096 * sequences, precision, trainer="herd")
+    chosen = make_plan(job, gpus, 80 * GIB, H100, fixed).plan
+    layout, settings = chosen.layout, chosen.settings
+    parallel = ParallelConfig(
+        tp=layout.tp,
+        cp=layout.cp,
+        pp=layout.pp,
+        ep=layout.ep,
+        shard=True,
+        reshard=settings.sharding == "parameters",
+        reduce_each=settings.sharding != "optimizer",
+        schedule=settings.schedule,
+        virtual=settings.virtual,
+        recompute=settings.recompute,
+    )
+    TrainConfig(steps=1, float8=precision == "fp8", parallel=parallel)
+    assert parallel.check(job.config, job.seq, job.sequences, settings.micro_batch, gpus) == layout
+
+
+def test_a_schedule_that_cannot_run_is_not_called_too_large() -> None:
+    own = Job(_8B, 8192, 2 * 8192, trainer="herd")
+    with pytest.raises(UsageError, match=r"schedule 1f1b cannot run.*got pp=4, 2 sequences.*allowed: as many micro-b"):
+        make_plan(own, 4, 80 * GIB, H100, {"pp": 4}, "1f1b")
+    with pytest.raises(UsageError, match=r"schedule 1f1b cannot run.*got 3 GPUs.*fix: a larger batch"):
+        make_plan(own, 3, 80 * GIB, H100, schedule="1f1b")
+    three = Job(_8B, 8192, 3 * 8192)
+    with pytest.raises(UsageError, match=r"schedule interleaved cannot run.*multiple.*nearest that works is tp=1 cp=4"):
+        make_plan(three, 4, 80 * GIB, H100, {"tp": 1, "pp": 4}, "interleaved")
+    with pytest.raises(ResourceError, match="fits into the memory"):
+        make_plan(Job(_8B, 8192, 4 * 8192), 4, 8 * GIB, H100, {"tp": 1, "pp": 4}, "interleaved")
+
+
+def test_our_own_float8_is_not_for_split_matrices() -> None:
+    job = Job(_8B, 8192, 2**20, "fp8", trainer="herd")
+    with pytest.raises(UsageError, match=r"tp=2 splits matrices, and Herd's own trainer has float8 for whole"):
+        make_plan(job, 16, 80 * GIB, H100, {"tp": 2})
+    assert make_plan(replace(job, trainer="published"), 16, 80 * GIB, H100, {"tp": 2}).plan.layout.tp == 2
 
 
 def test_errors_name_the_nearest_that_works() -> None:

@@ -102,7 +102,17 @@ class Distillation:
         with torch.no_grad():
             taught = [states(teacher) for teacher in self._teachers]
         x_TD, output_VD = states(model)
-        return distillation_loss(x_TD, output_VD, taught, targets_T, weights_T, self._weight), weights_T.sum()
+        loss = distillation_loss(x_TD, output_VD, taught, targets_T, weights_T, self._weight)
+        for teacher in self._teachers:
+            _let_go(teacher)
+        return loss, weights_T.sum()
+
+
+def _let_go(teacher: Llama) -> None:
+    """Keep a rank's part of the embedding and the output alone: what was gathered of them, no backward pass lets go."""
+    reshard = getattr(teacher, "reshard", None)  # of FSDP
+    if reshard is not None:
+        reshard()
 
 
 def distillation_loss(

@@ -249,6 +249,7 @@ class Trainer(Generic[B]):
                     continue
                 loss, weight = self.loss_fn(self.model, batch)
                 sums += torch.stack([loss, weight]).double().cpu()
+        self.world.let_go()
         self.model.train(training)
         self.world.sum_shared_(sums)
         loss_sum, weight_sum = sums.tolist()

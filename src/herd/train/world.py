@@ -69,6 +69,10 @@ class World(Protocol):
     def place_asked(self, model: Llama, device: torch.device, precision: torch.dtype) -> Llama:
         """Room for this rank's part of a model that is only asked, on whole rows, and given as shapes."""
 
+    def let_go(self) -> None:
+        """Keep this rank's part of the placed model alone: what a pass without gradients has gathered stays otherwise,
+        and the model's parameters are whole until the next backward pass."""
+
     def local(self, batch: Any) -> Any:
         """This rank's part of a micro-batch."""
 
@@ -139,6 +143,9 @@ class OneRank:
 
     def place_asked(self, model: Llama, device: torch.device, precision: torch.dtype) -> Llama:
         return model.to_empty(device=device)
+
+    def let_go(self) -> None:
+        """Nothing was gathered."""
 
     def local(self, batch: Any) -> Any:
         return batch

@@ -88,6 +88,14 @@ def check_writable(option: str, path: Path | None) -> None:
         raise UsageError(f"{option} cannot be written there", value=path, allowed="a file in a folder that exists")
 
 
+def no_floor() -> str:
+    """What is to be said of losses where there are too few budgets for a floor."""
+    from herd.pretrain.scaling.isoflop import FLOOR_BUDGETS
+
+    few = FLOOR_BUDGETS - 1
+    return f"with {few} budgets a curve has no floor and may be too low beyond them: train a third budget"
+
+
 def between(estimate: Estimate, digits: int = 3) -> str:
     """`1.65e+13 (1.59e+13 to 1.71e+13)`; without the interval where there is none."""
     if not math.isfinite(estimate.low):

@@ -9,7 +9,7 @@ import typer
 
 from herd.cli.options import takes_groups
 from herd.cli.output import emit, table
-from herd.cli.scaling import Bootstrap, between, check_writable
+from herd.cli.scaling import Bootstrap, between, check_writable, no_floor
 
 if TYPE_CHECKING:
     from herd.pretrain.scaling import LadderFit
@@ -72,7 +72,7 @@ def _text(fit: LadderFit, plot: Path | None) -> str:
             "E + B · C^-β",
             between(fit.factor("loss")),
             between(fit.exponent("loss"), 4),
-            f"E = {between(fit.floor(), 4)}",
+            f"E = {between(fit.floor(), 4) if fit.has_floor else '0, not fitted'}",
         ],
     ]
     parts = [minima, table(["law", "form", "factor", "exponent", ""], laws)]
@@ -81,4 +81,6 @@ def _text(fit: LadderFit, plot: Path | None) -> str:
         parts.append("no intervals: three runs a budget lie on their parabola exactly; train a fourth size")
     else:
         parts.append(f"{fit.confidence:.0%} intervals from {usable:,} resamples, seed {fit.seed}")
+    if not fit.has_floor:
+        parts[-1] += f"\n{no_floor()}"
     return "\n\n".join(parts) + (f"\npicture: {plot}" if plot else "")

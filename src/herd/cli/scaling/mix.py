@@ -11,7 +11,7 @@ import typer
 
 from herd.cli.options import takes_groups
 from herd.cli.output import emit, table
-from herd.cli.scaling import Bootstrap, between, check_writable, named_numbers
+from herd.cli.scaling import Bootstrap, between, check_writable, named_numbers, no_floor
 from herd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def _text(
         said = "no intervals: there are as many mixes as a law has numbers; train more"
     reach = f"{len(fit.used)} mixes at {fit.flops:.3g} FLOPs, {fit.extrapolation:.3g}× the largest budget"
     if fit.extrapolation > SAME_BUDGET and min(mix.budgets for mix in fit.used) < FLOOR_BUDGETS:
-        few = FLOOR_BUDGETS - 1
-        said += f"\nwith {few} budgets a curve has no floor and may be too low beyond them: train a third budget"
+        said += f"\n{no_floor()}"
     return "\n\n".join([*parts, f"{reach}\n{said}"]) + (f"\npicture: {plot}" if plot else "")
 
 

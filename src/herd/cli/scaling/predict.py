@@ -73,7 +73,8 @@ def _from_law(text: str, budgets: list[float]) -> list[dict[str, Any]]:
 
 
 def _text(rows: list[dict[str, Any]]) -> str:
-    from herd.cli.scaling import between
+    from herd.cli.scaling import between, no_floor
+    from herd.pretrain.scaling.isoflop import SAME_BUDGET
     from herd.pretrain.scaling.laws import Estimate
 
     def said(row: dict[str, Any], name: str, say: Any) -> str:
@@ -92,4 +93,6 @@ def _text(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return table(["FLOPs", "tokens", "params", "loss", "largest budget"], lines)
+    text = table(["FLOPs", "tokens", "params", "loss", "largest budget"], lines)
+    low = any(not row.get("has_floor", True) and row["extrapolation"] > SAME_BUDGET for row in rows)
+    return f"{text}\n{no_floor()}" if low else text

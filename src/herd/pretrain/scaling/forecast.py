@@ -130,7 +130,8 @@ def fit_benchmark(
     model, scaled by √(n / (n - 2)) for the two numbers of a curve and by `noise_scale`; both curves are fitted anew.
 
     `chance`: accuracy of guessing, 1/4 where there are four answers; `ceiling`: the highest there can be. Raises
-    UsageError where a step has fewer than three different values, or where the NLL rises with compute or with accuracy.
+    UsageError where a step has fewer than three different values, where no model is better than chance, and where the
+    NLL rises with compute or with accuracy.
     """
     check_bootstrap(resamples, confidence)
     if not 0 <= chance < ceiling <= 1:
@@ -146,6 +147,8 @@ def fit_benchmark(
                 value=len(np.unique(rows[:, 0])),
                 allowed="three or more",
             )
+    if not two[:, 1].max() > chance:
+        raise UsageError("no model is better than chance", value=float(two[:, 1].max()), allowed=f"above {chance:g}")
     height, rng = ceiling - chance, np.random.default_rng(seed)
     x, nll = one.T
     intercept, slope = (float(numbers[0]) for numbers in lines(x, nll[None]))

@@ -60,13 +60,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The compute-optimal run of a budget. `extrapolation`: the budget as a multiple of the ladder's largest."""
+    """The compute-optimal run of a budget. `extrapolation`: the budget as a multiple of the ladder's largest;
+    `has_floor`: of the law of the loss."""
 
     flops: float
     extrapolation: float
     tokens: Estimate
     params: Estimate
     loss: Estimate
+    has_floor: bool
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,15 @@ class LadderFit:
         """The factor before C^exponent. Its interval is wide, for it belongs to one FLOP, far from every budget."""
         return Estimate.of(getattr(self, law).factor, np.exp(self.replicates[law][-2]), self.confidence)
 
+    @property
+    def has_floor(self) -> bool:
+        """Whether there are budgets enough for one; else it is taken for 0, and losses far beyond are too low."""
+        return len(self.used) >= FLOOR_BUDGETS
+
     def floor(self) -> Estimate:
-        """The loss that no compute goes below."""
-        return Estimate.of(self.loss.floor, self.replicates["loss"][0], self.confidence)
+        """The loss that no compute goes below, without an interval where it is not fitted."""
+        found = self.replicates["loss"][0] if self.has_floor else np.zeros(0)
+        return Estimate.of(self.loss.floor, found, self.confidence)
 
     def predict(self, flops: float) -> Prediction:
         """Optimal tokens, parameters and loss for a budget in FLOPs. Raises UsageError for one that is no number > 0.
@@ -122,6 +130,7 @@ class LadderFit:
             tokens=sized("tokens"),
             params=sized("params"),
             loss=Estimate.of(self.loss(flops), losses, self.confidence),
+            has_floor=self.has_floor,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from herd.config import Config
 from herd.errors import UsageError
 
 _NARROWEST, _NARROWEST_32, _WIDEST = 16, 128, 16_384
-_FEWEST_STEPS = 10  # half a step is then 5 % of the budget; the fit takes runs within 10 % as one
+_FEWEST_STEPS = 12  # half a step is then some 4 % of the budget; the fit takes runs within 10 % as one
+_APART = 1.25
+"""Budgets differ by this factor or more, so that the fit tells their runs apart, up to half a step off as they are."""
 _SMALL, _LARGE = (6e18, 250e3), (1e22, 4e6)
 """(budget in FLOPs, tokens of a batch) at the two ends of the paper's ladder."""
 _BATCH_EXPONENT = math.log(_LARGE[1] / _SMALL[1]) / math.log(_LARGE[0] / _SMALL[0])
@@ -88,7 +91,8 @@ def plan(config: LadderConfig, reference: LlamaConfig, seq_len: int) -> list[Run
     scaled from its size. Tokens are budget / FLOPs per token of the architecture, attention included, for rows of
     `seq_len` tokens. A batch holds 250K tokens at 6e18 FLOPs and 4M at 1e22, as in the paper, and between and beyond
     them C^0.374 as much; the rate falls as params^-0.116, from the paper's 4e-4 at 40M to 2e-4 at 16B.
-    Raises UsageError for a budget that has no such sizes, or that is spent in fewer than 10 steps.
+    Raises UsageError for a budget that has no such sizes or is spent in fewer than 12 steps, and for budgets that are
+    so near to each other that the fit would take them for one.
     """
     if seq_len > reference.context_length:
         allowed = f"up to {reference.context_length}"
@@ -96,10 +100,15 @@ def plan(config: LadderConfig, reference: LlamaConfig, seq_len: int) -> list[Run
     for budget in config.budgets:
         if not 1.0 <= budget <= 1e40:
             raise UsageError("this is no budget", value=budget, allowed="FLOPs from 1 to 1e40, as 1e15")
+    for one, other in itertools.pairwise(sorted(config.budgets)):
+        if other < one * _APART:
+            raise UsageError(
+                "two budgets are as good as one", value=f"{one:.4g}, {other:.4g}", allowed=f"{_APART} times as much"
+            )
     shapes = [(shape, multiplying_parameter_count(shape)) for shape in _shapes(reference)]
     per_token = {shape.dim: training_flops_per_token(shape, seq_len) for shape, _ in shapes}
     rungs = []
-    for budget in sorted(set(config.budgets)):
+    for budget in sorted(config.budgets):
         for shape, weights in _chosen(budget, config, shapes, per_token):
             rungs.append(_rung(budget, shape, weights, per_token[shape.dim], reference, seq_len))
     return rungs

@@ -5,7 +5,6 @@ Letters: R replicates, B budgets. A value that a replicate lacks is NaN and does
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,10 +58,6 @@ class Estimate:
         tail = 50 * (1 - confidence)
         low, high = np.percentile(usable, [tail, 100 - tail])
         return cls(value, float(low), float(high))
-
-    def apply(self, function: Callable[[float], float]) -> Estimate:
-        """The same under an increasing function."""
-        return Estimate(function(self.value), function(self.low), function(self.high))
 
 
 def noise_scale(freedom: int, resamples: int, rng: np.random.Generator) -> Array:

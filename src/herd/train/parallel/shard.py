@@ -53,6 +53,13 @@ def reduce_now(modules: Iterable[nn.Module], now: bool) -> None:
             module.set_requires_gradient_sync(now)
 
 
+def let_go(modules: Iterable[nn.Module]) -> None:
+    """Drop the whole weights that are gathered in these and everything below them."""
+    for part in (part for module in modules for part in module.modules()):
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def _of_experts(weight: nn.Parameter, shards: int) -> Shard:
     """Along which axis a stack of experts [E, …, …] is sharded: by experts, unless there are too few for all shards."""
     held = weight.to_local() if isinstance(weight, DTensor) else weight

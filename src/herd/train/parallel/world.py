@@ -22,7 +22,7 @@ from herd.train.parallel.gradients import global_norm
 from herd.train.parallel.mesh import Mesh
 from herd.train.parallel.pipeline import Pipeline
 from herd.train.parallel.ring import RingExchange
-from herd.train.parallel.shard import reduce_now, shard_model
+from herd.train.parallel.shard import let_go, reduce_now, shard_model
 from herd.train.parallel.tensor import split_model
 from herd.train.parallel.whole import whole_weights
 from herd.train.world import ProcessGroup, autocast, is_shapes
@@ -84,6 +84,9 @@ class MeshWorld(ProcessGroup):
         if self.config.shard:
             shard_model(model, self.mesh.shard, self.mesh.expert_shard, precision, reshard=True)
         return model.to_empty(device=device)
+
+    def let_go(self) -> None:
+        let_go(self._sharded)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:

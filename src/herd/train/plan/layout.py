@@ -134,6 +134,8 @@ def problems(layout: Layout, job: Job, gpus: int | None = None) -> list[str]:
     need(job.seq % (cp * tp) == 0, f"tp·cp = {tp * cp} does not divide the sequence of {job.seq:,} tokens")
     need(pp <= config.n_layers, f"pp={pp} is more than the {config.n_layers} layers")
     need(job.sequences % dp == 0, f"dp={dp} does not divide the batch of {job.sequences:,} sequences")
+    whole = tp == 1 or job.trainer != "herd" or job.precision != "fp8"
+    need(whole, f"tp={tp} splits matrices, and Herd's own trainer has float8 for whole ones alone")
     if config.moe is None:
         need(ep == 1, f"ep={ep}, and the model has no experts")
     else:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 
 from herd.architecture import LlamaConfig
-from herd.train.plan.layout import Layout, Settings, Sharding
+from herd.train.plan.layout import Layout, Schedule, Settings, Sharding
 from herd.train.plan.parts import BF16, FP32
 
 GPU_CHUNK_LOGITS, MIN_CHUNK_ROWS = 2**28, 1024
@@ -59,6 +59,11 @@ def kept(config: LlamaConfig, layout: Layout, mixture: bool) -> dict[str, float]
 def shardings(layout: Layout, every: tuple[Sharding, ...]) -> tuple[Sharding, ...]:
     """What data ranks can share: a pipeline holds whole gradients to the end of the step."""
     return every if layout.pp == 1 else ("optimizer",)
+
+
+def least_micro_batches(schedule: Schedule, pp: int) -> int:
+    """How many micro-batches torch's schedule needs of a rank's step."""
+    return pp if schedule == "1f1b" else 1
 
 
 def received(config: LlamaConfig, layout: Layout, settings: Settings, micro_batches: int) -> float:

@@ -98,7 +98,7 @@ def make_plan(
     search = _Search(job, memory_bytes, gpu, fixed.get("ep"), schedule)
     found = search.run(wanted)
     if not found:
-        _refuse(search, gpus, fixed, every, possible=any(True for _ in search.tries(wanted)))
+        _refuse(search, gpus, fixed, every, wanted)
     return _choose(found)
 
 
@@ -181,16 +181,25 @@ class _Search:
         mean = sum(times[stage] for stage in split) / layout.pp
         return mean * self.job.micro_batches(layout, settings.micro_batch)
 
+    def has_schedule(self, wanted: list[Layout]) -> bool:
+        """Whether there is a way to run one of the layouts, be it in too little memory."""
+        return any(True for layout, one in self.tries(wanted) for _ in self._schedules(layout, one.micro_batch))
+
     def _schedules(self, layout: Layout, size: int) -> Iterator[tuple[Schedule, int]]:
-        """Schedules with the number of model chunks of a rank: interleaved ones with every power of two that fits."""
-        asked = self.schedule
-        if layout.pp == 1 or asked in (None, "1f1b", "gpipe"):
-            yield ("gpipe" if asked == "gpipe" else "1f1b"), 1
+        """Schedules with the number of model chunks of a rank: interleaved ones with every power of two that fits.
+
+        So few micro-batches that 1F1B cannot run them are all in flight anyway: gpipe is the same then.
+        """
+        asked, count = self.schedule, self.job.micro_batches(layout, size)
+        few = layout.pp > 1 and self.job.trainer == "herd"
+        few = few and count < own_trainer.least_micro_batches("1f1b", layout.pp)
+        if layout.pp == 1 or asked in (None, "gpipe") or (asked == "1f1b" and not few):
+            yield ("gpipe" if asked == "gpipe" or few else "1f1b"), 1
         virtual = 2
         while layout.pp > 1 and virtual * layout.pp <= self.job.config.n_layers + 2:
             if asked == "looped-bfs":
                 yield "looped-bfs", virtual
-            elif asked in (None, "interleaved") and self.job.micro_batches(layout, size) % layout.pp == 0:
+            elif asked in (None, "interleaved") and count % layout.pp == 0:
                 yield "interleaved", virtual
             virtual *= 2
 
@@ -200,7 +209,7 @@ def _distance(layout: Layout, fixed: dict[str, int]) -> float:
     return sum(abs(math.log2(ranks / fixed.get(axis, ranks))) for axis, ranks in layout.axes().items())
 
 
-def _refuse(search: _Search, gpus: int, fixed: dict[str, int], every: list[Layout], *, possible: bool) -> NoReturn:
+def _refuse(search: _Search, gpus: int, fixed: dict[str, int], every: list[Layout], wanted: list[Layout]) -> NoReturn:
     """Says why nothing was found, and the best of what is nearest to what was asked for."""
     nearest = None
     anew = replace(search, ep=None)
@@ -214,12 +223,27 @@ def _refuse(search: _Search, gpus: int, fixed: dict[str, int], every: list[Layou
             nearest = _choose(plans).plan.layout
             break
     advice = f"the nearest that works is {nearest}" if nearest else "more GPUs, more memory or a shorter sequence"
-    if not possible:
-        asked = " ".join(f"{axis}={ranks}" for axis, ranks in fixed.items())
-        alone = Layout(**({"tp": 1, "cp": 1, "pp": 1, "dp": fixed.get("ep", 1)} | fixed))
-        reasons = problems(alone, search.job, gpus if {"tp", "cp", "pp", "dp"} <= set(fixed) else None)
-        said = "; ".join(reason for reason in reasons if reason.startswith(tuple(fixed)))
-        said = said or f"no layout of {gpus:,} GPUs has these axes"
-        raise UsageError(f"the layout {asked} does not work: {said}", fix=advice)
-    size = f"{search.memory_bytes / 2**30:.1f} GiB"
-    raise ResourceError("no such layout fits into the memory of a GPU", value=size, fix=advice)
+    if search.has_schedule(wanted):
+        size = f"{search.memory_bytes / 2**30:.1f} GiB"
+        raise ResourceError("no such layout fits into the memory of a GPU", value=size, fix=advice)
+    asked = " ".join(f"{axis}={ranks}" for axis, ranks in fixed.items())
+    if any(True for _ in search.tries(wanted)):
+        raise UsageError(
+            f"schedule {search.schedule} cannot run this step",
+            value=f"{asked or f'{gpus:,} GPUs'}, {search.job.sequences:,} sequences a step",
+            allowed=_ALLOWED.get(search.schedule or "", "another --schedule"),
+            fix=advice if nearest else "a larger batch, or no --schedule",
+        )
+    alone = Layout(**({"tp": 1, "cp": 1, "pp": 1, "dp": fixed.get("ep", 1)} | fixed))
+    reasons = problems(alone, search.job, gpus if {"tp", "cp", "pp", "dp"} <= set(fixed) else None)
+    said = "; ".join(reason for reason in reasons if reason.startswith(tuple(fixed)))
+    said = said or f"no layout of {gpus:,} GPUs has these axes"
+    raise UsageError(f"the layout {asked} does not work: {said}", fix=advice)
+
+
+_ALLOWED = {
+    "1f1b": "as many micro-batches of a rank as there are pipeline ranks, or more",
+    "interleaved": "a multiple of the pipeline ranks as micro-batches of a rank, and layers for two chunks a rank",
+    "looped-bfs": "layers for two chunks a rank",
+}
+"""What a schedule needs."""
