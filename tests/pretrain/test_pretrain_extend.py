@@ -204,7 +204,7 @@ def test_the_verb(short: Path, corpus: Path, tmp_path: Path, capsys: pytest.Capt
     out = str(tmp_path / "out")
     options = ["--corpus", str(corpus), "--out", out, "--steps", "2", "--batch-size", "2", "--tolerance", "1"]
     options += ["--depths", "2", "--samples", "1", "--haystack", str(corpus / "train.jsonl")]
-    assert _herd("extend", str(short), "--to", "256", *options, "--json") == 0
+    assert _herd("extend", str(short), "--to", "256", *options, "--json") == 1
     state = json.loads(capsys.readouterr().out)
     assert state["stages"][0]["needles"] == 0 and "needles found 0, at least 1 wanted" in state["stopped"]
     grid = json.loads((tmp_path / "out" / "stage-256" / "needle" / "needle.json").read_text())
@@ -266,7 +266,7 @@ def test_ranks_are_told_what_does_not_fit(
     assert _herd(*given, "--parallel", "cp") == 2 and "--parallel cp=2" in capsys.readouterr().err
     assert _herd(*given, "--parallel", "cq=2") == 2 and "cq" in capsys.readouterr().err
     assert _herd(*given, "--parallel", "cp=2", "--optimizer", "muon") == 2 and "use adamw" in capsys.readouterr().err
-    assert _herd(*given, "--parallel", "cp=2") == 2 and "torchrun" in capsys.readouterr().err
+    assert _herd(*given, "--needles", "0", "--parallel", "cp=2") == 2 and "torchrun" in capsys.readouterr().err
 
 
 def test_some_documents_become_long_chats(short: Path, corpus: Path, tmp_path: Path) -> None:

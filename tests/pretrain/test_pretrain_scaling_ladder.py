@@ -204,6 +204,28 @@ def test_ladders_need_heldout_text_and_the_stages(tmp_path: Path) -> None:
     assert rung.shape.vocab_size == 320 and list(rung_recipe(RECIPE, rung).stages) == ["corpus", "tokenizer", "base"]
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"phases": [{"from_tokens": 10_000, "seq_len": 128, "batch_size": 4}]}, "rows of one length"),
+        ({"train": {"warmup": 8000}}, "warmup is for a longer run"),
+        ({"train": {"anneal": 8000, "steps": 9000}}, "anneal is for a longer run"),
+    ],
+)
+def test_what_steps_of_a_ladder_cannot_be(fields: dict[str, Any], said: str) -> None:
+    base = RECIPE.stages["base"]
+    changed = base | fields | {"train": base["train"] | fields.get("train", {})}
+    with pytest.raises(UsageError, match=said):
+        plan_ladder(Recipe("a", RECIPE.stages | {"base": changed}), LadderConfig(budgets=BUDGETS))
+
+
+def test_every_rung_has_a_schedule_of_its_own_length() -> None:
+    base = RECIPE.stages["base"]
+    longer = Recipe("a", RECIPE.stages | {"base": base | {"train": base["train"] | {"schedule_steps": 10**6}}})
+    for rung in plan_ladder(longer, LadderConfig(budgets=BUDGETS)):
+        assert rung_recipe(longer, rung).stages["base"]["train"]["schedule_steps"] is None
+
+
 def _herd(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))

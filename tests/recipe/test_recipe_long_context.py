@@ -112,6 +112,44 @@ def test_needles_are_asked_for_before_and_after(
     assert state["stopped"] is None, "judged by less, the trained stage is enough"
 
 
+def test_another_grid_is_asked_and_an_impossible_one_is_refused_before_the_training(
+    tiny: tuple[Path, dict[str, Any]], sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LongContextConfig(
+        to=512, steps=1, batch_size=1, tolerance=1, needles=0.5, lengths=2, depths=2, samples=1, digits=1,
+        probe_tokens=2000, haystack=(str(sources),),
+    )  # fmt: skip
+    base, corpus, out = _directory(tiny, "base") / "checkpoint", _directory(tiny, "corpus"), tmp_path / "out"
+    with pytest.raises(UsageError, match="no room for a haystack"):
+        lengthen(config.model_copy(update={"lengths": 40}), base, corpus, out)
+    assert not out.exists()
+    lengthen(config, base, corpus, out)
+    monkeypatch.setattr("herd.pretrain.extending.run", lambda *_: pytest.fail("trained again"))
+    for changed in ({"digits": 3}, {"samples": 2}, {"lengths": 1}):
+        config = config.model_copy(update=changed)
+        lengthen(config, base, corpus, out)
+        for folder in ("before", "stage-512/needle") if config.lengths > 1 else ("stage-512/needle",):
+            found = json.loads((out / folder / "needle.json").read_text())["config"]
+            assert (found["digits"], found["samples"]) == (config.digits, config.samples)
+            assert len(found["lengths"]) == config.lengths
+
+
+def test_what_comes_after_stays_when_it_is_judged_otherwise(
+    recipe: Path, tiny: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(tiny[0], copy)
+    done = []
+    state = run(
+        load_recipe(recipe, ["extend.tolerance=0.9"]),
+        stage_table(),
+        copy,
+        on_event=lambda event: done.append((event.kind, event.stage)),
+    )
+    assert state["stages"]["sft"] == tiny[1]["stages"]["sft"]
+    assert ("done", "extend") in done and ("skip", "sft") in done
+
+
 def test_an_extension_that_loses_something_ends_the_run(
     recipe: Path, tiny: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from herd.cli.options import shape_of
-from herd.cli.output import emit, table
+from herd.cli.output import console, emit, table
 
 
 def command(
@@ -69,13 +69,13 @@ def command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of the data.  [default: 0]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the result as JSON.")] = False,
-) -> None:
+) -> int:
     """Take a model to a longer context, in stages of training that each have to keep what the model could.
 
     Stages follow the card of Gradient's Llama 3 8B with 4M tokens: 8, 32, 64, 128 and 512 times the model's context,
     each from the last, with its batch, steps and learning rate, on documents that are joined to the new length. After
     each one held-out short text must be read as well as before, and numbers hidden in texts of the new length be found;
-    else it stops there and says why.
+    else it stops there, says why and exits with 1. The same command continues after Ctrl-C or a crash.
 
     Examples:
 
@@ -90,7 +90,7 @@ def command(
     if plan:
         data = _plan(model, to, method)
         emit(data, as_json, lambda: _show(data))
-        return
+        return 0
     from herd.config import parse_config
     from herd.recipe.lock import run_lock
     from herd.recipe.long_context import LongContextConfig, lengthen
@@ -104,9 +104,14 @@ def command(
     }  # fmt: skip
     config = parse_config(LongContextConfig, {k: v for k, v in given.items() if v is not None}, "herd extend")
     texts = corpus or _corpus_of(model)
-    with started_ranks() as ranks, run_lock(out) if ranks.leads else contextlib.nullcontext():
-        state = lengthen(config, model, texts, out)
+    try:
+        with started_ranks() as ranks, run_lock(out) if ranks.leads else contextlib.nullcontext():
+            state = lengthen(config, model, texts, out)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        console().print("Stopped. The same command continues where it was.", markup=False)
+        return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     emit(state, as_json, lambda: _show_result(state))
+    return 1 if state["stopped"] else 0
 
 
 def _pairs(given: list[str] | None) -> dict[str, str] | None:

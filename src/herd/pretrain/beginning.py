@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -44,7 +44,7 @@ def begin(config: PretrainConfig, shape: LlamaConfig, tokenizer: Tokenizer) -> I
     with checkpoint.open_checkpoint(checkpoint.continuing(config.init_from)) as opened:
         _check_shape(config.init_from, opened.config, shape)
         _check_tokenizer(config.init_from, opened, tokenizer)
-        yield stored(opened), _hash(opened, shapes)
+        yield stored(opened), weights_hash(opened)
 
 
 def _check_shape(name: str, found: LlamaConfig, wanted: LlamaConfig) -> None:
@@ -69,10 +69,10 @@ def _check_tokenizer(name: str, opened: checkpoint.Checkpoint, tokenizer: Tokeni
         )
 
 
-def _hash(opened: checkpoint.Checkpoint, names: Iterable[str]) -> str:
+def weights_hash(opened: checkpoint.Checkpoint) -> str:
     """Of the first numbers of every tensor: a training step changes all of them."""
     digest = hashlib.sha256()
-    for name in names:
+    for name in tensor_shapes(opened.config):
         first = models.to_tensor(opened[name].reshape(-1)[:256]).float()
         digest.update(name.encode() + first.numpy().tobytes())
     return digest.hexdigest()

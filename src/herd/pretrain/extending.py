@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from herd.corpus.document import write_documents
 from herd.corpus.related import join_related
 from herd.errors import FileFormatError, UsageError
 from herd.files import atomic_write, read_json, sha256_file, write_json
+from herd.pretrain.beginning import weights_hash
 from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import pack_heldout
 from herd.pretrain.extension import ExtendConfig, ExtensionStage, plan_extension
@@ -49,24 +51,26 @@ def extend(
     out_dir: str | Path,
     config: ExtendConfig,
     needles: Needles | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the stages of `plan_extension` on corpus/train.jsonl until one fails; returns the data of extension.json.
 
-    Without `needles`, or with none wanted, short text alone decides. The result's "model" is the checkpoint of the last
+    Without `needles`, or with none wanted, short text alone decides. `asked` says what is asked for them: when it is
+    something else than before, they are asked again. The result's "model" is the checkpoint of the last
     stage that met its criteria, or `model` itself; "stopped" says why it is not the last stage's. Every rank calls it.
     Raises UsageError where there is nothing to plan, nothing held out, or a directory of another extension.
     """
     out, folder = Path(out_dir), Path(corpus)
     start = checkpoint.continuing(model)
     with checkpoint.open_checkpoint(start) as opened:
-        shape, tokenizer = opened.config, opened.tokenizer
+        shape, tokenizer, weights = opened.config, opened.tokenizer, weights_hash(opened)
     stages = plan_extension(shape, to, config.method)
     for name in ("train.jsonl", "heldout.jsonl"):
         if not (folder / name).is_file() or not (folder / name).stat().st_size:
             text = "text to train on" if name == "train.jsonl" else "held-out text to judge by"
             raise UsageError(f"{folder} has no {text} ({name})", fix="herd corpus SOURCES... --out DIR")
-    extension = _Extension(start, shape, tokenizer, folder, out, config, needles)
-    extension.change(lambda state: state.update(_begin(out, str(start), to, folder, config, stages)))
+    extension = _Extension(start, shape, tokenizer, folder, out, config, needles, dict(asked or {}))
+    extension.change(lambda state: state.update(_begin(out, weights, to, folder, config, stages)))
     extension.change(extension.measure_before)
     for number in range(len(stages)):
         if "result" not in extension.state["stages"][number]:
@@ -89,6 +93,7 @@ class _Extension:
     out: Path
     config: ExtendConfig
     needles: Needles | None
+    asked: dict[str, Any]
     state: dict[str, Any] = field(default_factory=dict)
     world: World = field(default_factory=current_world)
 
@@ -126,8 +131,14 @@ class _Extension:
             record = state["stages"][number]
             if "short" not in record:
                 record["short"] = self._short(trained)
-            if self.needles is not None and self.config.needles and "needles" not in record:
-                record["needles"] = self.needles(trained, stage.context, trained.with_name("needle"))
+            if self.needles is not None and self.config.needles:
+                grid = trained.with_name("needle")
+                if record.get("asked", self.asked) != self.asked:
+                    shutil.rmtree(grid, ignore_errors=True)
+                    record.pop("needles", None)
+                if "needles" not in record:
+                    record["needles"] = self.needles(trained, stage.context, grid)
+                record["asked"] = self.asked
             criteria = _criteria(self.config, state["short_before"], record)
             record["criteria"] = [criterion.to_dict() for criterion in criteria]
             if failed := [criterion.describe() for criterion in criteria if not criterion.met]:
@@ -150,13 +161,13 @@ class _Extension:
 
 
 def _begin(
-    out: Path, start: str, to: int, corpus: Path, config: ExtendConfig, stages: list[ExtensionStage]
+    out: Path, weights: str, to: int, corpus: Path, config: ExtendConfig, stages: list[ExtensionStage]
 ) -> dict[str, Any]:
     """What extension.json has of an earlier call, or its beginning. What judges may change, and how ranks share the
     work; the rest may not."""
     free = {"tolerance", "needles", "parallel"}
     texts = [sha256_file(corpus / name) for name in ("train.jsonl", "heldout.jsonl")]
-    settings: dict[str, Any] = {"from": start, "to": to, "texts": texts}
+    settings: dict[str, Any] = {"weights": weights, "to": to, "texts": texts}
     settings |= config.model_dump(mode="json", exclude=free)
     path = out / FILE
     if not path.exists():

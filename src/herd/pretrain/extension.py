@@ -125,11 +125,11 @@ def plan_extension(config: LlamaConfig, to: int, method: PlanMethod = "law") -> 
 
 
 def _stage(config: LlamaConfig, context: int, card: CardStage, method: PlanMethod) -> ExtensionStage:
+    card_theta = _card_theta(config, context) if method == "card" else None
     longer = stretched(config, context, "law" if method == "card" else method)
-    theta = _card_theta(config, context) if method == "card" else longer.rope_theta
     return ExtensionStage(
         context=context,
-        rope_theta=theta,
+        rope_theta=card_theta or longer.rope_theta,
         rope_scaling=longer.rope_scaling,
         law_theta=law_theta(config.rope_theta, config.context_length, context),
         batch=card.batch,

@@ -24,6 +24,7 @@ from herd.recipe.stage import Stage
 from herd.recipe.tokenise import TokenizerConfig
 from herd.train.config import TrainConfig
 from herd.train.launch import Ranks
+from herd.train.schedule import warmup_steps
 
 LADDER_FILE = "ladder.jsonl"
 _SHARED = ("corpus", "tokenizer")
@@ -32,7 +33,8 @@ _SHARED = ("corpus", "tokenizer")
 def plan_ladder(recipe: Recipe, config: LadderConfig, vocab_size: int | None = None) -> list[Rung]:
     """The rungs for a recipe's context, rows and vocabulary (by default as large as the recipe asks for).
 
-    Learning rates are the recipe's at the size of its own model. Raises UsageError.
+    Learning rates are the recipe's at the size of its own model. Raises UsageError, also for phases, and for a warm-up
+    or annealing that takes more than half of a rung.
     """
     missing = [name for name in (*_SHARED, "base") if name not in recipe.stages]
     if missing:
@@ -42,7 +44,24 @@ def plan_ladder(recipe: Recipe, config: LadderConfig, vocab_size: int | None = N
     if vocab_size is None:
         where = f"{recipe.source}: tokenizer"
         vocab_size = parse_config(TokenizerConfig, recipe.stages["tokenizer"], where).vocab_size
-    return plan(config, model.to_llama(vocab_size), _train(recipe).seq_len)
+    train = _train(recipe)
+    rungs = plan(config, model.to_llama(vocab_size), train.seq_len)
+    _check_steps(train, base.get("phases") or (), min(rung.steps for rung in rungs))
+    return rungs
+
+
+def _check_steps(train: TrainConfig, phases: Sequence[Any], fewest: int) -> None:
+    """Raises UsageError for what would make a rung's steps, or their rates, others than its law is of."""
+    if phases:
+        raise UsageError("the rungs of a ladder have rows of one length", value="base.phases", fix="base.phases=[]")
+    for name, steps in (("warmup", warmup_steps(fewest, train)), ("anneal", train.anneal)):
+        if steps > fewest // 2:
+            raise UsageError(
+                f"base.train.{name} is for a longer run",
+                value=f"{steps:,} steps",
+                allowed=f"half of the smallest rung's {fewest:,} steps",
+                fix=f"base.train.{name}={0.01 if name == 'warmup' else 0}",
+            )
 
 
 def rung_recipe(recipe: Recipe, rung: Rung) -> Recipe:
@@ -53,7 +72,8 @@ def rung_recipe(recipe: Recipe, rung: Rung) -> Recipe:
         for name, rate in (("lr", train.lr), ("muon_lr", train.muon_lr))
         if rate is not None
     }
-    size: dict[str, Any] = {"steps": rung.steps, "batch_size": rung.batch_size}
+    # A schedule of its own length would end somewhere else on every rung.
+    size: dict[str, Any] = {"steps": rung.steps, "batch_size": rung.batch_size, "schedule_steps": None}
     if train.micro_batch is not None:
         size["micro_batch"] = min(train.micro_batch, rung.batch_size)
     stages = {name: recipe.stages[name] for name in _SHARED}

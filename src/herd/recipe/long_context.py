@@ -20,9 +20,9 @@ from pydantic import Field
 from herd import checkpoint
 from herd.corpus import STDLIB
 from herd.errors import HerdError, MissingDependency
-from herd.evaluate.needle import NeedleConfig, even_depths
+from herd.evaluate.needle import NeedleConfig, PromptMaker, even_depths
 from herd.files import read_json
-from herd.pretrain.extension import ExtendConfig
+from herd.pretrain.extension import ExtendConfig, plan_extension
 
 
 class LongContextConfig(ExtendConfig):
@@ -77,10 +77,13 @@ def lengthen(config: LongContextConfig, model: str | Path, corpus: Path, out: Pa
     def found(path: Path, context: int, place: Path) -> float:
         return _least_found(_found(config.grid(context), path, place))
 
+    if config.needles:
+        _check_grids(config, model)
     state: dict[str, Any] = {}
     if config.lengths > 1 and config.needles:
         state["before"] = current_world().first(lambda: _before(config, model, out))
-    return extend(model, config.to, corpus, out, config.training(), found) | state
+    asked = config.grid(config.to).model_dump(mode="json", exclude={"lengths"}) | {"lengths": config.lengths}
+    return extend(model, config.to, corpus, out, config.training(), found, asked=asked) | state
 
 
 def extend_stage(config: LongContextConfig, model: Path, corpus: Path, out: Path) -> str:
@@ -105,6 +108,15 @@ def extend_stage(config: LongContextConfig, model: Path, corpus: Path, out: Path
     return ", ".join(said)
 
 
+def _check_grids(config: LongContextConfig, model: str | Path) -> None:
+    """Raises UsageError where the shortest texts of a stage leave no room for a haystack, before one is trained."""
+    with checkpoint.open_checkpoint(checkpoint.continuing(model)) as opened:
+        shape, tokenizer = opened.config, opened.tokenizer
+    for stage in plan_extension(shape, config.to, config.method):
+        grid = config.grid(stage.context)
+        PromptMaker(tokenizer, grid).needed(grid.lengths[0])
+
+
 def _leave(model: Path, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(model, place, copy_function=os.link)
@@ -112,14 +124,17 @@ def _leave(model: Path, place: Path) -> None:
 
 def _before(config: LongContextConfig, model: str | Path, out: Path) -> float:
     """The share that the first model finds at the same lengths, read as it is, past its own context too."""
-    place = out / "before"
-    if not (place / "needle.json").is_file():
+    place, grid = out / "before", config.grid(config.to)
+    results = place / "needle.json"
+    if results.is_file() and read_json(results)["config"] != grid.model_dump(mode="json"):
+        shutil.rmtree(place)
+    if not results.is_file():
         with checkpoint.open_checkpoint(checkpoint.continuing(model)) as opened:
             shape = dataclasses.replace(opened.config, context_length=config.to)
             checkpoint.save(place / "model", shape, opened, tokenizer=opened.tokenizer)
-        _found(config.grid(config.to), place / "model", place)
+        _found(grid, place / "model", place)
         shutil.rmtree(place / "model")
-    return _least_found(read_json(place / "needle.json"))
+    return _least_found(read_json(results))
 
 
 def _found(grid: NeedleConfig, path: Path, place: Path) -> Mapping[str, Any]:
