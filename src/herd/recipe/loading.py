@@ -108,7 +108,7 @@ def _find(path: str | Path) -> tuple[Path, str | None]:
         "there is no such recipe file",
         value=str(path),
         allowed=", ".join(f"recipes/{name}.yaml" for name in close or known) or "a path of a .yaml file",
-        fix=f"herd run recipes/{(close or known)[0]}.yaml" if known else None,
+        fix=f"herd run recipes/{(close or known)[0]}.yaml" if known else "go to the folder with recipes/",
     )
 
 
