@@ -25,7 +25,7 @@ def float8_products(model: nn.Module, device: torch.device) -> None:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise UsageError(
-            "float8 training needs torchao, which is not installed", fix="pip install 'llama-herd[float8]'"
+            "float8 training needs torchao, which is not installed", fix="pip install 'torchao>=0.18'"
         ) from None
     count = len(getattr(model, "layers", ()))
     if count < 3:
