@@ -5,7 +5,7 @@
 speed: whole steps of the trainer with two ranks of one thread each, split along every axis, and one process with two
 threads. All are started at once and step only when it is their turn; figures are medians over rounds of three steps,
 and the ratio is to the one process. memory: what each token of a row adds at the peak, on 1, 2 and 4 context ranks:
-rows of 32,768 tokens less such of 16,384, from where on the tiles of attention, which do not grow, are whole on all
+rows of 16,384 tokens less such of 8,192, from where on the tiles of attention, which do not grow, are whole on all
 ranks. length: tokens a second of one process as rows get longer, beside the arithmetic that a token takes
 (`training_flops_per_token`); rows hold one document each. On Linux.
 """
@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 STEPS = 3
 MEMORY = {"vocab": 1024, "dim": 256, "layers": 2, "heads": 4, "kv": 2, "ffn": 704, "batch": 1}
-MEMORY_LENGTHS = (16384, 32768)
+MEMORY_LENGTHS = (8192, 16384)
 FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 """So that memory that a process has freed is not counted as its own."""
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

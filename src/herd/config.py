@@ -10,6 +10,9 @@ import pydantic
 
 from herd.errors import UsageError, near
 
+if typing.TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 
 class Config(pydantic.BaseModel):
     """Base of every stage's configuration: immutable, no unknown keys; each field has a description and bounds."""
@@ -44,13 +47,29 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str, *, fix: str 
             ) from None
         if first["type"] == "missing":
             raise UsageError(f"{where}: the field {path!r} is not given{more}", fix=fix) from None
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # fields that contradict each other
-            raise UsageError(f"{where}: {path}{': ' if path else ''}{message}{more}", fix=fix) from None
-        if first["type"] in _PLAINER:
-            message = _PLAINER[first["type"]].format(**first.get("ctx", {}))
+            raise UsageError(f"{where}: {path}{': ' if path else ''}{_allowed(first)}{more}", fix=fix) from None
         what = f"{where}: field {path!r} is not valid{more}"
-        raise UsageError(what, value=first["input"], allowed=message, fix=fix) from None
+        raise UsageError(what, value=first["input"], allowed=_allowed(first), fix=fix) from None
+
+
+def parse_options(cls: type[C], fields: Mapping[str, Any]) -> C:
+    """Build `cls` from the options of a command. Errors name them as they are typed: --max-queue for `max_queue`, and
+    --allow-host, which may be repeated, for an element of `allow_hosts`."""
+    try:
+        return cls.model_validate(dict(fields))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field, *element = first["loc"]
+        option = str(field).replace("_", "-").removesuffix("s" if element else "")
+        raise UsageError(f"--{option} is not valid", value=first["input"], allowed=_allowed(first)) from None
+
+
+def _allowed(error: ErrorDetails) -> str:
+    """What pydantic says is allowed, in plain words."""
+    if error["type"] in _PLAINER:
+        return _PLAINER[error["type"]].format(**error.get("ctx", {}))
+    return error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
 
 
 def _fields_at(cls: type[pydantic.BaseModel], path: tuple[int | str, ...]) -> list[str]:

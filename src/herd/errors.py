@@ -83,6 +83,14 @@ class ResourceError(HerdError):
     exit_code = 4
 
 
+class OutOfMemory(ResourceError):
+    """A model takes more memory than there is for it: `needed` bytes."""
+
+    def __init__(self, what: str, needed: int, *, value: str, fix: str) -> None:
+        self.needed = needed
+        super().__init__(what, value=value, fix=fix)
+
+
 class ContextLengthExceeded(HerdError):
     """More tokens than the context holds. Herd never cuts silently. `largest`: the context the model could have."""
 

@@ -210,7 +210,7 @@ for _ in range(25):
     [
         ({"not": {"type": "null"}}, "'#'.*not followed; got not"),
         ({"properties": {"a": {"if": True, "then": {}}}}, "'#/properties/a'.*got if"),
-        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "array", "uniqueItems": True}, "got uniqueItems; allowed: type, enum.*minItems.*definitions"),
         ({"$defs": {"d": {"contains": {}}}}, r"'#/\$defs/d'.*contains"),
         ({"x-guidance": {"lenient": True}, "not": {}}, "x-guidance"),
         ({"propertes": {}}, "did you mean 'properties'"),

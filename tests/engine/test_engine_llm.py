@@ -396,7 +396,7 @@ def test_wrong_models_and_arguments(tiny: Path, backend: str, monkeypatch: pytes
     short.close()
 
     free_memory(monkeypatch, 100_000)
-    with pytest.raises(ResourceError, match=r"GiB.*free.*to fix: use a smaller model") as caught:
+    with pytest.raises(ResourceError, match=r"MiB.*free.*to fix: use a smaller model") as caught:
         LLM(tiny, backend=backend)
     assert caught.value.exit_code == 4
 

@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 import uvicorn
 
+from herd import LLM
+from herd.errors import OutOfMemory
 from herd.serve import Keys, Registry, ServeConfig, create_app
 from herd.serve.server import settings_for
+
+
+def memory_for(path: Path) -> int:
+    """Bytes that a model takes at least."""
+    with pytest.raises(OutOfMemory) as refused:
+        LLM(path, memory=0)
+    return refused.value.needed
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

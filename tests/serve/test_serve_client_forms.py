@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
@@ -240,11 +242,13 @@ def test_strict_functions_are_held_as_before() -> None:
     assert one.grammar is not None and more.grammar is not None and one.grammar != more.grammar
 
 
-def test_the_fix_for_a_missing_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell takes it as it stands: without the quotes, some look for files of that name."""
+def test_the_fix_for_a_missing_ray(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+    """A shell takes it as it stands: without the quotes, some look for files of that name. It needs no index that has
+    Herd, and asks for what the extra does."""
     found: Callable[[str], Any] = importlib.util.find_spec
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else found(name))
     with pytest.raises(MissingDependency) as caught:
         check_replicas(2, ServeConfig(), {})
-    assert "pip install 'llama-herd[ray]'" in str(caught.value) and caught.value.exit_code == 3
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"-m pip install '{extras['ray'][-1]}'" in str(caught.value) and caught.value.exit_code == 3

@@ -21,7 +21,7 @@ from herd.serve.api.chat import ChatRequest
 from herd.serve.api.completions import CompletionRequest
 from herd.serve.errors import ApiError
 from herd.serve.keys import Client, KeyLimits
-from tests.serve.live_server import until
+from tests.serve.live_server import memory_for, until
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,7 @@ def test_a_thread_that_fails_says_so(serving: Any, model_path: Path, monkeypatch
 
 def test_a_model_with_a_user_is_not_unloaded(serving: Any, model_path: Path, other_path: Path) -> None:
     """From when a request has it, its prompt not yet in the queue."""
-    size = sum(file.stat().st_size for file in model_path.iterdir())
-    config = ServeConfig(port=0, memory=int(1.5 * size))
+    config = ServeConfig(port=0, memory=int(1.5 * memory_for(model_path)))
     with serving({"tiny": model_path, "other": other_path}, config) as served, served.client() as client:
         tokenizer, go, inside = served.llm.tokenizer, threading.Event(), threading.Event()
         encode = tokenizer.encode

@@ -83,7 +83,7 @@ def test_who_leaves_or_is_late_is_seen_while_nothing_but_a_grammar_is_compiled(
 ) -> None:
     began = time.monotonic()
     late = ask(served, {**BOUND, "timeout": 0.3})
-    assert late.status_code == 503 and late.json()["error"]["code"] == "deadline_exceeded"
+    assert late.status_code == 400 and late.json()["error"]["code"] == "timeout_exceeded"
     gone = served.post(PATH, {**BOUND, "n": 3, "stream": True})
     until(lambda: served.driver.running == 1)
     gone.close()

@@ -99,7 +99,8 @@ def test_answers_that_take_too_long_rank_above_all() -> None:
 
 def test_the_first_request_tells_what_is_wrong() -> None:
     async def script(request: Request) -> None:
-        await request.reply(request.body["code"], {"error": {"message": "no, because"}})
+        message = f"no, because {request.body.get('why')}"
+        await request.reply(request.body["code"], {"error": {"message": message}})
 
     with serving(script) as server:
         for code, kind, words in (
@@ -111,6 +112,10 @@ def test_the_first_request_tells_what_is_wrong() -> None:
             with pytest.raises(kind, match=words) as caught:
                 load(server, warmup=1, extra={"code": code})
             assert "no, because" in str(caught.value)
+        for why in ("this model's maximum context length is 9", "it exceeds the available context size"):
+            with pytest.raises(UsageError, match="--prompt-tokens") as caught:
+                load(server, warmup=1, extra={"code": 400, "why": why})
+            assert "--model" not in str(caught.value)
 
     async def mute(request: Request) -> None:
         await request.write(STREAM)

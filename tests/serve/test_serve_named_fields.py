@@ -8,8 +8,10 @@ import pytest
 
 SAID = [{"role": "user", "content": "hi"}]
 CHAT, TEXT, ANTHROPIC = "/v1/chat/completions", "/v1/completions", "/v1/messages"
+RESPONSES = "/v1/responses"
 TOOL = {"name": "f", "input_schema": {"type": "object"}}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
+UNHELD = {"name": "x", "schema": {"type": "object", "not": {}}}
 
 
 def _replayed(arguments: str) -> list[dict[str, Any]]:
@@ -30,7 +32,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"prompt": [1, -5]}, "prompt.1", "greater than or equal to 0"),
     (TEXT, {"prompt": [1, 2.5]}, "prompt.1", "integer"),
     (TEXT, {"prompt": True}, "prompt", ""),
-    (CHAT, {"messages": SAID, "stop": ["x"] * 17}, "stop", "at most 16"),
+    (CHAT, {"messages": SAID, "stop": ["x"] * 17}, "stop", "stop: allowed is a length of at most 16; got 17"),
     (CHAT, {"messages": SAID, "stop": "x" * 300}, "stop", "at most 256"),
     ("/v1/embeddings", {"input": ["x"] * 257}, "input", "at most 256"),
     (ANTHROPIC, {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
@@ -47,7 +49,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": SAID, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}}},
      "response_format.json_schema.schema", ""),
     (CHAT, {"messages": SAID, "tools": [FUNCTION, FUNCTION]}, "tools.1.function.name", "twice"),
-    ("/v1/responses", {"input": "hi", "tools": [{"type": "function", "name": "f", "parameters": {}}] * 2},
+    (RESPONSES, {"input": "hi", "tools": [{"type": "function", "name": "f", "parameters": {}}] * 2},
      "tools.1.name", "twice"),
     (ANTHROPIC, {"messages": SAID, "tools": [TOOL, TOOL]}, "tools.1.name", "twice"),
     (ANTHROPIC, {"messages": SAID, "tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}},
@@ -56,6 +58,28 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": _replayed("{")}, "messages.1.tool_calls.0.function.arguments", "no JSON object"),
     (CHAT, {"messages": _replayed("[]")}, "messages.1.tool_calls.0.function.arguments", "no JSON object"),
     ("/detokenize", {"tokens": [1, 99999999]}, "tokens", "none of the model's"),
+    # what an answer is held to
+    (CHAT, {"messages": SAID, "response_format": {"type": "json_schema", "json_schema": UNHELD}},
+     "response_format.json_schema.schema", "not followed; got not"),
+    (TEXT, {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": UNHELD}},
+     "response_format.json_schema.schema", "not followed; got not"),
+    (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema", **UNHELD}}},
+     "text.format.schema", "not followed; got not"),
+    (ANTHROPIC, {"messages": SAID, "output_config": {"format": {"type": "json_schema", "schema": UNHELD["schema"]}}},
+     "output_config.format.schema", "not followed; got not"),
+    (CHAT, {"messages": SAID, "response_format": {"type": "lark", "grammar": "start: %json {"}},
+     "response_format.grammar", "no JSON schema"),
+    (TEXT, {"prompt": "x", "response_format": {"type": "regex", "grammar": "("}}, "response_format.grammar", ""),
+    # the words are those of JSON
+    (CHAT, {"messages": SAID, "max_tokens": "many"}, "max_tokens", 'allowed is an integer; got "many"'),
+    (CHAT, {"messages": SAID, "stream": "x" * 90}, "stream", "allowed is true or false; got \"" + "x" * 40 + "\"…"),
+    (CHAT, {"messages": [5]}, "messages.0", "allowed is an object; got 5"),
+    (CHAT, {"messages": SAID, "response_format": 5}, "response_format", "allowed is an object; got 5"),
+    (CHAT, {"messages": SAID, "logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias",
+     "allowed is a length of at most 1024; got 1025"),
+    (CHAT, {"messages": SAID, "user": "x" * 513}, "user", "allowed is a length of at most 512; got 513"),
+    (CHAT, {"messages": SAID, "tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name",
+     'allowed is a string that matches ^[A-Za-z0-9_.\\-]+$; got "a b"'),
     # nothing is ignored
     (TEXT, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
     (TEXT, {"prompt": "x", "stop_token_ids": [99999999]}, "stop_token_ids", "none of the model's"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from typing import Any
 
@@ -117,6 +118,30 @@ def test_places_in_an_echoed_text(client: Any) -> None:
         assert choice.text[place : place + len(token)] == token
 
 
+def test_control_tokens_are_in_the_text_where_that_is_asked_for(client: Any, served: Any) -> None:
+    """Their places in the text are right in both cases, and so are those of what comes after them."""
+    special = served.llm.tokenizer.specials["<|reserved_special_token_9|>"]
+    letter = served.llm.tokenizer.encode("x")[0]
+    name = served.llm.tokenizer.token_bytes(special).decode()
+    how: dict[str, Any] = {"model": "tiny", "prompt": "def f(", "max_tokens": 6, "temperature": 1.0, "logprobs": 1}
+    how["logit_bias"] = {str(special): 100, str(letter): 100}
+    met = set()
+    for seed in range(8):
+        for skip, echo in itertools.product((None, True, False), (True, False)):
+            more = {} if skip is None else {"skip_special_tokens": skip}
+            choice = client.completions.create(**how, seed=seed, echo=echo, extra_body=more).choices[0]
+            generated = choice.text.removeprefix("def f(") if echo else choice.text
+            tokens, places = choice.logprobs.tokens[-6:], choice.logprobs.text_offset[-6:]
+            shown = skip is False
+            met |= set(tokens)
+            assert generated == "".join(token for token in tokens if shown or token != name)
+            for token, place in zip(tokens, places, strict=True):
+                assert choice.text[place:].startswith(token) or (token == name and not shown)
+        streamed = list(client.completions.create(**how, seed=seed, stream=True))
+        assert "".join(part.choices[0].text for part in streamed) == generated.replace(name, "")
+    assert met == {name, "x"}
+
+
 def test_embeddings(client: Any, served: Any) -> None:
     texts = ["def f(x):", "import os", "x"]
     found = valid(client.embeddings.create(model="tiny", input=texts, encoding_format="float"))
@@ -156,7 +181,7 @@ def test_models(client: Any) -> None:
         ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options", "invalid_value"),
         ({"model": "gpt-4"}, openai.NotFoundError, "model", "model_not_found"),
-        ({"max_tokens": 513}, openai.BadRequestError, "messages", "context_length_exceeded"),
+        ({"max_tokens": 513}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
     ],
 )  # fmt: skip
 def test_errors_name_the_field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from herd.cli import main
 
 httpx = pytest.importorskip("httpx2")
 
@@ -151,6 +154,32 @@ def test_what_is_refused_at_the_start(model_path: Path, tmp_path: Path) -> None:
             assert "short" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--quant", "q9"), 2, "--quant is not valid; got q9; allowed: "),
+        (("--kv", "q4"), 2, "--kv is not valid; got q4; allowed: bf16, f32, int8"),
+        (("--ctx", 0), 2, "--ctx is out of range; got 0; allowed: "),
+        (("--ctx", 513), 2, "--ctx is beyond the context of the model tiny; got 513; allowed: 1 to 512"),
+        (("--threads", 0), 2, "--threads is out of range; got 0; allowed: "),
+        (("--cpus", 1023), 2, "--cpus: no such processor for this process; got 1023; allowed: "),
+        (("--cpus", "0,x"), 2, "--cpus is no list of numbers; got 0,x; allowed: "),
+        (("--backend", "cuda"), 2, "--backend is not valid; got cuda; allowed: auto, native, torch"),
+        (("--draft", "nope"), 3, "--draft: "),
+        (("--allow-host", "a:80"), 2, "--allow-host is not valid; got a:80; allowed: a name or an address alone"),
+        (("--max-queue", -1), 2, "--max-queue is not valid; got -1; allowed: "),
+    ],
+)
+def test_wrong_options_are_told_once_and_before_the_port_is_open(
+    options: tuple[object, ...], code: int, said: str, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", f"tiny={model_path}", "--port", "0", *map(str, options)])
+    out, errors = capsys.readouterr()
+    assert ended.value.code == code and out == "" and "http://" not in errors
+    assert errors.startswith(f"herd: {said}") and errors.count("\n") == 1
+
+
 def test_the_log_says_nothing_of_what_was_said(program: Any) -> None:
     server = program("--api-key", "a-key-of-some-length")
     headers = server.headers
@@ -162,9 +191,11 @@ def test_the_log_says_nothing_of_what_was_said(program: Any) -> None:
     assert code == 0 and "secret word" not in errors and "a-key-of-some-length" not in errors
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(model_path: Path) -> None:
-    """There is nothing to serve; the reason is the last word, and the exit code is that of a wrong option."""
-    command = [sys.executable, "-m", "herd", "serve", str(model_path), "--port", "0", "--ctx", "100000"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2, ended.stderr
-    assert "100000" in ended.stderr and "512" in ended.stderr and "Traceback" not in ended.stderr
+def test_a_model_that_cannot_be_loaded_ends_the_server(model_path: Path, tmp_path: Path) -> None:
+    """There is nothing to serve; the reason is the last word, and the exit code is that of a damaged file."""
+    damaged = shutil.copytree(model_path, tmp_path / "damaged")
+    (weights,) = damaged.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    ended = subprocess.run(command(damaged, "--port", "0"), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 3, ended.stderr
+    assert weights.name in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -227,7 +228,31 @@ def test_what_is_too_long_is_named(served: Any, path: str, field: str, body: dic
     with served.client() as client:
         error = client.post(path, json=body).json()["error"]
     assert (error["param"], error["code"]) == (field, "context_length_exceeded"), error
-    assert "512" in error["message"]
+    assert "512" in error["message"] and "lower" not in error["message"].lower()
+
+
+ASKS_TOO_MUCH = [
+    ("/v1/completions", "max_tokens", {"prompt": [1] * 20}),
+    ("/v1/chat/completions", "max_tokens", {"messages": [{"role": "user", "content": "x"}]}),
+    ("/v1/chat/completions", "max_completion_tokens", {"messages": [{"role": "user", "content": "x"}]}),
+    ("/v1/messages", "max_tokens", {"messages": [{"role": "user", "content": "x"}]}),
+    ("/v1/responses", "max_output_tokens", {"input": "x"}),
+    ("/v1/responses", "max_output_tokens", {"input": "x", "truncation": "auto"}),
+]
+
+
+@pytest.mark.parametrize(("path", "field", "body"), ASKS_TOO_MUCH)
+def test_an_answer_that_is_too_long_is_named(served: Any, path: str, field: str, body: dict[str, Any]) -> None:
+    """Both parts are told, and the largest answer that has room: it is answered, and one token more is not."""
+    with served.client() as client:
+        error = client.post(path, json={**body, field: 700}).json()["error"]
+        assert (error["param"], error["code"]) == (field, "context_length_exceeded"), error
+        context, needed, prompt, answer, most = map(int, re.findall(r"\d+", error["message"]))
+        assert (context, answer) == (512, 700) and prompt + answer == needed and prompt + most == context
+        assert error["message"].endswith(f"{answer} for the answer. Lower {field} to {most} at most"), error
+        assert client.post(path, json={**body, field: most}).status_code == 200
+        error = client.post(path, json={**body, field: most + 1}).json()["error"]
+        assert error["param"] == field and f"to {most} at most, or shorten" in error["message"]
 
 
 @pytest.mark.parametrize(("path", "field"), [("/v1/completions", "prompt"), ("/v1/embeddings", "input")])

@@ -68,6 +68,25 @@ class Program:
             found |= more
         return {pid: names[pid] for pid in found - {self.process.pid}}
 
+    def listening(self) -> list[tuple[Any, int]]:
+        """Addresses and ports at which it or a process below it listens."""
+        owned = set()
+        for pid in (self.process.pid, *self.children()):
+            for entry in Path(f"/proc/{pid}/fd").glob("*"):
+                with contextlib.suppress(OSError):
+                    owned.add(str(entry.readlink()))
+        found = []
+        for table in ("tcp", "tcp6"):
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in owned:
+                    host, _, port = fields[1].partition(":")
+                    words = bytes.fromhex(host)
+                    raw = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                    address = ipaddress.ip_address(raw)
+                    found.append((getattr(address, "ipv4_mapped", None) or address, int(port, 16)))
+        return found
+
     def replicas(self) -> list[int]:
         return sorted(pid for pid, name in self.children().items() if name.startswith("ray::ServeReplica"))
 
@@ -160,6 +179,11 @@ def test_what_the_front_says_itself(replicas: Program, single: Any) -> None:
         assert httpx.get(replicas.url + path).status_code == 401
 
 
+def test_the_start_says_what_it_waits_for(replicas: Program) -> None:
+    assert "starting 2 replicas" in replicas.errors[0]
+    until(lambda: {f"replica {n} is ready" for n in (0, 1)} <= {line[-19:].strip() for line in replicas.errors}, 10)
+
+
 def test_beginnings_are_found_again(replicas: Program) -> None:
     """The turns of a conversation meet the replica that has computed what was said before, whoever asks meanwhile."""
     with replicas.client() as client:
@@ -206,24 +230,27 @@ def test_limits_hold_over_all(replicas: Program) -> None:
 
 def test_nothing_is_open_to_others(replicas: Program) -> None:
     """All that listens, here and in Ray's processes, does so on this machine's own address; its files are closed."""
-    owned = set()
-    below = replicas.children()
-    for pid in (replicas.process.pid, *below):
-        for entry in Path(f"/proc/{pid}/fd").glob("*"):
-            with contextlib.suppress(OSError):
-                owned.add(str(entry.readlink()))
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in owned:  # it listens
-                words = bytes.fromhex(fields[1].partition(":")[0])
-                raw = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
-                address = ipaddress.ip_address(raw)
-                found.append(getattr(address, "ipv4_mapped", None) or address)
-    assert len(found) > 5 and all(address.is_loopback for address in found), found
-    folders = set(re.findall(r"(/tmp/herd-\w+)/", " ".join(below.values())))
+    found = replicas.listening()
+    assert len(found) > 5 and all(address.is_loopback for address, _ in found), found
+    folders = set(re.findall(r"(/tmp/herd-\w+)/", " ".join(replicas.children().values())))
     assert len(folders) == 1 and stat.S_IMODE(Path(folders.pop()).stat().st_mode) == 0o700
+
+
+def test_nothing_is_told_without_a_key(replicas: Program) -> None:
+    """Ray's figures would be there for all users of this machine."""
+    told = []
+    for address, port in replicas.listening():
+        for path in ("/", "/metrics", "/api/version", "/nodes", "/logs"):
+            with contextlib.suppress(httpx.HTTPError):  # most ports do not speak HTTP
+                answer = httpx.get(f"http://{address}:{port}{path}", timeout=2)
+                told.append((port, path, answer.status_code, answer.text[:80]))
+    assert len(told) >= 5 and not [each for each in told if each[2] < 300], told
+
+
+def test_replicas_are_as_nice_as_the_server(replicas: Program) -> None:
+    nice = {name: os.getpriority(os.PRIO_PROCESS, pid) for pid, name in replicas.children().items()}
+    own = os.getpriority(os.PRIO_PROCESS, replicas.process.pid)
+    assert set(nice.values()) == {own}, nice
 
 
 class Asking:

@@ -251,7 +251,7 @@ def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="RAY_ADDRESS"):
         check_replicas(2, ServeConfig(store=tmp_path / "store"), {})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r"\[ray\]"):
+    with pytest.raises(MissingDependency, match=r"ray\[serve\]"):
         check_replicas(2, config, {})
 
 

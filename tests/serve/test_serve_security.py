@@ -120,6 +120,16 @@ def test_a_form_cannot_send_requests(served: Any) -> None:
         assert client.post("/v1/chat/completions", content=body, headers=cross).status_code == 403
 
 
+def test_what_is_not_there_is_said_before_the_type(served: Any) -> None:
+    """OpenAI's `responses.cancel()` is a POST without a body."""
+    with served.client() as client:
+        for method, path, status in (
+            ("POST", "/v1/responses/x/cancel", 404), ("POST", "/nowhere", 404), ("PUT", "/v1/models", 405),
+            ("POST", "/v1/models", 405), ("PATCH", "/tokenize", 405), ("POST", "/tokenize", 415),
+        ):  # fmt: skip
+            assert client.request(method, path).status_code == status, (method, path)
+
+
 def test_sizes(serving: Any, model_path: Path) -> None:
     config = ServeConfig(port=0, max_body_bytes=4096, max_json_depth=8, body_timeout=0.3)
     with serving({"tiny": model_path}, config) as found, found.client() as client:
@@ -239,11 +249,11 @@ def test_what_a_key_may_do() -> None:
     bucket.take(0.0)
     assert bucket.level == 60.0 and bucket.wait_for(1e9) == 0.0
     client = Client("ann", KeyLimits(concurrent=1, requests_per_minute=2, tokens_per_minute=100), lambda: now[0])
-    assert client.wait() == 0.0
+    assert client.wait()[1] == 0.0
     client.enter()
-    assert client.wait() > 0.0  # one at a time
+    assert client.wait()[1] > 0.0  # one at a time
     client.leave(500)
-    assert client.wait() == pytest.approx(401 * 60 / 100)  # tokens are counted afterwards
+    assert client.wait()[1] == pytest.approx(401 * 60 / 100)  # tokens are counted afterwards
 
 
 def test_limits_of_a_key_over_http(serving: Any, model_path: Path) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from herd.serve import ServeConfig
+from tests.serve.live_server import memory_for
 
 
 def test_unloaded_models_leave_nothing(serving: Any, model_path: Path, other_path: Path) -> None:
     """Two models take turns in memory for one."""
-    config = ServeConfig(port=0, memory=int(1.5 * sum(file.stat().st_size for file in model_path.iterdir())))
+    config = ServeConfig(port=0, memory=int(1.5 * memory_for(model_path)))
     with serving({"tiny": model_path, "other": other_path}, config) as served, served.client() as client:
         seen = []
         for name in ("other", "tiny") * 3:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
@@ -68,10 +69,47 @@ class Loading:
     backend: Annotated[str, typer.Option(help="What computes: native, torch, or auto.")] = "auto"
 
     def arguments(self) -> dict[str, Any]:
-        """The same for `herd.LLM`."""
+        """The same for `herd.LLM`. Raises UsageError, with the option's name, for what no model can be loaded with."""
+        cpus = numbers("--cpus", self.cpus, 0, 1023) if self.cpus else []
+        self._check(cpus)
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         threads = None if self.threads is None else usable_threads(self.threads)
-        return given | {"threads": threads, "cpus": numbers("--cpus", self.cpus, 0, 1023) if self.cpus else []}
+        return given | {"threads": threads, "cpus": cpus}
+
+    def _check(self, cpus: list[int]) -> None:
+        from herd.checkpoint import resolve
+        from herd.checkpoint.mixes import MIXES
+        from herd.checkpoint.numbers import PLAIN
+        from herd.engine.backend import BACKENDS, KvType, checked_cpus
+        from herd.engine.request import check_whole
+        from herd.errors import UsageError, near
+
+        for option, value, known in (
+            ("--quant", self.quant, (*MIXES, *PLAIN)),
+            ("--kv", self.kv, get_args(KvType)),
+            ("--backend", self.backend, ("auto", *BACKENDS)),
+        ):
+            if value is not None and value not in known:
+                raise UsageError(f"{option} is not valid", value=value, allowed=near(value, known))
+        for option, number, most in (("--ctx", self.ctx, 1 << 30), ("--threads", self.threads, 4096)):
+            if number is not None:
+                check_whole(option, number, 1, most)
+        with _named("--cpus"):
+            checked_cpus(cpus)
+        if self.draft not in (None, "ngram"):
+            with _named("--draft"):
+                resolve(str(self.draft))
+
+
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Errors of the block are about an option."""
+    from herd.errors import HerdError
+
+    try:
+        yield
+    except HerdError as error:
+        raise error.inside(option) from None
 
 
 def takes_groups(command: Callable[..., T]) -> Callable[..., T]:

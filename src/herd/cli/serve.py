@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from herd.cli.options import Loading, size_bytes, takes_groups
+from herd.cli.options import Loading, shape_of, size_bytes, takes_groups
 
 
 @takes_groups
@@ -39,7 +40,10 @@ def command(
         float | None, typer.Option(help="Seconds a request may wait for its turn; longer is refused at once.")
     ] = None,
     max_running: Annotated[int, typer.Option(help="Answers that are generated together.")] = 64,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="For all models, such as 16GiB.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="For weights, caches and working space of all models, such as 16GiB."),
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep responses here (SQLite), for previous_response_id.")
     ] = None,
@@ -76,7 +80,7 @@ def command(
     import importlib.util
 
     from herd.cli.output import emit, speak
-    from herd.config import parse_config
+    from herd.config import parse_options
     from herd.errors import MissingDependency
 
     for package in ("starlette", "uvicorn", "orjson", "prometheus_client"):
@@ -85,7 +89,7 @@ def command(
     from herd.serve import Keys, Registry, ServeConfig, read_keys, serve
     from herd.serve.log import write_log
 
-    config = parse_config(
+    config = parse_options(
         ServeConfig,
         {
             "host": host,
@@ -102,11 +106,11 @@ def command(
             "share_beginnings": share_beginnings,
             "store": store,
         },
-        "herd serve",
     )
     given = api_key or ([os.environ["HERD_API_KEY"]] if os.environ.get("HERD_API_KEY") else [])
     keys = Keys(given, None if api_keys is None else read_keys(api_keys))
     paths = _paths(models)
+    _check_context(loading.ctx, paths)
     write_log()
 
     def started(url: str) -> None:
@@ -121,6 +125,19 @@ def command(
 
     arguments = replace(loading, threads=None).arguments() | {"threads": loading.threads}  # of machines that may differ
     serve_replicas(paths, config, keys, arguments, replicas, on_start=started)
+
+
+def _check_context(ctx: int | None, paths: Mapping[str, Path]) -> None:
+    """Raises UsageError where a model has not so many tokens of context."""
+    from herd.errors import UsageError
+
+    if ctx is None:
+        return
+    for name, path in paths.items():
+        largest = shape_of(str(path)).context_length
+        if ctx > largest:
+            allowed = f"1 to {largest}"
+            raise UsageError(f"--ctx is beyond the context of the model {name}", value=ctx, allowed=allowed)
 
 
 def _paths(models: list[str]) -> dict[str, Path]:

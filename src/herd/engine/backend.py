@@ -47,6 +47,8 @@ class BackendOptions:
     """Tokens of a page of the cache, a multiple of 16 (native backend)."""
     promised: int = 0
     """Bytes of the free memory that another model of this process was promised and has not taken yet."""
+    memory: int | None = None
+    """Bytes that weights, cache and working space may take together; None: what is free."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class Backend(Protocol):
     """What decides about bits beside the files and the options: kernels, device, library."""
     promised: int
     """Bytes of memory that it will take at most, beside what it had when it was loaded."""
+    memory: int
+    """Bytes that weights, cache and working space take together at most."""
+
+    @property
+    def cache_pages(self) -> tuple[int, int]:
+        """Pages of the cache that reserved sequences have, and all there are; another thread may ask."""
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Make a low-rank adapter known by a name. Raises HerdError when this backend cannot apply it."""

@@ -33,6 +33,8 @@ _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _OTHERS = ("type", "enum", "const", "required", "pattern", "format", "$ref")
 _FOLLOWED = (*_OTHERS, *_COUNTS, *_BOUNDS, *_ONE_SCHEMA, *_LISTS_OF_SCHEMAS, *_NAMED_SCHEMAS)
+_NOT_FOLLOWED = {"not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames"}
+_NOT_FOLLOWED |= {"dependentSchemas", "dependentRequired", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef"}
 # They say nothing about which answers are valid. `$id` counts at the top only, where nothing depends on it.
 _DESCRIPTIONS = {"$schema", "$comment", "title", "description", "default", "examples", "deprecated", "readOnly"}
 _DESCRIPTIONS |= {"writeOnly", "contentEncoding", "contentMediaType", "contentSchema", "discriminator"}
@@ -177,9 +179,8 @@ class _Reader:
             if keyword in _DESCRIPTIONS or (keyword == "$id" and not path):
                 continue
             if keyword not in _FOLLOWED:
-                raise _refused(
-                    "this keyword of JSON Schema is not followed", keyword, path, near(str(keyword), _FOLLOWED)
-                )
+                allowed = ", ".join(_FOLLOWED) if keyword in _NOT_FOLLOWED else near(str(keyword), _FOLLOWED)
+                raise _refused("this keyword of JSON Schema is not followed", keyword, path, allowed)
             read[keyword] = self._keyword(keyword, value, (*path, keyword))
         self._check_min_properties(read, path)
         if "oneOf" in read:

@@ -51,6 +51,8 @@ class LLM:
         before), or a smaller model of the same vocabulary. On the native backend results do not change.
     cpus: processors to bind the native backend's threads to, one each; the calling thread, their first, is left alone.
     page_tokens: tokens of a page of the native backend's cache, a multiple of 16: prompts share whole pages.
+    memory: bytes that weights, cache and working space take together at most (None: what is free); what they may take
+        then is the attribute of this name.
 
     Raises UsageError for a wrong argument, HerdError for a path that is no model, ResourceError before loading when
     memory will not do, MissingDependency when no backend is installed.
@@ -68,6 +70,7 @@ class LLM:
         draft: str | Path | None = None,
         cpus: Sequence[int] = (),
         page_tokens: int = 64,
+        memory: int | None = None,
     ) -> None:
         from herd import checkpoint, tokenizer
 
@@ -75,19 +78,13 @@ class LLM:
             raise UsageError("unknown cache type", value=kv, allowed=", ".join(get_args(KvType)))
         ctx = None if ctx is None else check_whole("ctx", ctx, 1, 1 << 30)
         threads = None if threads is None else check_whole("threads", threads, 1, 4096)
+        memory = None if memory is None else check_whole("memory", memory, 0, 1 << 60)
         page_tokens = check_whole("page_tokens", page_tokens, 16, 4096)
         if page_tokens % 16:
             raise UsageError("a page has whole tiles of 16 tokens", value=page_tokens, allowed="a multiple of 16")
         resolved = checkpoint.resolve(str(path))
-        options = BackendOptions(
-            path=resolved,
-            quant=quant,
-            ctx=ctx,
-            threads=threads,
-            kv=cast("KvType", kv),
-            cpus=checked_cpus(cpus),
-            page_tokens=page_tokens,
-        )
+        how = (quant, ctx, threads, cast("KvType", kv), checked_cpus(cpus), page_tokens)
+        options = BackendOptions(resolved, *how, memory=memory)
         self._backend: Backend | None = open_backend(backend, options)
         self.path: Path = resolved
         try:
@@ -99,8 +96,9 @@ class LLM:
             self._backend.close()  # what the caller tries next needs its memory
             raise
         self._grammars = Grammars(self.tokenizer)
-        how = (self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter, self._grammars)
-        self._scheduler = Scheduler(self._backend, *how)
+        self.memory = self._backend.memory + (0 if self._drafter is None else self._drafter.memory)
+        parts = (self.tokenizer.stop_ids, self.tokenizer.vocab_size, self._drafter, self._grammars)
+        self._scheduler = Scheduler(self._backend, *parts)
         self._adapters: dict[str, object] = {}  # by name, something that no other adapter has
         self._lock = threading.RLock()
 

@@ -14,16 +14,17 @@ from pathlib import Path
 from herd.architecture import LlamaConfig
 from herd.architecture.size import kv_cache_bytes, parameter_count
 from herd.cgroup import memory_available
-from herd.errors import ResourceError
+from herd.errors import OutOfMemory
 from herd.progress import status
 
 GIB = 1 << 30
+MIB = 1 << 20
 _BYTES = {"f32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What loading a model takes, and what is free (None where the system does not tell)."""
+    """What loading a model takes, and what is free for it (None where the system does not tell)."""
 
     weights: int
     cache_per_token: int
@@ -35,8 +36,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.needed / GIB:.1f} GiB of memory (weights {self.weights / GIB:.1f}, "
-            f"cache for {self.context} tokens {self.cache / GIB:.1f}, work {self.work / GIB:.1f})"
+            f"{in_words(self.needed)} of memory (weights {in_words(self.weights)}, "
+            f"cache for {self.context} tokens {in_words(self.cache)}, work {in_words(self.work)})"
         )
 
     @property
@@ -76,8 +77,19 @@ def plan_memory(
     )
 
 
+def in_words(size: int) -> str:
+    """Bytes as people read them: `7.5 GiB`, `18.3 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def free_for(free: int | None, *, promised: int, limit: int | None) -> int | None:
+    """Of what is free, what a model may take: not what another one was promised, and no more than its own limit."""
+    known = [size for size in (None if free is None else max(0, free - promised), limit) if size is not None]
+    return min(known) if known else None
+
+
 def require_memory(plan: MemoryPlan, *, name: str, alternatives: Iterable[tuple[str, MemoryPlan]]) -> None:
-    """Show the plan on a terminal; raise ResourceError when it does not fit, with the first alternative that does.
+    """Show the plan on a terminal; raise OutOfMemory when it does not fit, with the first alternative that does.
 
     `alternatives`: (how to load the model, what that takes), best first.
     """
@@ -86,11 +98,7 @@ def require_memory(plan: MemoryPlan, *, name: str, alternatives: Iterable[tuple[
         return
     fix = next((_advice(how) for how, other in alternatives if other.fits), "use a smaller model")
     assert plan.free is not None
-    raise ResourceError(
-        f"{name} needs {plan}",
-        value=f"{plan.free / GIB:.1f} GiB free",
-        fix=fix,
-    )
+    raise OutOfMemory(f"{name} needs {plan}", plan.needed, value=f"{in_words(plan.free)} free", fix=fix)
 
 
 def _advice(how: str) -> str:

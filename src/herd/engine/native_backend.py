@@ -39,21 +39,21 @@ def open_backend(options: BackendOptions) -> NativeBackend:
         config = checkpoint.config
         context = context_of(config, options)
         formats = weight_formats(checkpoint, options.quant)
-        need = Need(kv=options.kv, rows=ROWS, outputs=LOGIT_ROWS, promised=options.promised)
-        plan = plan_native(checkpoint, formats, need, context)
+        need = Need(options.kv, rows=ROWS, outputs=LOGIT_ROWS, promised=options.promised, limit=options.memory)
+        size = options.page_tokens
+        pages = -(-context // size)
+        plan = plan_native(checkpoint, formats, need, pages * size)
         others = smaller_plans(checkpoint, plan, need, options.quant)
         require_memory(plan, name=options.path.name, alternatives=others)
         threads = thread_count(options.threads)
         activations = checkpoint.activations if options.quant is None else activations_of(options.quant)
         engine = make_engine(config, formats, checkpoint, activations=activations, threads=threads, cpus=options.cpus)
         load_weights(engine, checkpoint, formats, options.quant)
-    size = options.page_tokens
-    pages = -(-context // size)
     spare = (MAX_SEQUENCES - 1) * plan.cache if plan.spare is None else plan.spare // 2
     page_bytes = max(1, plan.cache_per_token * size)
     pages += max(0, min(spare // page_bytes, (MAX_SEQUENCES - 1) * pages))
     cache = _native.Cache(options.kv, config.n_layers, config.n_kv_heads, config.head_dim, size, pages)
-    return NativeBackend(config, engine, cache, context, promised=pages * page_bytes + plan.work)
+    return NativeBackend(config, engine, cache, context, plan.weights, promised=pages * page_bytes + plan.work)
 
 
 _OPEN: WeakSet[NativeBackend] = WeakSet()
@@ -72,14 +72,22 @@ class NativeBackend:
     """See `herd.engine.backend.Backend`."""
 
     def __init__(
-        self, config: LlamaConfig, engine: _native.Engine, cache: _native.Cache, context: int, promised: int
+        self,
+        config: LlamaConfig,
+        engine: _native.Engine,
+        cache: _native.Cache,
+        context: int,
+        weights: int,
+        promised: int,
     ) -> None:
+        """`weights`: bytes that they take; `promised`: those of cache and working space."""
         self.config = config
         self.context = context
         self.max_sequences = MAX_SEQUENCES
         self.threads = engine.threads
         self.identity = f"native {_native.isa()}"
         self.promised = promised
+        self.memory = weights + promised
         self._engine: _native.Engine | None = engine
         self._cache: _native.Cache | None = cache
         # Memory grows to what runs together, and one context's worth of beginnings to be met again.
@@ -89,6 +97,10 @@ class NativeBackend:
         self._adapters: dict[str, int] = {}
         self._next = 0
         _OPEN.add(self)
+
+    @property
+    def cache_pages(self) -> tuple[int, int]:
+        return self._pages.n_pages - self._pages.available, self._pages.n_pages
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         assert self._engine is not None

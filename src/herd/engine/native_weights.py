@@ -15,7 +15,7 @@ from herd.checkpoint import Checkpoint
 from herd.checkpoint.blocks import dequantize, quantize
 from herd.checkpoint.mixes import MIXES, Activations, gguf_type, rounding_of
 from herd.checkpoint.numbers import BLOCKS, PLAIN, cast, stored_bytes
-from herd.engine.memory import MemoryPlan, available_bytes, smaller_contexts
+from herd.engine.memory import MemoryPlan, available_bytes, free_for, smaller_contexts
 from herd.errors import HerdError, UsageError, near
 from herd.progress import track
 
@@ -47,12 +47,13 @@ def weight_formats(checkpoint: Checkpoint, quant: str | None) -> dict[str, str]:
 @dataclass(frozen=True)
 class Need:
     """What running takes beside weights: a cache of number type `kv`, steps of up to `rows` rows with logits of
-    `outputs`, and what another model of this process was `promised`."""
+    `outputs`; what another model of this process was `promised`, and the `limit` of this one."""
 
     kv: str
     rows: int
     outputs: int
     promised: int = 0
+    limit: int | None = None
 
 
 def plan_native(checkpoint: Checkpoint, formats: dict[str, str], need: Need, context: int) -> MemoryPlan:
@@ -76,15 +77,15 @@ def plan_native(checkpoint: Checkpoint, formats: dict[str, str], need: Need, con
     per_row = 8 * (2 * config.dim + heads + config.ffn_dim) + 4 * (3 * config.dim + heads)
     if moe:  # routed rows
         per_row += moe.top_k * (8 * (config.dim + moe.ffn_dim) + 4 * config.dim)
-    running = need.rows * per_row + _LOGITS * need.outputs * config.vocab_size * 4
-    free = available_bytes()
+    rotation = 8 * context * config.head_dim  # cosines and sines, and as much again while they are computed
+    running = need.rows * per_row + _LOGITS * need.outputs * config.vocab_size * 4 + rotation
     return MemoryPlan(
         weights=weights,
         cache_per_token=math.ceil(2 * config.n_layers * config.n_kv_heads * head_width * number),
         context=context,
         work=running,
         converting=converting,
-        free=None if free is None else max(0, free - need.promised),
+        free=free_for(available_bytes(), promised=need.promised, limit=need.limit),
     )
 
 

@@ -104,6 +104,8 @@ class Scheduler:
         self.prefill_tokens = PREFILL_TOKENS
         self.tokens = 0
         """Tokens that were computed so far, of prompts and answers."""
+        self.preemptions = 0
+        """How often a running sequence gave up its place so far."""
 
     def add(
         self,
@@ -385,6 +387,7 @@ class Scheduler:
     def _put_back(self) -> None:
         """The sequence that came last gives up its place; it is first in the queue, with all its tokens."""
         last = self._running[-1]
+        self.preemptions += 1
         self._leave(last)
         last.n_computed = 0
         if not last.choices:

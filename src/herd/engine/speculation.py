@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from herd.engine.backend import Backend, BackendOptions, Span, open_backend
-from herd.errors import ResourceError, UsageError
+from herd.errors import OutOfMemory, UsageError
 
 if TYPE_CHECKING:
     from herd.tokenizer import Tokenizer
@@ -35,6 +35,9 @@ class Ask:
 class Drafter(Protocol):
     """Where guesses come from."""
 
+    memory: int
+    """Bytes that its model takes at most."""
+
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """Guesses for each, none to `n` of them."""
 
@@ -50,6 +53,8 @@ class NgramDrafter:
 
     The longest of the last `longest` … `shortest` tokens that occurred before counts, at its latest place.
     """
+
+    memory = 0
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self._sizes = range(longest, shortest - 1, -1)
@@ -85,6 +90,7 @@ class ModelDrafter:
 
     def __init__(self, backend: Backend, vocabulary: int) -> None:
         """`vocabulary`: ids that have a text; rows of its head beyond it are padding."""
+        self.memory = backend.memory
         self._backend = backend
         self._vocabulary = vocabulary
         self._held: dict[int, tuple[int, list[int]]] = {}  # key -> its sequence there, and the tokens that one has
@@ -161,9 +167,10 @@ def open_drafter(
         raise UsageError("the draft model has another vocabulary", value=path, fix='use draft="ngram"')
     with checkpoint.open_checkpoint(path) as opened:
         context = min(target.context, opened.config.context_length)
-    how = replace(options, path=path, quant=None, ctx=context, promised=target.promised)
+    left = None if options.memory is None else options.memory - target.memory
+    how = replace(options, path=path, quant=None, ctx=context, promised=target.promised, memory=left)
     try:
         return ModelDrafter(open_backend(backend, how), tokenizer.vocab_size)
-    except ResourceError as error:
-        fix = 'use a smaller draft model, or draft="ngram"'
-        raise ResourceError(f"for the draft model: {error.what}", value=error.value, fix=fix) from None
+    except OutOfMemory as error:
+        fix, both = 'use a smaller draft model, or draft="ngram"', target.memory + error.needed
+        raise OutOfMemory(f"for the draft model: {error.what}", both, value=str(error.value), fix=fix) from None

@@ -22,7 +22,7 @@ from torch.nn import functional
 from herd.architecture import LlamaConfig
 from herd.checkpoint import open_checkpoint
 from herd.engine.backend import BackendOptions, Span, begun, context_of, thread_count
-from herd.engine.memory import MemoryPlan, plan_memory, require_memory, smaller_contexts
+from herd.engine.memory import MemoryPlan, free_for, plan_memory, require_memory, smaller_contexts
 from herd.engine.scheduler import PREFILL_TOKENS
 from herd.errors import UsageError
 from herd.model import KVCache, Llama, from_arrays
@@ -63,7 +63,7 @@ def _plan(config: LlamaConfig, weights: str, options: BackendOptions, context: i
         config, weights=weights, kv=options.kv, context=context, prefill_tokens=tokens, rows=MAX_SEQUENCES
     )
     free = plan.free if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    return replace(plan, free=None if free is None else max(0, free - options.promised))
+    return replace(plan, free=free_for(free, promised=options.promised, limit=options.memory))
 
 
 class TorchBackend:
@@ -84,9 +84,16 @@ class TorchBackend:
         spare = MAX_SEQUENCES * plan.cache if plan.spare is None else max(0, plan.spare // 2)
         self._max_tokens = context + spare // plan.cache_per_token
         self.promised = plan.work + self._max_tokens * plan.cache_per_token
+        self.memory = plan.weights + self.promised
         self._rows: list[int] = []  # the sequence in each row of the cache
         self._capacities: dict[int, int] = {}
         self._next = 0
+
+    @property
+    def cache_pages(self) -> tuple[int, int]:
+        """Of 64 tokens: every row has as many as the longest."""
+        rows, longest = len(self._rows), max(list(self._capacities.values()), default=0)
+        return rows * _rounded(longest) // _ROUND, self._max_tokens // _ROUND
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         raise UsageError("the torch backend applies no adapters", value=name, fix='load with backend="native"')

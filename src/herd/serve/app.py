@@ -16,6 +16,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from herd.errors import HerdError
+from herd.serve.api.answer_types import Health, Ready, gives
 from herd.serve.api.chat import chat_completions
 from herd.serve.api.completions import completions
 from herd.serve.api.messages import count_tokens, messages
@@ -43,11 +44,13 @@ _PAGE_POLICY = (
 )
 
 
+@gives(Health)
 async def health(request: Request) -> Response:
     """The process lives."""
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
+@gives(Ready)
 async def ready(request: Request) -> Response:
     """Requests are answered; 503 while a model is loaded, and once the server is about to stop."""
     models = models_ready(request.app.state.registry)
@@ -66,17 +69,20 @@ def models_ready(registry: Registry) -> list[str]:
     return [model.name for model in registry.loaded]
 
 
+@gives("application/json")
 async def description(request: Request) -> Response:
     """The API in OpenAPI's form, made of the same types that requests are checked against."""
     return Response(orjson.dumps(describe(ROUTES)), media_type="application/json")
 
 
+@gives("text/plain")
 async def metrics(request: Request) -> Response:
     """Prometheus' text form."""
     found: Metrics = request.app.state.metrics
     return Response(found.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+@gives("text/html")
 async def page(request: Request) -> Response:
     """The chat page, which may run its own script and fetch from here, and nothing else."""
     nonce = secrets.token_urlsafe(16)
@@ -127,6 +133,7 @@ def create_api(registry: Registry, config: ServeConfig) -> Starlette:
 
     app = application(ROUTES, config, counts, lifespan)
     app.state.registry, app.state.store = registry, store
+    registry.on_gaps = counts.gaps
     return app
 
 

@@ -53,13 +53,16 @@ class Driver:
         max_wait: float | None = None,
         share_beginnings: bool = False,
         name: str = "model",
+        on_gaps: Callable[[list[float]], None] = lambda seconds: None,
     ) -> None:
+        """`on_gaps` is told on the thread, after a step, how long after the one before it each token came."""
         self.llm = llm
         self._max_queue = max_queue
         self._max_running = max_running
         self._max_wait = max_wait
         self._deadline = deadline
         self._share_beginnings = share_beginnings
+        self._on_gaps = on_gaps
         self._state = threading.Condition()  # guards all that follows
         self._queue: FairQueue[Ticket] = FairQueue()
         self._running: list[Ticket] = []
@@ -88,6 +91,7 @@ class Driver:
         n: int = 1,
         continues_text: bool = True,
         deadline: float | None = None,
+        late: Callable[[], ApiError] = too_late,
     ) -> Ticket:
         """Queue a request. Raises UsageError, ContextLengthExceeded, and ApiError when too many wait already.
 
@@ -108,6 +112,7 @@ class Driver:
             continues_text=continues_text,
             cost=len(ids) + n * max_tokens,
             deadline=time.monotonic() + min(self._deadline, deadline or self._deadline),
+            late=late,
             loop=asyncio.get_running_loop(),
         )
         with self._state:
@@ -393,6 +398,7 @@ class Driver:
         self._turns.stepped(seconds)
         events, self._events = self._events, []
         if events:
+            self._on_gaps(_gaps(events))
             # One call a step: the loop is woken once, however many answers go on.
             events[0][0].loop.call_soon_threadsafe(hand_out, events)
         with self._state:
@@ -448,7 +454,7 @@ class Driver:
             for work in tired_works:
                 self._works.remove(work)
         for ticket in late:
-            self._leave(ticket, too_late())
+            self._leave(ticket, ticket.late())
         for ticket in tired:
             self._leave(ticket, too_slow(1.0))
         for work in tired_works:
@@ -469,3 +475,13 @@ class Driver:
             work.give_up(why)
         for ticket in tickets:
             self._leave(ticket, why)
+
+
+def _gaps(events: list[tuple[Ticket, int, Chunk]]) -> list[float]:
+    """Seconds from each answer's token to these, which have come now; none of an answer's first one."""
+    now, found = time.perf_counter(), []
+    for ticket, j, _ in events:
+        if j in ticket.latest:
+            found.append(now - ticket.latest[j])
+        ticket.latest[j] = now
+    return found

@@ -48,13 +48,29 @@ def bad(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
-SHORTEN = "Shorten the prompt or lower max_tokens."
+SHORTEN = "shorten the prompt"
 
 
-def too_long(error: ContextLengthExceeded, param: str | None, advice: str = SHORTEN) -> ApiError:
-    """A prompt, which is in the field `param`, that leaves no room for an answer."""
-    message = f"This model's context is {error.allowed_tokens} tokens; the request needs {error.needed}. {advice}"
-    return ApiError(400, message, param=param, code="context_length_exceeded")
+def too_long(error: ContextLengthExceeded, param: str | None, advice: str = SHORTEN, parts: str = "") -> ApiError:
+    """More tokens than the context has, for which the field `param` is to blame; `parts`: what they are for."""
+    message = f"This model's context is {error.allowed_tokens} tokens; the request needs {error.needed}{parts}"
+    return ApiError(400, f"{message}. {advice.capitalize()}.", param=param, code="context_length_exceeded")
+
+
+def no_room(
+    error: ContextLengthExceeded, max_tokens: int | None, *, prompt_in: str, limit_in: str, advice: str
+) -> ApiError:
+    """A prompt that leaves no room for an answer of `max_tokens`, which is the field `limit_in`, or else of one."""
+    answer = max_tokens or 1
+    prompt = error.needed - answer
+    left = error.allowed_tokens - prompt
+    parts = f", {prompt} of them for the prompt and {answer} for the answer"
+    if left < 1:
+        return too_long(error, prompt_in, advice, parts)
+    lower = f"lower {limit_in} to {left} at most"
+    if answer < error.allowed_tokens:
+        lower += f", or {advice}"
+    return too_long(error, limit_in, lower, parts)
 
 
 def as_api_error(error: BaseException) -> ApiError:

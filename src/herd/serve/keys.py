@@ -91,13 +91,15 @@ class Client:
         per_minute = self.limits.requests_per_minute
         return math.inf if per_minute is None else max(1.0, per_minute)
 
-    def wait(self, prompts: int = 1) -> float:
-        """Seconds until another request, of so many prompts, is welcome; 0 now."""
-        if self.limits.concurrent is not None and self.running >= self.limits.concurrent:
-            return 1.0
-        requests = 0.0 if self._requests is None else self._requests.wait_for(prompts)
-        tokens = 0.0 if self._tokens is None else self._tokens.wait_for(1.0)
-        return max(requests, tokens)
+    def wait(self, prompts: int = 1) -> tuple[str, float]:
+        """The limit that another request, of so many prompts, waits for longest, and its seconds; 0 now."""
+        full = self.limits.concurrent is not None and self.running >= self.limits.concurrent
+        seconds = {
+            "concurrent": 1.0 if full else 0.0,
+            "requests_per_minute": self.wait_for_prompts(prompts),
+            "tokens_per_minute": self.wait_for_tokens(1),
+        }
+        return max(seconds.items(), key=lambda each: each[1])
 
     def enter(self, prompts: int = 1) -> None:
         self.running += 1

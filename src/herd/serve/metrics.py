@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from starlette.applications import Starlette
 from starlette.routing import Match, Route
 from starlette.types import Scope
@@ -50,7 +51,7 @@ class Metrics:
             registry=self._registry,
         )  # fmt: skip
         self._gap = Histogram(
-            "herd_token_seconds", "For each token after the first.", ["model"], buckets=_PER_TOKEN,
+            "herd_token_seconds", "From each token of an answer to the next.", ["model"], buckets=_PER_TOKEN,
             registry=self._registry,
         )  # fmt: skip
         self._guesses = Counter(
@@ -58,6 +59,7 @@ class Metrics:
             registry=self._registry,
         )  # fmt: skip
         self._registry.register(_Load(models))
+        ProcessCollector(registry=self._registry)
 
     def response(self, path: str, status: int) -> None:
         self._responses.labels(path, str(status)).inc()
@@ -75,10 +77,14 @@ class Metrics:
             self._tokens.labels(model, "completion").inc(tokens)
             self._tokens.labels(model, "cached").inc(times.reused_tokens)
             self._first.labels(model).observe(times.queue_s + times.prefill_s)
-            if tokens > 1:
-                self._gap.labels(model).observe(times.decode_s / (tokens - 1))
             self._guesses.labels(model, "guessed").inc(times.drafted_tokens)
             self._guesses.labels(model, "right").inc(times.accepted_tokens)
+
+    def gaps(self, model: str, seconds: Iterable[float]) -> None:
+        """Times from tokens to the next ones of their answers; a model's thread may tell them."""
+        histogram = self._gap.labels(model)
+        for each in seconds:
+            histogram.observe(each)
 
     def page(self) -> bytes:
         """All figures in Prometheus' text form."""
@@ -91,10 +97,19 @@ class _Load:
     def __init__(self, models: Callable[[], Iterable[Model]]) -> None:
         self._models = models
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
         running = GaugeMetricFamily("herd_running_requests", "Requests whose answers are generated.", labels=["model"])
         waiting = GaugeMetricFamily("herd_waiting_requests", "Requests that have no place yet.", labels=["model"])
+        used = GaugeMetricFamily("herd_cache_pages_used", "Pages of the cache that answers have.", labels=["model"])
+        pages = GaugeMetricFamily("herd_cache_pages", "Pages of the cache, at its largest.", labels=["model"])
+        preemptions = CounterMetricFamily(
+            "herd_preemptions", "Answers that gave up their place in the cache for a while.", labels=["model"]
+        )
         for model in self._models():
             running.add_metric([model.name], model.driver.running)
             waiting.add_metric([model.name], model.driver.waiting)
-        return running, waiting
+            in_use, there = model.llm.backend.cache_pages
+            used.add_metric([model.name], in_use)
+            pages.add_metric([model.name], there)
+            preemptions.add_metric([model.name], model.llm.scheduler.preemptions)
+        return running, waiting, used, pages, preemptions

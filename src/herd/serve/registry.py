@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import logging
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 
 from herd import __version__
 from herd.engine import LLM
-from herd.errors import HerdError, ResourceError
+from herd.engine.memory import in_words
+from herd.errors import HerdError, OutOfMemory
 from herd.serve.config import ServeConfig
 from herd.serve.driver import Driver
 from herd.serve.errors import ApiError
@@ -36,8 +38,6 @@ class Model:
     llm: LLM
     driver: Driver
     fingerprint: str
-    bytes: int
-    """Of its files: what its weights take, about."""
     used: float = field(default_factory=time.monotonic)
     users: int = 0
     """Requests that have it, whether they are in its queue already or not."""
@@ -68,6 +68,8 @@ class Registry:
         self._failed: dict[str, float] = {}  # when a model could not be loaded
         self.on_failure: Callable[[str, BaseException], None] = lambda name, error: None
         """Called with the name of a model that could not be loaded, and why."""
+        self.on_gaps: Callable[[str, list[float]], None] = lambda name, seconds: None
+        """Called with the name of a model and times between its tokens, on its thread."""
         self._turn = asyncio.Lock()  # one model is loaded at a time
         self._room = asyncio.Event()  # nobody waits for loaded ones to make way, else new requests of them wait
         self._room.set()
@@ -172,15 +174,7 @@ class Registry:
     async def _load(self, name: str) -> Model:
         path = self.paths[name]
         async with self._turn:
-            size = await self._beside.run(partial(_bytes_of, path))
-            await self._make_room(size)
-            while True:
-                try:
-                    llm = await self._beside.run(partial(LLM, path, **self._loading))
-                    break
-                except ResourceError:  # the memory plan says no
-                    if not self.loaded or not await self._unload_in_time():
-                        raise
+            llm = await self._open(path)
             try:
                 fingerprint = await self._beside.run(partial(_fingerprint, path, llm, self._loading))
                 if self.draining:
@@ -197,26 +191,38 @@ class Registry:
                 deadline=config.deadline,
                 share_beginnings=config.share_beginnings,
                 name=name,
+                on_gaps=partial(self.on_gaps, name),
             )
             await asyncio.to_thread(_settle)
             self._has_begun |= name == self.first
-            model = self._models[name] = Model(name, llm, driver, fingerprint, size)
-            log.info("loaded %s from %s, %d tokens of context", name, path, llm.context)
+            model = self._models[name] = Model(name, llm, driver, fingerprint)
+            most = in_words(llm.memory)
+            log.info("loaded %s from %s, %d tokens of context, at most %s of memory", name, path, llm.context, most)
             return model
 
-    async def _make_room(self, size: int) -> None:
+    async def _open(self, path: Path) -> LLM:
+        """A model, in the memory that there is; where that is too little, idle ones make way."""
         limit = self._config.memory
-        if limit is not None and size > limit:
-            raise ResourceError(
-                "the model is larger than the memory that models may take",
-                value=f"{size:,} bytes",
-                allowed=f"up to {limit:,} bytes",
-                fix="raise --memory",
-            )
-        while limit is not None and sum(model.bytes for model in self.loaded) + size > limit:
+        while True:
+            left = None if limit is None else limit - sum(model.llm.memory for model in self.loaded)
+            try:
+                return await self._beside.run(partial(self._open_within, left, path))
+            except OutOfMemory as error:
+                if limit is not None and error.needed > limit:
+                    value, fix = f"--memory {in_words(limit)}", f"raise --memory, or {error.fix}"
+                    raise OutOfMemory(error.what, error.needed, value=value, fix=fix) from None
+                if not self.loaded:
+                    raise
             if not await self._unload_in_time():
                 message = "other models are in use, and there is no memory for one more"
                 raise ApiError(503, message, code="models_in_use", retry_after=_PATIENCE)
+
+    def _open_within(self, left: int | None, path: Path) -> LLM:
+        """A model in an even share of the limit, or in all that is left of it where that is too little."""
+        if left is not None and self._config.memory is not None:
+            with contextlib.suppress(OutOfMemory):
+                return LLM(path, memory=min(left, self._config.memory // len(self.paths)), **self._loading)
+        return LLM(path, memory=left, **self._loading)
 
     async def _unload_in_time(self) -> bool:
         """Unload an idle model, waiting for one a while; False when none became idle.
@@ -277,10 +283,6 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     kinds = {".safetensors", ".gguf", ".pth", ".json", ".model"}
     return sorted(file for file in path.rglob("*") if file.suffix in kinds and file.is_file())
-
-
-def _bytes_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in _files_of(path))
 
 
 def _fingerprint(path: Path, llm: LLM, loading: Mapping[str, Any]) -> str:

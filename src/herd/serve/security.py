@@ -11,6 +11,7 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 from herd.serve.config import ServeConfig
@@ -93,7 +94,8 @@ class Gate:
         except ValueError:
             name = None
         if name is None or not (name.lower().rstrip(".") in self._hosts or (self._by_address and _is_address(name))):
-            raise ApiError(403, f"this server does not go by the name {host[:100]!r}", code="wrong_host")
+            message = f"this server does not go by the name {host[:100]!r}; --allow-host NAME adds one"
+            raise ApiError(403, message, code="wrong_host")
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, bytes], origin: str) -> bool:
         """True for requests of this server's own page, and those that no web page sends."""
@@ -101,13 +103,15 @@ class Gate:
             # Old browsers leave it out, new ones say where a request comes from in any case.
             site = headers.get(b"sec-fetch-site", b"none")
             if site in (b"cross-site", b"same-site") and scope["method"] not in ("GET", "HEAD"):
-                raise ApiError(403, "requests of other servers' pages are refused", code="wrong_origin")
+                message = "requests of other servers' pages are refused; --allow-origin URL lets one in"
+                raise ApiError(403, message, code="wrong_origin")
             return True
         own = headers.get(b"host", b"").decode("latin-1").lower()
         if origin in (f"http://{own}", f"https://{own}"):
             return True
         if origin not in self._origins:
-            raise ApiError(403, f"pages of {origin[:100]!r} may not use this server", code="wrong_origin")
+            message = f"pages of {origin[:100]!r} may not use this server; --allow-origin URL lets them in"
+            raise ApiError(403, message, code="wrong_origin")
         return False
 
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
@@ -121,6 +125,8 @@ class Gate:
     def _check_content(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if scope["method"] in ("GET", "HEAD", "OPTIONS", "DELETE"):
             return
+        if not any(route.matches(scope)[0] is Match.FULL for route in self._app.routes):
+            return  # nothing reads it; the application says what is wrong
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if kind != b"application/json":  # a form of another server's page cannot say this
             raise ApiError(415, "content-type must be application/json", code="unsupported_media_type")

@@ -34,14 +34,17 @@ _FILES = 16_384  # that the process may have open, if the system lets it
 
 
 def check_exposure(config: ServeConfig, keys: Keys) -> None:
-    """Refuse to serve others without asking for a key."""
-    if not is_local(config.host) and not keys.needed and not config.insecure:
+    """Refuse to serve others without asking for a key; warn where that is wanted."""
+    if is_local(config.host) or keys.needed:
+        return
+    if not config.insecure:
         raise UsageError(
             "others could use this server without a key",
             value=config.host,
             allowed="127.0.0.1, ::1 or localhost without a key",
             fix="add --api-key KEY, or --insecure if that is what you want",
         )
+    log.warning("whoever reaches %s may use this server: --insecure, and no key", config.host)
 
 
 def listen(config: ServeConfig) -> socket.socket:

@@ -39,7 +39,11 @@ def event(data: Any, name: str | None = None) -> bytes:
 
 def end_with(error: ApiError) -> End:
     """How a stream ended of which this error was the last event."""
-    ends: dict[str | None, End] = {"deadline_exceeded": "deadline", "stopped": "stopped"}
+    ends: dict[str | None, End] = {
+        "deadline_exceeded": "deadline",
+        "timeout_exceeded": "deadline",
+        "stopped": "stopped",
+    }
     return ends.get(error.code, "error")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from herd.engine import Chunk, Sampling
@@ -28,6 +28,8 @@ class Ticket:
     """Tokens of prompt and answers, at most."""
     deadline: float
     """By time.monotonic()."""
+    late: Callable[[], ApiError]
+    """What its reader meets when that has passed."""
     loop: asyncio.AbstractEventLoop
     arrived: float = field(default_factory=time.monotonic)
     events: asyncio.Queue[tuple[int, Chunk] | BaseException] = field(default_factory=asyncio.Queue)
@@ -35,6 +37,8 @@ class Ticket:
     """In the engine's batch; empty while the request waits."""
     over: bool = False
     """Nothing more comes."""
+    latest: dict[int, float] = field(default_factory=dict)
+    """When each answer had its last token, by time.perf_counter()."""
     credited: float = 0.0
     """How much of it is done, as the pace of the model counts it."""
 
@@ -93,8 +97,14 @@ def queue_full(wait: float) -> ApiError:
     return ApiError(429, "too many requests wait already", code="queue_full", retry_after=retry_after)
 
 
-def too_late() -> ApiError:
-    """For what has taken as long as it may."""
+def too_late(timeout: float | None = None) -> ApiError:
+    """For what has taken as long as it may: the server's time, or the seconds that it asked for itself.
+
+    The latter is no state of the server: official clients do not try again after a 400.
+    """
+    if timeout is not None:
+        message = f"timeout: the request took more than its {timeout:g} seconds"
+        return ApiError(400, message, param="timeout", code="timeout_exceeded")
     return ApiError(503, "the request took too long", code="deadline_exceeded", retry_after=5)
 
 

@@ -7,13 +7,15 @@ import contextlib
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import UnionType
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import orjson
 import pydantic
-from pydantic_core import PydanticCustomError
+from pydantic import GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError
 from starlette.requests import ClientDisconnect, Request
 
 from herd._native import json_size
@@ -45,6 +47,15 @@ class Body(Config):
         return data
 
     @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Fields that a base has, and that are not there, are no part of the API's description."""
+        reference = handler(schema)
+        properties = handler.resolve_ref_schema(reference).get("properties", {})
+        for name in cls.UNSUPPORTED:
+            properties.pop(name, None)
+        return reference
+
+    @classmethod
     @functools.cache
     def names(cls) -> dict[str, None]:
         """Of the fields, as JSON has them, in their order."""
@@ -52,6 +63,22 @@ class Body(Config):
 
 
 _AS_JSON = {"True": "true", "False": "false", "None": "null"}
+# What pydantic says in words of its own, or of Python's types, in those of JSON.
+_PLAINER = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "too_short": "a length of at least {min_length}",
+    "too_long": "a length of at most {max_length}",
+    "string_too_short": "a length of at least {min_length}",
+    "string_too_long": "a length of at most {max_length}",
+    "string_pattern_mismatch": "a string that matches {pattern}",
+}
 _UNKNOWN, _TAG = "unknown_name", "union_tag_"
 NOT_THERE = "not_there"
 """Type of a validator's error for what the protocol has and Herd has not; its `ctx` has the `place` below the field."""
@@ -114,27 +141,52 @@ async def body_of(request: Request, config: ServeConfig) -> AsyncIterator[bytes]
 async def parse_json(request: Request, body: bytes, config: ServeConfig, check: Callable[[dict[str, Any]], T]) -> T:
     """What `check` makes of the object that `body` is."""
     if len(body) <= _LARGE:
-        check_size(body, config)
-        return _parsed(body, check)
+        return _parsed(body, check_size(body, config), check)
     bodies: Bodies = request.app.state.bodies
     async with bodies.turn(request.scope["state"]["client"].name):
-        await asyncio.to_thread(check_size, body, config)
-        return await asyncio.to_thread(_parsed, body, check)
+        members = await asyncio.to_thread(check_size, body, config)
+        return await asyncio.to_thread(_parsed, body, members, check)
 
 
-def _parsed(body: bytes, check: Callable[[dict[str, Any]], T]) -> T:
+def _parsed(body: bytes, members: int, check: Callable[[dict[str, Any]], T]) -> T:
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    if _count(data) < members:
+        raise _repeated(body)
     return check(data)
 
 
-def check_size(body: bytes, config: ServeConfig) -> None:
+def _count(value: Any) -> int:
+    """Its lists, objects, names and strings: fewer than `json_size` counts in a text where a name is repeated, of which
+    the parser keeps the last."""
+    if isinstance(value, str):
+        return 1
+    if isinstance(value, list):
+        return 1 + sum(_count(each) for each in value if not isinstance(each, int))  # of which there may be very many
+    if isinstance(value, dict):
+        return 1 + len(value) + sum(map(_count, value.values()))
+    return 0
+
+
+def _repeated(body: bytes) -> ApiError:
+    """Which name it is; read by a slower parser, as nobody means it."""
+    found: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        found.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+
+    json.loads(body, object_pairs_hook=note)
+    name = found[0][:200]
+    return ApiError(400, f"{name!r} stands more than once in one object", param=name, code="invalid_json")
+
+
+def check_size(body: bytes, config: ServeConfig) -> int:
     """Refuse what lies too deep in each other, and more than any request has: parsed, it is many times its size, and
-    each member could be an error."""
+    each member could be an error. Returns the number of members: lists, objects, names and strings."""
     depth, members, elements = json_size(body)
     if depth > config.max_json_depth:
         message = f"lists and objects lie in each other {config.max_json_depth} deep at most"
@@ -145,6 +197,7 @@ def check_size(body: bytes, config: ServeConfig) -> None:
     most = config.max_body_bytes // _BYTES_PER_ELEMENT
     if elements > most:
         raise ApiError(400, f"the lists of a request have {most:,} elements at most", code="too_many_members")
+    return members
 
 
 def parse_body(data: Mapping[str, Any], kind: type[B], where: str = "") -> B:
@@ -177,9 +230,19 @@ def _first_of(error: pydantic.ValidationError, kind: type[Body], where: str) -> 
     message = re.sub("^Input should be ", "allowed is ", first["msg"].removeprefix("Value error, "))
     message = f"allowed is {first['ctx']['expected_tags']}" if tag else message
     message = re.sub("(?<= )(True|False|None)$", lambda found: _AS_JSON[found[1]], message)
-    given = first["input"]
-    got = f"; got {json.dumps(given)}" if isinstance(given, int | float) else ""
-    return ApiError(400, f"{param}: {message}{got[:60]}", param=param, code="invalid_value")
+    if first["type"] in _PLAINER:
+        message = "allowed is " + _PLAINER[first["type"]].format(**first.get("ctx", {}))
+    return ApiError(400, f"{param}: {message}{_got(first)}", param=param, code="invalid_value")
+
+
+def _got(error: Any) -> str:
+    """The value at fault, or how long it is where that is the fault; what is neither short nor a scalar is not told."""
+    given = error["input"]
+    if error["type"].endswith(("too_short", "too_long")):
+        return f"; got {len(given)}"
+    if isinstance(given, str):
+        return f"; got {json.dumps(given[:40])}" + "…" * (len(given) > 40)
+    return f"; got {json.dumps(given)[:54]}" if isinstance(given, int | float) else ""
 
 
 def _told(errors: list[Any]) -> Any:

@@ -11,12 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from herd.engine import Completion, Grammar, Sampling
+from herd.serve.api.answer_types import ChatCompletion, gives
 from herd.serve.api.answers import chat_logprob, new_id, usage_of
 from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.conversation import ChatMessage, characters_of, dialogue, prompt_ids
 from herd.serve.api.fields import Generation
-from herd.serve.api.formats import ResponseFormat, grammar_of
+from herd.serve.api.formats import ResponseFormat, held_to
 from herd.serve.api.tools import Plan, Tool, ToolChoice, plan_tools
 from herd.serve.errors import bad
 from herd.serve.sse import DONE, event
@@ -56,7 +57,7 @@ class ChatRequest(Generation):
         if self.stream_options is not None and not self.stream:
             raise bad("stream_options", "needs stream to be true")
         plan = plan_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
-        grammars = plan.grammars(grammar_of(self.response_format), "response_format")
+        grammars = plan.grammars(held_to(self.response_format, "response_format"))
         grammar = next(iter(grammars.values()), None)
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         # A call may begin with a control token; elsewhere they are no part of what is said.
@@ -64,6 +65,7 @@ class ChatRequest(Generation):
 
 
 @takes(ChatRequest)
+@gives(ChatCompletion)
 async def chat_completions(request: Request) -> Response:
     """Answer a dialogue, at once or as it comes."""
     call, body = await begin(request, lambda config: read_body(request, config, ChatRequest))
@@ -76,6 +78,7 @@ async def chat_completions(request: Request) -> Response:
         prompt,
         sampling,
         prompt_in="messages",
+        limit_in="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         n=body.n,
         continues_text=False,
         grammars=grammars,

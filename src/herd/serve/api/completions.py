@@ -13,11 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from herd.engine import Chunk, Completion
+from herd.serve.api.answer_types import TextCompletion, gives
 from herd.serve.api.answers import finite, new_id, token_text, total_of, usage_of
 from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, SeveralIds, Texts, each_of
-from herd.serve.api.formats import ResponseFormat, grammar_of
+from herd.serve.api.formats import ResponseFormat, held_to
 from herd.serve.errors import bad
 from herd.serve.parts import SLICE, lists_in_parts
 from herd.serve.sse import DONE, event
@@ -39,9 +40,11 @@ class CompletionRequest(Generation):
     best_of: Literal[1] | None = None
     response_format: ResponseFormat | None = None
     max_tokens: int | None = Field(default=16, ge=0, le=1 << 30, description="Tokens to generate at most.")
+    skip_special_tokens: bool = Field(default=True, description="Leave generated control tokens out of the text.")
 
 
 @takes(CompletionRequest)
+@gives(TextCompletion)
 async def completions(request: Request) -> Response:
     """Continue texts."""
     call, body = await begin(request, lambda config: read_body(request, config, CompletionRequest), "prompt")
@@ -56,14 +59,14 @@ async def completions(request: Request) -> Response:
         raise bad("prompt", "a stream is of one prompt")
     if count > room:  # they wait together, and so would never find room
         raise bad("prompt", f"{count} prompts are too many for one request; so many may wait here: {room}")
-    grammar = grammar_of(body.response_format)
-    grammars = {} if grammar is None else {"response_format": grammar}
+    grammars = held_to(body.response_format, "response_format")
     sampling = body.sampling(
         max_tokens=body.max_tokens or (1 if body.max_tokens == 0 else None),
         logprobs=body.logprobs is not None or None,
         top_logprobs=body.logprobs,
         prompt_logprobs=bool(body.echo and body.logprobs is not None) or None,
-        grammar=grammar,
+        skip_specials=body.skip_special_tokens,
+        grammar=next(iter(grammars.values()), None),
     )
     n, config = body.n or 1, call.config
     prompts = await call.token_ids(body.prompt, "prompt")
@@ -85,6 +88,7 @@ class _Answer:
         self._tickets = tickets
         self._body = body
         self._generates = body.max_tokens != 0  # else one token is, as the engine knows no less, and not shown
+        self._skipped = frozenset(call.tokenizer.specials.values() if body.skip_special_tokens else ())
         self._head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -100,7 +104,7 @@ class _Answer:
         async for j, chunk in ticket:
             logprobs = None
             if self._body.logprobs is not None:
-                logprobs = self._logprobs([_Token(chunk.token_id, chunk.logprob, chunk.top_logprobs)], at[j])
+                logprobs = self._logprobs([self._chosen(chunk.token_id, chunk.logprob, chunk.top_logprobs)], at[j])
             at[j] += len(chunk.text)
             if chunk.completion is not None:
                 done.append(chunk.completion)
@@ -140,45 +144,50 @@ class _Answer:
         tokens: list[_Token] = []
         if self._body.logprobs is not None:
             if self._body.echo:
-                tokens += [_Token(ticket.prompt[0], None, None)]
+                tokens += [_Token(ticket.prompt[0], None, None, in_text=not self._has_bos(ticket))]
                 tops = completion.prompt_top_logprobs or [[]] * (len(ticket.prompt) - 1)
                 tokens += map(_Token, ticket.prompt[1:], completion.prompt_logprobs or [], tops)
             if self._generates:
                 tops = completion.top_logprobs or [[]] * len(completion.token_ids)
-                tokens += map(_Token, completion.token_ids, completion.logprobs or [], tops)
+                tokens += map(self._chosen, completion.token_ids, completion.logprobs or [], tops)
         if self._body.echo:
-            text = self._call.tokenizer.decode(ticket.prompt[self._skipped(ticket) :]) + text
-        hidden = self._skipped(ticket) if self._body.echo else 0
+            text = self._call.tokenizer.decode(ticket.prompt[self._has_bos(ticket) :]) + text
         logprobs = [b"null"]
         if self._body.logprobs is not None:
-            logprobs = list(lists_in_parts(self._slices(tokens, hidden)))
+            logprobs = list(lists_in_parts(self._slices(tokens)))
         reason = _reason(completion) if self._generates else "length"
         head = orjson.dumps({"index": index, "text": text})[:-1]
         return [head, b',"logprobs":', *logprobs, b',"finish_reason":', orjson.dumps(reason), b"}"]
 
-    def _skipped(self, ticket: Ticket) -> int:
+    def _has_bos(self, ticket: Ticket) -> bool:
         """BOS is put in front of texts here, and is none of theirs."""
         own = isinstance(self._body.prompt, str) or isinstance(self._body.prompt[0], str)
-        return int(own and ticket.prompt[0] == self._call.tokenizer.bos_id)
+        return own and ticket.prompt[0] == self._call.tokenizer.bos_id
 
-    def _slices(self, tokens: list[_Token], hidden: int) -> Iterator[dict[str, Any]]:
-        """`_logprobs` of a few tokens after the other; what is hidden is in the first slice, with others."""
-        found: dict[str, Any] = {}
+    def _chosen(self, token_id: int, logprob: float | None, top: list[tuple[int, float]] | None) -> _Token:
+        """A token that was generated."""
+        return _Token(token_id, logprob, top, in_text=token_id not in self._skipped)
+
+    def _slices(self, tokens: list[_Token]) -> Iterator[dict[str, Any]]:
+        """`_logprobs` of a few tokens after the other."""
+        offset = 0
         for start in range(0, max(1, len(tokens)), SLICE):
-            offset = found["text_offset"][-1] + len(found["tokens"][-1]) if found else 0
-            found = self._logprobs(tokens[start : start + SLICE], offset, max(0, hidden - start))
+            part = tokens[start : start + SLICE]
+            found = self._logprobs(part, offset)
             yield found
+            if part:
+                offset = found["text_offset"][-1] + (len(found["tokens"][-1]) if part[-1].in_text else 0)
 
-    def _logprobs(self, tokens: list[_Token], offset: int, hidden: int = 0) -> dict[str, Any]:
-        """OpenAI's four lists, of tokens from `offset` in the text on, the first `hidden` of which are not in it.
+    def _logprobs(self, tokens: list[_Token], offset: int) -> dict[str, Any]:
+        """OpenAI's four lists, of tokens from `offset` in the text on.
 
         Two tokens of the same text count as the likelier one in `top_logprobs`, where the token itself is in any case.
         """
         texts = [token_text(self._call.tokenizer, token.id)[0] for token in tokens]
         offsets = []
-        for i, text in enumerate(texts):
+        for token, text in zip(tokens, texts, strict=True):
             offsets.append(offset)
-            offset += len(text) if i >= hidden else 0
+            offset += len(text) if token.in_text else 0
         tops = []
         for token, text in zip(tokens, texts, strict=True):
             found: dict[str, float] = {}
@@ -196,8 +205,12 @@ class _Answer:
 
 
 class _Token:
-    def __init__(self, token_id: int, logprob: float | None, top: list[tuple[int, float]] | None) -> None:
-        self.id, self.logprob, self.top = token_id, logprob, top
+    """`in_text`: the text has it, not only the lists beside the text."""
+
+    def __init__(
+        self, token_id: int, logprob: float | None, top: list[tuple[int, float]] | None, in_text: bool = True
+    ) -> None:
+        self.id, self.logprob, self.top, self.in_text = token_id, logprob, top, in_text
 
 
 def _reason(ended: Chunk | Completion) -> str | None:

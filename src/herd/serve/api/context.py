@@ -22,7 +22,7 @@ from herd.serve.api.body import Body
 from herd.serve.api.fields import each_of
 from herd.serve.bodies import Answers
 from herd.serve.config import ServeConfig
-from herd.serve.errors import SHORTEN, ApiError, as_api_error, bad, too_long
+from herd.serve.errors import SHORTEN, ApiError, as_api_error, bad, no_room
 from herd.serve.keys import Client
 from herd.serve.metrics import Metrics
 from herd.serve.parts import PartsResponse
@@ -44,10 +44,10 @@ _CHARACTERS_PER_TOKEN = 16  # no text of any language has more than 6
 class Call:
     """One request for text that was admitted, from its arrival to its end.
 
-    `end`: when it is given up, by the clock of the event loop.
+    `end`: when it is given up, by the clock of the event loop; `late`: with what error.
     """
 
-    def __init__(self, request: Request, model: Model, end: float) -> None:
+    def __init__(self, request: Request, model: Model, end: float, late: Callable[[], ApiError]) -> None:
         state = request.app.state
         self.request = request
         self.model = model
@@ -64,6 +64,7 @@ class Call:
         self._held = 0  # bytes of its answer
         self._works = self._open = True
         self.end = end
+        self.late = late
         self._failure: End | None = None
 
     @property
@@ -90,9 +91,9 @@ class Call:
             self.model.driver.check_wait(self.client, beside=beside)
         most = self.most_characters
         if characters > most:
-            context = self.model.llm.context
             message = (
-                f"This model's context is {context} tokens; the request has {characters} characters of {most} at most"
+                f"This model's context is {self.model.llm.context} tokens; a text of more than {_CHARACTERS_PER_TOKEN} "
+                f"characters for each, {most} in all, is refused unread, and the request has {characters}"
             )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
 
@@ -126,14 +127,16 @@ class Call:
         sampling: Sampling,
         *,
         prompt_in: str,
+        limit_in: str = "max_tokens",
         advice: str = SHORTEN,
         n: int | None = None,
         continues_text: bool = True,
         grammars: Mapping[str, Grammar],
     ) -> Ticket:
         """`submit_all` of one prompt."""
-        how: dict[str, Any] = {"prompt_in": prompt_in, "advice": advice, "n": n, "continues_text": continues_text}
-        (ticket,) = await self.submit_all([prompt], sampling, grammars=grammars, **how)
+        how: dict[str, Any] = {"prompt_in": prompt_in, "limit_in": limit_in, "advice": advice}
+        how |= {"n": n, "continues_text": continues_text, "grammars": grammars}
+        (ticket,) = await self.submit_all([prompt], sampling, **how)
         return ticket
 
     async def submit_all(
@@ -142,6 +145,7 @@ class Call:
         sampling: Sampling,
         *,
         prompt_in: str,
+        limit_in: str = "max_tokens",
         advice: str = SHORTEN,
         n: int | None = None,
         continues_text: bool = True,
@@ -150,7 +154,8 @@ class Call:
         """Queue answers to prompts; they are given up when the call is closed.
 
         `grammars`: those that must be possible, by the fields of the request where they are, with that of `sampling`.
-        `prompt_in`: the field that one which is too long came from, with `advice` on that.
+        `prompt_in`: the field that one which is too long came from, with `advice` on that; `limit_in`: the one that has
+        the tokens of an answer.
         """
         if n is not None and n > self.config.max_n:
             raise bad("n", f"{n} is more than the {self.config.max_n} answers that a request may have")
@@ -162,7 +167,8 @@ class Call:
         try:
             tokens = sum(len(prompt) + (n or 1) * self.model.llm.max_tokens(prompt, free) for prompt in prompts)
         except ContextLengthExceeded as error:
-            raise too_long(error, prompt_in, advice) from None
+            where = {"prompt_in": prompt_in, "limit_in": limit_in}
+            raise no_room(error, sampling.max_tokens, **where, advice=advice) from None
         for field, grammar in grammars.items():  # each is compiled once, which may take a second
             try:
                 given = replace(sampling, grammar=grammar)
@@ -171,11 +177,17 @@ class Call:
                 raise bad(field, str(error)) from None
         left = self.end - asyncio.get_running_loop().time()
         if left <= 0:
-            raise too_late()
+            raise self.late()
         self.reserve(tokens, prompt_in)
         for prompt in prompts:
             ticket = self.model.driver.submit(
-                prompt, sampling, self.client, n=n or 1, continues_text=continues_text, deadline=left
+                prompt,
+                sampling,
+                self.client,
+                n=n or 1,
+                continues_text=continues_text,
+                deadline=left,
+                late=self.late,
             )
             self._tickets.append(ticket)
         return self._tickets[:]
@@ -193,7 +205,7 @@ class Call:
             )
             raise ApiError(400, message, param=field, code="rate_limit_exceeded")
         if (wait := self.client.wait_for_tokens(tokens)) > 0:
-            raise _limited(wait)
+            raise _limited(self.client, "tokens_per_minute", wait)
         self.client.reserve(tokens)
         self._reserved += tokens
 
@@ -228,7 +240,7 @@ class Call:
         return await self._beside(self._pools.texts, work)
 
     async def _beside(self, pool: Pool, work: Callable[[], T]) -> T:
-        async with until(self.end):
+        async with until(self.end, self.late):
             return await while_connected(self.request.receive, pool.run(self.client.name, work))
 
     def done(self, completions: Sequence[Completion], prompt_tokens: int) -> None:
@@ -277,23 +289,23 @@ class Call:
 
 
 @contextlib.asynccontextmanager
-async def until(end: float) -> AsyncIterator[None]:
-    """A block that ends with an ApiError when it is not over by then, by the clock of the event loop."""
+async def until(end: float, late: Callable[[], ApiError]) -> AsyncIterator[None]:
+    """A block that ends with the error `late` when it is not over by then, by the clock of the event loop."""
     limit = asyncio.timeout_at(end)
     try:
         async with limit:
             yield
     except TimeoutError:
         if limit.expired():
-            raise too_late() from None
+            raise late() from None
         raise
 
 
 def admit(client: Client) -> None:
     """Count a request for its key, before any of it is read. Raises ApiError when the key has no more now."""
-    wait = client.wait()
+    limit, wait = client.wait()
     if wait > 0:
-        raise _limited(wait)
+        raise _limited(client, limit, wait)
     client.enter()
 
 
@@ -309,13 +321,15 @@ def admit_prompts(client: Client, prompts: int, field: str | None) -> None:
         return
     client.take_prompts(-1)
     if prompts <= most:
-        raise _limited(wait)
+        raise _limited(client, "requests_per_minute", wait)
     allowed = f"this key may send {most:g} a minute, so at most {int(most)} in one request"
     raise ApiError(400, f"{field}: {prompts} are too many; {allowed}", param=field, code="rate_limit_exceeded")
 
 
-def _limited(wait: float) -> ApiError:
-    return ApiError(429, "this key's limit is reached", code="rate_limit_exceeded", retry_after=wait)
+def _limited(client: Client, limit: str, wait: float) -> ApiError:
+    """`limit`: the field of the key's limits that is reached, for so many seconds."""
+    message = f"this key's limit is reached: {limit} is {getattr(client.limits, limit):,.10g}"
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
 
 
 def counted(handler: H) -> H:
@@ -362,15 +376,17 @@ async def begin(
     admit(client)
     try:
         body = await read(config)
-        end = arrived + min(config.deadline, getattr(body, "timeout", None) or config.deadline)
+        timeout = getattr(body, "timeout", None)
+        own = None if timeout is None or timeout >= config.deadline else timeout
+        end, late = arrived + (own or config.deadline), partial(too_late, own)
         if prompts_in is not None:
             admit_prompts(client, len(each_of(getattr(body, prompts_in))), prompts_in)
-        async with until(end):
+        async with until(end, late):
             model = await registry.get(getattr(body, "model", None))  # which has one user more from here on
     except BaseException:
         client.leave(0)
         raise
-    call = request.state.call = Call(request, model, end)  # closed with the response, or by the application without one
+    call = request.state.call = Call(request, model, end, late)  # closed with the response, or by the application
     return call, body
 
 
@@ -397,7 +413,7 @@ async def json_response(
     """
     try:
         call.expect(call.expected_bytes(of_logprob), logprobs_in)
-        async with until(call.end):
+        async with until(call.end, call.late):
             data = await while_connected(call.request.receive, work)
         parts = data if isinstance(data, list) else [orjson.dumps(data)]
         call.made(sum(map(len, parts)), logprobs_in)

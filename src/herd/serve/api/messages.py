@@ -11,12 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from herd.engine import Chunk, Grammar
-from herd.errors import UsageError
+from herd.serve.api.answer_types import AnthropicMessage, TokenCount, gives
 from herd.serve.api.answers import new_id
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.conversation import MOST_PARTS, CallIds, OfParts, characters_of, in_order, prompt_ids
 from herd.serve.api.fields import Id, Text, checked_sampling
+from herd.serve.api.formats import SchemaFormat, held_to
 from herd.serve.api.tools import (
     FunctionName,
     FunctionTool,
@@ -31,8 +32,6 @@ from herd.serve.errors import bad, error_body
 from herd.serve.sse import event
 from herd.serve.ticket import Ticket
 from herd.tokenizer import Message
-
-_SCHEMA = "output_config.format.schema"
 
 
 class TextBlock(Body):
@@ -77,7 +76,7 @@ class AnthropicTool(Body):
     name: FunctionName
     description: str | None = None
     input_schema: dict[str, Any]
-    strict: bool | None = Field(default=None, description="Calls are held to the schema, in any case.")
+    strict: bool | None = Field(default=None, description="Calls are held to the schema with tool_choice auto too.")
     type: Literal["custom"] | None = None
     cache_control: dict[str, Any] | None = None
 
@@ -88,15 +87,10 @@ class AnthropicChoice(Body):
     disable_parallel_tool_use: bool | None = None
 
 
-class SchemaOutput(Body):
-    type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
-
-
 class OutputConfig(Body):
     """What an answer must look like; what the client's `parse` sends."""
 
-    format: SchemaOutput | None = None
+    format: SchemaFormat | None = None
 
 
 class Thinking(Body):
@@ -189,17 +183,14 @@ class MessagesRequest(CountRequest):
         """What may be called, and the grammars that must be possible, by their fields."""
         plan = self.plan()
         wanted = None if self.output_config is None else self.output_config.format
-        try:
-            grammar = None if wanted is None else Grammar.json_schema(wanted.schema_)
-        except UsageError as error:
-            raise bad(_SCHEMA, str(error)) from None
-        grammars = plan.grammars(grammar, _SCHEMA)
+        grammars = plan.grammars(held_to(wanted, "output_config.format"))
         if grammars and self.begins_answer:
             raise bad(next(iter(grammars)), "is not there for an answer that the last message begins")
         return plan, grammars
 
 
 @takes(MessagesRequest)
+@gives(AnthropicMessage)
 async def messages(request: Request) -> Response:
     """Answer a dialogue."""
     call, body = await begin(request, lambda config: read_body(request, config, MessagesRequest))
@@ -218,6 +209,7 @@ async def messages(request: Request) -> Response:
 
 
 @takes(CountRequest)
+@gives(TokenCount)
 async def count_tokens(request: Request) -> Response:
     """How long the prompt would be."""
     call, body = await begin(request, lambda config: read_body(request, config, CountRequest))

@@ -1,9 +1,9 @@
-"""The API's description: OpenAPI 3.1, whose schemas are the types that requests are checked against."""
+"""The API's description: OpenAPI 3.1, whose schemas are the types that requests are checked against, and those of
+`answer_types`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 from herd import __version__
 from herd.serve.security import OPEN
 
-Routes = tuple[tuple[str, str, Callable[..., Any]], ...]
+Routes = tuple[tuple[str, str, Any], ...]  # method, path and handler, which was marked by `takes` and `gives`
 
 _ERROR = {
     "type": "object",
@@ -33,19 +33,26 @@ _ERROR = {
 
 @functools.cache
 def describe(routes: Routes) -> dict[str, Any]:
-    """All routes, what they take, and how errors look."""
-    bodies = list(dict.fromkeys(body for _, _, handler in routes if (body := getattr(handler, "body", None))))
+    """All routes, what they take and give, and how errors look."""
+    bodies = [body for _, _, handler in routes if (body := getattr(handler, "body", None))]
+    answers = [answer for _, _, handler in routes if not isinstance(answer := handler.answer, str)]
     names, schemas = models_json_schema(
-        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+        [(kind, "validation") for kind in dict.fromkeys([*bodies, *answers])],
+        ref_template="#/components/schemas/{model}",
     )
     paths: dict[str, Any] = {}
     for method, path, handler in routes:
-        body = getattr(handler, "body", None)
+        body, answer = getattr(handler, "body", None), handler.answer
+        content: dict[str, Any] = {answer: {}}
+        if not isinstance(answer, str):
+            content = {"application/json": {"schema": names[answer, "validation"]}}
+        if body is not None and "stream" in body.names():
+            content["text/event-stream"] = {}
         operation: dict[str, Any] = {
             "operationId": handler.__name__,
             "summary": (handler.__doc__ or "").split("\n")[0],
             "responses": {
-                "200": {"description": "The answer.", "content": {"application/json": {}}},
+                "200": {"description": "The answer.", "content": content},
                 "default": {
                     "description": "What went wrong.",
                     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},

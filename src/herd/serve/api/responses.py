@@ -17,11 +17,13 @@ from starlette.responses import Response
 
 from herd.engine import Grammar, Sampling
 from herd.engine.request import DEFAULT_MAX_TOKENS
+from herd.serve.api.answer_types import DeletedResponse, InputItems, gives
+from herd.serve.api.answer_types import Response as ResponseType
 from herd.serve.api.body import Body, parse_body, read_json, takes
 from herd.serve.api.context import Call, begin, counted, json_response, stream_response
 from herd.serve.api.conversation import characters_of, prompt_ids
 from herd.serve.api.fields import Generation, Id
-from herd.serve.api.formats import JsonObject, JsonSchema, PlainText, grammar_of
+from herd.serve.api.formats import JsonObject, JsonSchema, PlainText, SchemaFormat, held_to
 from herd.serve.api.response_answer import Answer
 from herd.serve.api.response_items import (
     Item,
@@ -51,13 +53,12 @@ from herd.serve.store import Store
 _MAX_ITEMS = 4096  # in a request, with those of the conversation that it goes on with
 _LOGPROBS = "message.output_text.logprobs"
 _NO_STORE = "responses are not kept here; start the server with --store FILE"
-_SHORTEN = "Shorten the input, lower max_output_tokens, or leave the oldest turns out with truncation: auto."
-_SHORTEN_LAST = "All turns but the last are left out: shorten that or the instructions, or lower max_output_tokens."
+_SHORTEN = "shorten the input, or leave the oldest turns out with truncation: auto"
+_SHORTEN_LAST = "shorten the last turn, as all others are left out, or the instructions"
 
 
-class SchemaFormat(JsonSchema):
-    type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
+class NamedSchemaFormat(SchemaFormat, JsonSchema):
+    """OpenAI's `text.format`."""
 
 
 class Reasoning(Body):
@@ -74,7 +75,7 @@ class ResponseStreamOptions(Body):
 
 class TextConfig(Body):
     UNSUPPORTED: ClassVar = {"verbosity": "no Llama has it"}
-    format: Annotated[PlainText | JsonObject | SchemaFormat, Field(discriminator="type")] | None = None
+    format: Annotated[PlainText | JsonObject | NamedSchemaFormat, Field(discriminator="type")] | None = None
 
 
 class ResponseTool(FunctionTool):
@@ -144,7 +145,7 @@ class ResponsesRequest(Generation):
         if self.stream_options is not None and not self.stream:
             raise bad("stream_options", "needs stream to be true")
         plan = plan_tools(self.functions(), self._choice(), self.parallel_tool_calls, "parameters")
-        grammars = plan.grammars(self._grammar(), "text.format")
+        grammars = plan.grammars(held_to(None if self.text is None else self.text.format, "text.format"))
         grammar = next(iter(grammars.values()), None)
         # A call may begin with a control token; elsewhere they are no part of what is said.
         how = {"grammar": grammar, "logprobs": self.wants_logprobs, "skip_specials": not plan.functions}
@@ -166,10 +167,6 @@ class ResponsesRequest(Generation):
         if self.tool_choice.name not in {tool.name for tool in self.tools or ()}:
             raise bad("tool_choice.name", f"{self.tool_choice.name!r} is not among the tools")
         return NamedTool(type="function", function=NamedFunction(name=self.tool_choice.name))
-
-    def _grammar(self) -> Grammar | None:
-        wanted = None if self.text is None else self.text.format
-        return Grammar.json_schema(wanted.schema_) if isinstance(wanted, SchemaFormat) else grammar_of(wanted)
 
     def head(self, call: Call, sampling: Sampling, kept: bool) -> dict[str, Any]:
         """The response as long as nothing is in it."""
@@ -247,6 +244,7 @@ def _read_function(data: Any, where: str, kind: type[ResponseTool | NamedChoice]
 
 
 @takes(ResponsesRequest)
+@gives(ResponseType)
 async def responses(request: Request) -> Response:
     """Answer a conversation, at once or as it comes."""
     call, body = await begin(request, lambda config: _read(request, config))
@@ -278,6 +276,7 @@ async def responses(request: Request) -> Response:
         prompt,
         sampling,
         prompt_in="input",
+        limit_in="max_output_tokens",
         advice=_SHORTEN_LAST if cut else _SHORTEN,
         continues_text=False,
         grammars=grammars,
@@ -301,6 +300,7 @@ async def responses(request: Request) -> Response:
 
 
 @counted
+@gives(ResponseType)
 async def get_response(request: Request) -> Response:
     """A response that was kept, as it was sent."""
     _check_query(request, {"stream": ("false",)})
@@ -312,6 +312,7 @@ async def get_response(request: Request) -> Response:
 
 
 @counted
+@gives(DeletedResponse)
 async def delete_response(request: Request) -> Response:
     """Forget a response. What went on from it cannot go on any more."""
     _check_query(request, {})
@@ -322,6 +323,7 @@ async def delete_response(request: Request) -> Response:
 
 
 @counted
+@gives(InputItems)
 async def input_items(request: Request) -> Response:
     """The items in the input of the request that made a response, without those of responses before it."""
     _check_query(request, {"order": ("asc", "desc"), "limit": None, "after": None})

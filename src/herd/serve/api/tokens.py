@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from herd.errors import ContextLengthExceeded
+from herd.serve.api.answer_types import Content, EmbeddingList, ModelEntry, ModelList, Tokens, gives
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response
 from herd.serve.api.conversation import ChatMessage, characters_of, dialogue, prompt_ids
@@ -56,6 +57,7 @@ class EmbeddingRequest(Body):
 
 
 @takes(TokenizeRequest)
+@gives(Tokens)
 async def tokenize(request: Request) -> Response:
     """Token ids of a text or a dialogue. Content never becomes a control token."""
     call, body = await begin(request, lambda config: read_body(request, config, TokenizeRequest))
@@ -94,6 +96,7 @@ async def tokenize(request: Request) -> Response:
 
 
 @takes(DetokenizeRequest)
+@gives(Content)
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     call, body = await begin(request, lambda config: read_body(request, config, DetokenizeRequest))
@@ -104,6 +107,7 @@ async def detokenize(request: Request) -> Response:
 
 
 @takes(EmbeddingRequest)
+@gives(EmbeddingList)
 async def embeddings(request: Request) -> Response:
     """Vectors of texts: the mean of the last layer's states, of length 1."""
     call, body = await begin(request, lambda config: read_body(request, config, EmbeddingRequest), "input")
@@ -116,7 +120,7 @@ async def _embed(call: Call, body: EmbeddingRequest) -> list[bytes]:
     encoded = await call.token_ids(body.input, "input", beside=True)
     longest = max(map(len, encoded))
     if longest > llm.context:
-        raise too_long(ContextLengthExceeded(longest, llm.context), "input", "Shorten the text.")
+        raise too_long(ContextLengthExceeded(longest, llm.context), "input", "shorten the text")
     tokens, packed = sum(map(len, encoded)), body.encoding_format == "base64"
     call.reserve(tokens, "input")
     call.expect(len(encoded) * (_HEAD + llm.config.dim * (_PACKED if packed else _NUMBER)), "input")
@@ -135,6 +139,7 @@ async def _embed(call: Call, body: EmbeddingRequest) -> list[bytes]:
     return await call.text_work(work)
 
 
+@gives(ModelList)
 async def models(request: Request) -> Response:
     """All names, and what is known of those that are loaded."""
     registry: Registry = request.app.state.registry
@@ -144,6 +149,7 @@ async def models(request: Request) -> Response:
     )
 
 
+@gives(ModelEntry)
 async def model(request: Request) -> Response:
     """One of them."""
     registry: Registry = request.app.state.registry

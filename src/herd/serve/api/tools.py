@@ -23,7 +23,7 @@ class FunctionTool(Body):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema of an object.")
-    strict: bool | None = Field(default=None, description="Calls are held to the parameters, in any case.")
+    strict: bool | None = Field(default=None, description="Calls are held to the parameters with tool_choice auto too.")
 
 
 class Tool(Body):
@@ -69,16 +69,17 @@ class Plan:
     schemas: dict[str, Grammar] = dataclasses.field(default_factory=dict)
     """Those that calls are held to, by the fields of the request where they are."""
 
-    def grammars(self, wanted: Grammar | None, field: str) -> dict[str, Grammar]:
+    def grammars(self, wanted: dict[str, Grammar]) -> dict[str, Grammar]:
         """What must be possible, by the fields that ask for it; the first one is what an answer must be.
 
-        `wanted` is what `field` asks of texts. The bounds on what it takes to compile the first are on all schemas
+        `wanted` is what is asked of texts. The bounds on what it takes to compile the first are on all schemas
         together; the others are looked at by themselves as no call of a function may be possible.
         """
         if self.grammar is None:
-            return {} if wanted is None else {field: wanted}
-        if self.free and wanted is not None:
-            raise bad(field, "is not there together with strict functions, unless tool_choice is required or none")
+            return wanted
+        if self.free and wanted:
+            told = "is not there together with strict functions, unless tool_choice is required or none"
+            raise bad(next(iter(wanted)), told)
         return {"tools": self.grammar, **self.schemas}
 
     def voice(self) -> Voice:

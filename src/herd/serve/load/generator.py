@@ -224,7 +224,10 @@ def _rejected(code: int | None, message: str, url: str) -> HerdError:
     if code in (401, 403):
         return UsageError(what, value=url, fix="--api-key KEY, or HERD_API_KEY in the environment")
     if code is not None and code < 500 and code != 429:
-        return UsageError(what, value=url, fix="look at --model, --endpoint and --extra, and whether the URL is right")
+        fix = "look at --model, --endpoint and --extra, and whether the URL is right"
+        if "context" in message.lower():  # all servers' word for what a prompt does not fit into
+            fix = "lower --prompt-tokens, --shared-prefix or --max-tokens, or send shorter --prompts"
+        return UsageError(what, value=url, fix=fix)
     return ResourceError(what, value=url, fix="wait until the server is ready")
 
 

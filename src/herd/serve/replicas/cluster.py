@@ -18,6 +18,7 @@ import importlib.util
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -47,6 +48,12 @@ _LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
     "RAY_COLOR_PREFIX": "0",
+    "RAY_SERVE_SLOW_STARTUP_WARNING_S": "300",  # it speaks of a cluster that grows
+    "RAY_enable_metrics_collection": "0",
+    # Two more of Ray's processes tell anybody their figures, without an option to leave that out. They go on without
+    # it where the port cannot be had, and this is none.
+    "DASHBOARD_METRIC_PORT": "-1",
+    "AUTOSCALER_METRIC_PORT": "-1",
 }
 
 
@@ -72,10 +79,11 @@ def check_replicas(count: int, config: ServeConfig, loading: Mapping[str, Any]) 
 
 
 class RayMissing(MissingDependency):
-    """Ray, or a part of it that only its own extra brings: so the fix names Herd's extra, which asks for all of it."""
+    """Ray, or a part of it that only its own extra brings: so the fix asks for all that Herd's extra [ray] has."""
 
     def __init__(self, why: str) -> None:
-        HerdError.__init__(self, f"replicas need Ray ({why})", fix="pip install 'llama-herd[ray]'")
+        fix = f"{shlex.quote(sys.executable)} -m pip install 'ray[serve]>=2.60'"
+        HerdError.__init__(self, f"replicas need Ray ({why})", fix=fix)
 
 
 def joins() -> bool:
@@ -147,7 +155,9 @@ class Cluster:
             if "ray" in sys.modules:
                 raise ResourceError("Ray was imported already, and reads only then how a cluster is to be protected")
             os.environ |= _LOCAL | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's own, 15, replicas starve beside anything
         os.environ |= _ALWAYS
+        log.info("starting %d replicas through Ray: the address is there in some ten seconds", self._count)
         try:
             import ray
             from ray import serve

@@ -1,7 +1,8 @@
 """One page of figures for Prometheus, of the front and all replicas.
 
 How many responses there were and how long they took is the front's to say, who sees them as users do; everything else
-is counted where the models are, and has a label `replica`. Sums over that label are Prometheus' business.
+is counted where the models are, and has a label `replica`; so has what each process takes, the front as "front". Sums
+over that label are Prometheus' business.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 _OF_THE_FRONT = ("herd_responses", "herd_request_seconds")
+_OF_PROCESSES = "process_"
 
 
 def merged(front: bytes, replicas: Mapping[int, bytes]) -> bytes:
@@ -21,13 +23,13 @@ def merged(front: bytes, replicas: Mapping[int, bytes]) -> bytes:
     found = {
         family.name: family for family in _families(front) if family.name.removesuffix("_created") in _OF_THE_FRONT
     }
-    for number, page in replicas.items():
-        for family in _families(page):
-            if family.name.removesuffix("_created") in _OF_THE_FRONT:
-                continue
+    labelled = [(str(number), family) for number, page in replicas.items() for family in _families(page)]
+    labelled += [("front", family) for family in _families(front) if family.name.startswith(_OF_PROCESSES)]
+    for replica, family in labelled:
+        if family.name.removesuffix("_created") not in _OF_THE_FRONT:
             whole = found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
-                labels = {**sample.labels, "replica": str(number)}
+                labels = {**sample.labels, "replica": replica}
                 whole.samples.append(sample._replace(labels=labels))
     registry = CollectorRegistry()
     registry.register(_Found(found.values()))

@@ -85,6 +85,8 @@ class Link:
             await asyncio.sleep(_AGAIN)
 
     def _hear(self, news: News) -> None:
+        if news.state.ready and not self.ready:
+            log.info("replica %d is ready", self.number)
         self.state = news.state
         self.was_ready |= news.state.ready
         for part in news.parts:
