@@ -43,7 +43,7 @@ def test_embeddings_wait_no_longer_than_they_may(serving: Any, model_path: Path)
     """At once where the pace is known, and when the time is over where it is not."""
     with serving({"tiny": model_path}, ServeConfig(port=0, max_wait=0.2)) as served, served.client() as client:
         driver, turns = served.driver, threading.Semaphore(0)
-        held_embeddings(served, lambda: turns.acquire(timeout=30))
+        seen = held_embeddings(served, lambda: turns.acquire(timeout=30))
 
         def late() -> float:
             start = time.perf_counter()
@@ -59,11 +59,12 @@ def test_embeddings_wait_no_longer_than_they_may(serving: Any, model_path: Path)
             time.sleep(0.3)
             turns.release()
             assert tired.result() >= 0.2
+        until(lambda: len(seen) == 2)  # the first one's next text has begun: between two of them it waits itself
         # A request that has begun goes on, and what the next text will take is known.
         driver._works_pace.worked(1000.0)
         driver._max_wait = 30.0
         second = served.post("/v1/embeddings", {"input": [[1] * 100] * 20})
-        until(lambda: driver._working is not None and len(driver._works) == 1)  # one of them waits between two texts
+        until(lambda: len(driver._works) == 1)
         assert late() < 10  # long before anybody's turn comes
         assert len(driver._works) == 1
         turns.release(100)
