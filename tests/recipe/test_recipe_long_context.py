@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 from herd import checkpoint
 from herd.cli import main
 from herd.errors import HerdError, UsageError
+from herd.evaluate.needle import grid
 from herd.recipe import load_recipe, place, run, stage_table
 from herd.recipe.long_context import LongContextConfig, lengthen
 from tests.recipe.published import RECIPES
@@ -132,6 +133,42 @@ def test_another_grid_is_asked_and_an_impossible_one_is_refused_before_the_train
             found = json.loads((out / folder / "needle.json").read_text())["config"]
             assert (found["digits"], found["samples"]) == (config.digits, config.samples)
             assert len(found["lengths"]) == config.lengths
+
+
+@pytest.mark.parametrize("stop_at", [2, 6], ids=["before", "after"])
+@pytest.mark.parametrize("changed", [{}, {"digits": 3}], ids=["same", "other"])
+def test_a_grid_that_was_interrupted(
+    stop_at: int,
+    changed: dict[str, Any],
+    tiny: tuple[Path, dict[str, Any]],
+    sources: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same grid goes on, another one begins anew; there are four cells before the training and four after it."""
+    config = LongContextConfig(
+        to=512, steps=1, batch_size=1, tolerance=1, needles=0.5, lengths=2, depths=2, samples=1, probe_tokens=2000,
+        haystack=(str(sources),),
+    )  # fmt: skip
+    base, corpus, out, asked = _directory(tiny, "base") / "checkpoint", _directory(tiny, "corpus"), tmp_path / "out", []
+    ask = grid._ask
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        asked.append(arguments[-2:])
+        if len(asked) == stop_at:
+            raise KeyboardInterrupt
+        return ask(*arguments)
+
+    monkeypatch.setattr(grid, "_ask", counted)
+    with pytest.raises(KeyboardInterrupt):
+        lengthen(config, base, corpus, out)
+    config = config.model_copy(update=changed)
+    lengthen(config, base, corpus, out)
+    assert len(asked) == (stop_at + 8 if changed else 9)
+    for folder in ("before", "stage-512/needle"):
+        found = json.loads((out / folder / "needle.json").read_text())
+        assert found["config"]["digits"] == config.digits and len(found["cells"]) == 4
+    assert not (out / "before" / "model").exists()
 
 
 def test_what_comes_after_stays_when_it_is_judged_otherwise(

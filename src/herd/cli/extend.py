@@ -111,7 +111,7 @@ def command(
         console().print("Stopped. The same command continues where it was.", markup=False)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     emit(state, as_json, lambda: _show_result(state))
-    return 1 if state["stopped"] else 0
+    return 1 if state["stopped"] and ranks.leads else 0
 
 
 def _pairs(given: list[str] | None) -> dict[str, str] | None:

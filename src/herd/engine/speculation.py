@@ -173,4 +173,6 @@ def open_drafter(
         return ModelDrafter(open_backend(backend, how), tokenizer.vocab_size)
     except OutOfMemory as error:
         fix, both = 'use a smaller draft model, or draft="ngram"', target.memory + error.needed
+        if options.memory is not None:  # the larger model takes half of what the limit leaves it for more cache
+            both = 2 * both - options.memory
         raise OutOfMemory(f"for the draft model: {error.what}", both, value=str(error.value), fix=fix) from None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,12 +131,8 @@ class _Extension:
             if "short" not in record:
                 record["short"] = self._short(trained)
             if self.needles is not None and self.config.needles:
-                grid = trained.with_name("needle")
-                if record.get("asked", self.asked) != self.asked:
-                    shutil.rmtree(grid, ignore_errors=True)
-                    record.pop("needles", None)
-                if "needles" not in record:
-                    record["needles"] = self.needles(trained, stage.context, grid)
+                if "needles" not in record or record.get("asked", self.asked) != self.asked:
+                    record["needles"] = self.needles(trained, stage.context, trained.with_name("needle"))
                 record["asked"] = self.asked
             criteria = _criteria(self.config, state["short_before"], record)
             record["criteria"] = [criterion.to_dict() for criterion in criteria]

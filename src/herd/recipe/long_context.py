@@ -21,7 +21,7 @@ from herd import checkpoint
 from herd.corpus import STDLIB
 from herd.errors import HerdError, MissingDependency
 from herd.evaluate.needle import NeedleConfig, PromptMaker, even_depths
-from herd.files import read_json
+from herd.files import read_json, write_json
 from herd.pretrain.extension import ExtendConfig, plan_extension
 
 
@@ -125,16 +125,24 @@ def _leave(model: Path, place: Path) -> None:
 def _before(config: LongContextConfig, model: str | Path, out: Path) -> float:
     """The share that the first model finds at the same lengths, read as it is, past its own context too."""
     place, grid = out / "before", config.grid(config.to)
-    results = place / "needle.json"
-    if results.is_file() and read_json(results)["config"] != grid.model_dump(mode="json"):
-        shutil.rmtree(place)
-    if not results.is_file():
+    _begin_grid(grid, place)
+    results, copy = place / "needle.json", place / "model"
+    if not results.is_file() and not copy.is_dir():  # the same files, when the grid goes on
         with checkpoint.open_checkpoint(checkpoint.continuing(model)) as opened:
             shape = dataclasses.replace(opened.config, context_length=config.to)
-            checkpoint.save(place / "model", shape, opened, tokenizer=opened.tokenizer)
-        _found(grid, place / "model", place)
-        shutil.rmtree(place / "model")
+            checkpoint.save(copy, shape, opened, tokenizer=opened.tokenizer)
+    if not results.is_file():
+        _found(grid, copy, place)
+    shutil.rmtree(copy, ignore_errors=True)
     return _least_found(read_json(results))
+
+
+def _begin_grid(grid: NeedleConfig, place: Path) -> None:
+    """Leave nothing of another grid in its folder, whether that was finished or not."""
+    file, asked = place / "grid.json", grid.model_dump(mode="json")
+    if not file.is_file() or read_json(file) != asked:
+        shutil.rmtree(place, ignore_errors=True)
+        write_json(file, asked)
 
 
 def _found(grid: NeedleConfig, path: Path, place: Path) -> Mapping[str, Any]:
@@ -142,6 +150,7 @@ def _found(grid: NeedleConfig, path: Path, place: Path) -> Mapping[str, Any]:
     from herd.engine import LLM
     from herd.evaluate.needle import run, write_page, write_png
 
+    _begin_grid(grid, place)
     with LLM(str(path)) as llm:
         results = run(grid, llm, place)
     write_page(results, place / "needle.html")

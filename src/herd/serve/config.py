@@ -55,7 +55,7 @@ class ServeConfig(Config):
     )
 
     max_body_bytes: int = Field(default=8 * MiB, ge=1024, le=1024 * MiB, description="Of a request; more is refused.")
-    max_json_depth: int = Field(default=64, ge=4, le=512, description="Lists and objects inside each other.")
+    max_json_depth: int = Field(default=64, ge=4, le=256, description="Lists and objects inside each other.")
     body_timeout: float = Field(default=30.0, gt=0, le=3600, description="Seconds in which a request must arrive.")
     write_timeout: float = Field(
         default=60.0, gt=0, le=3600, description="Seconds a client may read nothing it is sent."

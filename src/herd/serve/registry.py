@@ -262,9 +262,8 @@ class Registry:
         while time.monotonic() < end and any(not model.idle for model in self.loaded):
             await asyncio.sleep(0.02)
         why = ApiError(503, "the server stops", code="stopped")
-        for model in self.loaded:
-            await asyncio.to_thread(model.close, why)
-        self._models.clear()
+        while self._models:  # nobody meets one that is closed
+            await asyncio.to_thread(self._models.popitem()[1].close, why)
 
 
 def _stopping() -> ApiError:

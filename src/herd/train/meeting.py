@@ -12,7 +12,7 @@ import time
 import uuid
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, PrefixStore, Store  # type: ignore[attr-defined]
 
 from herd.errors import ResourceError
 
@@ -35,7 +35,7 @@ def _come(store: Store, name: str, rank: int, patience: timedelta) -> str:
     store.set(_here(rank), name)
     try:
         store.wait([_answer(name)], patience)
-    except DistError:
+    except DistStoreError:
         raise ResourceError(
             f"rank 0 has not come within {patience.total_seconds():g} s", fix="look at what it says"
         ) from None
