@@ -35,7 +35,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp 2": (2, {"pp": 2}),
 }
 STEPS = 3
-MEMORY = {"vocab": 1024, "dim": 256, "layers": 2, "heads": 4, "kv": 2, "ffn": 704, "batch": 1}
+SMALL = {"vocab": 1024, "dim": 256, "layers": 4, "heads": 4, "kv": 2, "ffn": 704, "batch": 1}
+MEMORY = {**SMALL, "layers": 2}
 MEMORY_LENGTHS = (8192, 16384)
 FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 """So that memory that a process has freed is not counted as its own."""
@@ -218,7 +219,7 @@ def length() -> dict[str, Any]:
     for tokens in LENGTHS:
         with tempfile.TemporaryDirectory() as folder:
             rows = max(1, 4096 // tokens)
-            trainer = build({**MEMORY, "seq": tokens, "batch": rows}, {}, rows, folder)
+            trainer = build({**SMALL, "seq": tokens, "batch": rows}, {}, rows, folder)
             trainer.train_step()
             times = []
             for _ in range(3):
