@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tokenize": ("tokenize", "Show the tokens of a text or a dialogue."),
     "evaluate": ("evaluate", "Bits per byte and exact match, with confidence intervals."),
     "needle": ("needle", "Find a number in long texts: a grid of lengths and depths, with a heat map."),
-    "extend": ("extend", "Plan the stages that take a model to a longer context."),
+    "extend": ("extend", "Take a model to a longer context, in stages that each have to keep what it could."),
     "plan": ("plan", "A parallel layout for a training run: memory, communication, step time."),
     "scaling run": ("scaling.run", "Train a ladder: several sizes at each of a few compute budgets."),
     "scaling plan": ("scaling.plan", "List a ladder's models without training them."),
