@@ -183,6 +183,7 @@ def test_the_405b_grows_its_batches_as_published(configs: Any) -> None:
     long = configs("llama3.1-long-405b")["base"]
     assert [size.seq_len for size in long.phases] == [32_768, 65_536, 131_072]
     assert {size.seq_len * size.batch_size for size in (long.train, *long.phases)} == {M16}
+    assert long.promote.needles == 1 and long.promote.short == 8192
     assert long.anneal.average and long.train.anneal * M16 == pytest.approx(40e6, rel=0.3)
     assert long.anneal.weights["annealing"] == 30 == 100 - sum(long.anneal.weights.values()) + 30
 

@@ -64,6 +64,17 @@ class Annealing(Config):
     average: bool = Field(default=True, description="end with the mean of the weights after each of these steps")
 
 
+class Criteria(Config):
+    """What a model must be after a training that lengthened its context."""
+
+    tolerance: float = Field(
+        default=0.02, ge=0, le=1, description="bits per byte of short text may rise by this share; more ends it"
+    )
+    needles: float = Field(
+        default=1.0, ge=0, le=1, description="share of the needles to find at the new length; 0: none are asked for"
+    )
+
+
 class PretrainConfig(Config):
     """Data, time and evaluation of a pretraining stage; `train` has the knobs of the loop."""
 

@@ -29,7 +29,7 @@ from herd.pretrain.beginning import weights_hash
 from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import pack_heldout
 from herd.pretrain.extension import ExtendConfig, ExtensionStage, plan_extension
-from herd.pretrain.promotion import Criterion, short_bits_per_byte
+from herd.pretrain.promotion import criteria, short_bits_per_byte
 from herd.pretrain.stage import run
 from herd.train.announce import announce
 from herd.train.config import TrainConfig
@@ -134,9 +134,9 @@ class _Extension:
                 if "needles" not in record or record.get("asked", self.asked) != self.asked:
                     record["needles"] = self.needles(trained, stage.context, trained.with_name("needle"))
                 record["asked"] = self.asked
-            criteria = _criteria(self.config, state["short_before"], record)
-            record["criteria"] = [criterion.to_dict() for criterion in criteria]
-            if failed := [criterion.describe() for criterion in criteria if not criterion.met]:
+            asked = criteria(self.config, state["short_before"], record["short"], record.get("needles"))
+            record["criteria"] = [criterion.to_dict() for criterion in asked]
+            if failed := [criterion.describe() for criterion in asked if not criterion.met]:
                 state["stopped"] = f"at {stage.context:,} tokens: {'; '.join(failed)}"
             else:
                 state["model"] = str(trained)
@@ -251,11 +251,3 @@ def _size(documents: list[Document], tokenizer: Tokenizer) -> tuple[int, int]:
     """Bytes and tokens of documents."""
     tokens = sum(len(tokenizer.encode(document.text)) for document in documents)
     return sum(document.n_bytes for document in documents), max(1, tokens)
-
-
-def _criteria(config: ExtendConfig, short_before: float, record: dict[str, Any]) -> list[Criterion]:
-    allowed = short_before * (1 + config.tolerance)
-    found = [Criterion("bits per byte of short text", record["short"], allowed, at_most=True)]
-    if config.needles and "needles" in record:
-        found.append(Criterion("needles found", record["needles"], config.needles, at_most=False))
-    return found

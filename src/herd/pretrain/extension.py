@@ -13,8 +13,8 @@ from typing import Literal, get_args
 from pydantic import Field, model_validator
 
 from herd.architecture import LlamaConfig, RopeScaling, StretchMethod, law_theta, stretched
-from herd.config import Config
 from herd.errors import UsageError
+from herd.pretrain.config import Criteria
 from herd.train.parallel.config import ParallelConfig
 
 PlanMethod = Literal["card"] | StretchMethod
@@ -66,7 +66,7 @@ class ExtensionStage:
     card: str
 
 
-class ExtendConfig(Config):
+class ExtendConfig(Criteria):
     """How the planned stages are trained and judged. What is null is as in the plan."""
 
     method: PlanMethod = Field(default="law", description="how RoPE is stretched")
@@ -92,10 +92,6 @@ class ExtendConfig(Config):
     chats: float = Field(
         default=0.0, ge=0, le=1, description="share of the documents made into long chats that ask for what was said"
     )
-    tolerance: float = Field(
-        default=0.02, ge=0, le=1, description="bits per byte of short text may rise by this share; more ends it"
-    )
-    needles: float = Field(default=1.0, ge=0, le=1, description="share of the needles to find at the new length")
     probe_tokens: int = Field(default=65_536, ge=1, description="about so many held-out tokens judge short text")
     save_dtype: Literal["f32", "bf16"] = Field(default="f32", description="number format of the checkpoints")
 

@@ -1,4 +1,4 @@
-"""When an extension goes on to the next length: both of the Llama 3 paper's criteria (arXiv 2407.21783 §3.4.2).
+"""When training goes on to the next length: both of the Llama 3 paper's criteria (arXiv 2407.21783 §3.4.2).
 
 Short texts are read as well as before the extension: bits per byte of held-out text in windows of the context that the
 model first had, at most `tolerance` of them more than the first model's. And numbers hidden in texts of the new length
@@ -15,6 +15,7 @@ import torch
 
 from herd import model as models
 from herd.corpus import EvaluationWindows, TokenShards
+from herd.pretrain.config import Criteria
 from herd.train.batches import Batch
 from herd.train.losses import next_token_loss
 
@@ -42,6 +43,16 @@ class Criterion:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for extension.json."""
         return asdict(self) | {"met": self.met}
+
+
+def criteria(asked: Criteria, short_before: float, short: float, needles: float | None) -> list[Criterion]:
+    """The criteria for bits per byte of short text, before and now, and the share of needles found, where it is known
+    and wanted."""
+    allowed = short_before * (1 + asked.tolerance)
+    found = [Criterion("bits per byte of short text", short, allowed, at_most=True)]
+    if asked.needles and needles is not None:
+        found.append(Criterion("needles found", needles, asked.needles, at_most=False))
+    return found
 
 
 def short_bits_per_byte(checkpoint: Path, heldout: TokenShards, context: int) -> float:

@@ -20,6 +20,7 @@ from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import TokenFiles, heldout_parts, prepare
 from herd.pretrain.heldout import HeldOut, score_parts
 from herd.pretrain.phases import Phases
+from herd.pretrain.promoting import Promote, Promotion
 from herd.pretrain.rows import account, mixture, phase_rows
 from herd.pretrain.source import PhasedSource, RowLength
 from herd.train.batches import Batch
@@ -27,7 +28,7 @@ from herd.train.budget import TimeLimit, within
 from herd.train.callbacks import Callback
 from herd.train.config import TrainConfig
 from herd.train.distillation import DistilConfig, Distillation, load_teacher
-from herd.train.export import Arrays, Exports, export
+from herd.train.export import Arrays, Exports, export, step_export
 from herd.train.losses import next_token_loss
 from herd.train.trainer import LossFunction, Trainer, TrainResult, compute_dtype, pick_device
 from herd.train.world import World, current_world
@@ -43,9 +44,10 @@ def run(
     tokenizer: Tokenizer,
     out_dir: str | Path,
     distil: DistilConfig | None = None,
+    promote: Promote | None = None,
 ) -> dict[str, Any]:
-    """Train a model of this shape on corpus/train.jsonl, with `distil` also on what teachers make of it, and return the
-    data of result.json.
+    """Train a model of this shape on corpus/train.jsonl, with `distil` also on what teachers make of it, with `promote`
+    only as far as each phase is promoted; and return the data of result.json.
 
     Writes into `out_dir`: checkpoint/ (Hugging Face layout with the tokenizer), exports/ (such copies on the way, if
     asked for), metrics.jsonl, result.json, and what it needs to continue after an interruption: tokens/, state/,
@@ -58,7 +60,7 @@ def run(
     out, train = Path(out_dir), resolved(config)
     _check(config, shape, tokenizer)
     world, phases = current_world(train.parallel, pick_device(train).type), config.sizes()
-    _check_mesh(train, shape, phases, world)
+    _check_mesh(train, shape, phases, world, promote)
     loss, taught = _loss(config, shape, train, distil, world)
     files = _token_files(world, config, Path(corpus), tokenizer, out / "tokens")
     rows = mixture(config, files.sources)
@@ -74,10 +76,14 @@ def run(
     def save(place: Path, weights: Arrays) -> None:
         checkpoint.save(place, shape, weights, format="hf", dtype=config.save_dtype, tokenizer=tokenizer)
 
+    def save_step(step: int, weights: Arrays) -> None:
+        save(step_export(out, step), weights)
+
     if config.export_every:
-        callbacks.append(
-            Exports(config.export_every, lambda step, weights: save(out / "exports" / f"step-{step:08d}", weights))
-        )
+        callbacks.append(Exports(config.export_every, save_step))
+    if promote is not None:
+        short = _short_windows(files.probe, train, promote.short)
+        callbacks.append(Promotion(promote, phases, train.steps - train.anneal, short, out, save_step))
     with begin(config, shape, tokenizer) as (weights, begun_from):
         parts = phase_rows(config, rows, files.train.eos_id)
         source = PhasedSource(phases, parts, train.micro_batch_rows, world, begun_from + taught)
@@ -146,13 +152,17 @@ def _loss(
     return loss, f", taught by {distil.model_dump_json()}"
 
 
-def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: World) -> None:
-    """Raises UsageError for a phase whose rows the ranks cannot share, before the first one is trained."""
+def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: World, promote: Promote | None) -> None:
+    """Raises UsageError for a phase whose rows the ranks cannot share, before the first one is trained, and for rows of
+    short text that they cannot."""
     tokens = train.micro_batch_rows * train.seq_len
     if train.parallel.needs_mesh:
         for phase in phases:
             rows = phase.micro_batch(tokens)
             train.parallel.check(shape, phase.seq_len, phase.batch_size, rows, world.size)
+        if promote is not None and promote.short is not None:
+            rows = phases[0].micro_batch(tokens)
+            train.parallel.check(shape, promote.short, phases[0].batch_size, rows, world.size)
 
 
 def _token_files(
@@ -183,6 +193,14 @@ def _flops(outcome: TrainResult, shape: LlamaConfig, phases: Phases, steps: int)
         "mfu": None if outcome.mfu is None else outcome.mfu * total / outcome.training_flops,
         "row_tokens": sum(tokens * length for tokens, length in parts) / read,
     }
+
+
+def _short_windows(probe: TokenShards | None, train: TrainConfig, tokens: int | None) -> EvaluationWindows:
+    """The probe in windows of so many tokens, as many of them at a time as make up a micro-batch."""
+    if probe is None:
+        raise UsageError("promote needs held-out text to judge by", fix="corpus.heldout_fraction")
+    tokens = tokens or train.seq_len
+    return EvaluationWindows(probe, tokens, max(1, train.micro_batch_rows * train.seq_len // tokens))
 
 
 def _windows(shards: TokenShards, train: TrainConfig, only: list[int] | None = None) -> EvaluationWindows:

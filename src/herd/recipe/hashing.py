@@ -30,13 +30,15 @@ def digest(data: object) -> str:
 def stage_key(bound: BoundStage, input_hashes: Mapping[str, str]) -> dict[str, Any]:
     """Everything that determines a stage's result, as plain data. Its `digest` is the stage's hash.
 
-    How ranks share the work is left out, and what it is judged by: a run goes on when that changes.
+    How ranks share the work is left out, and what it is judged by, in the end or on the way: a run goes on when that
+    changes.
     """
     fingerprint = bound.stage.fingerprint
     config = bound.config.model_dump(mode="json", exclude=set(bound.stage.judges))
     for fields in (config, config.get("train")):
         if isinstance(fields, dict):
             fields.pop("parallel", None)
+            fields.pop("promote", None)
     return {
         "stage": bound.name,
         "version": bound.stage.version,

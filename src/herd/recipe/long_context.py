@@ -18,14 +18,14 @@ from typing import Any
 from pydantic import Field
 
 from herd import checkpoint
-from herd.corpus import STDLIB
 from herd.errors import HerdError, MissingDependency
-from herd.evaluate.needle import NeedleConfig, PromptMaker, even_depths
+from herd.evaluate.needle import NeedleConfig, PromptMaker
 from herd.files import read_json, write_json
 from herd.pretrain.extension import ExtendConfig, plan_extension
+from herd.recipe.needle_grid import NeedleGrid
 
 
-class LongContextConfig(ExtendConfig):
+class LongContextConfig(ExtendConfig, NeedleGrid):
     """An extension, and the grids of needles that it is judged by."""
 
     to: int = Field(default=4096, ge=2, le=2**32, description="tokens of context to reach")
@@ -35,12 +35,6 @@ class LongContextConfig(ExtendConfig):
         le=100,
         description="lengths of the needle grid, evenly up to the new context; several: the model before is asked, too",
     )
-    depths: int = Field(default=11, ge=2, le=1000, description="depths at which needles lie, from start to end")
-    samples: int = Field(default=2, ge=1, le=1000, description="needles at each length and depth")
-    digits: int = Field(default=7, ge=1, le=18, description="digits of their numbers")
-    haystack: tuple[str, ...] = Field(
-        default=(STDLIB,), min_length=1, description="text to hide them in: files, *.jsonl, folders, python-stdlib"
-    )
 
     def training(self) -> ExtendConfig:
         """What the training of the stages is told."""
@@ -48,13 +42,7 @@ class LongContextConfig(ExtendConfig):
 
     def grid(self, context: int) -> NeedleConfig:
         """The needle grid of a model with this context."""
-        return NeedleConfig(
-            lengths=tuple(context * number // self.lengths for number in range(1, self.lengths + 1)),
-            depths=even_depths(self.depths),
-            samples=self.samples,
-            digits=self.digits,
-            haystack=self.haystack,
-        )
+        return self.at(*(context * number // self.lengths for number in range(1, self.lengths + 1)))
 
 
 class ExtendStageConfig(LongContextConfig):

@@ -17,7 +17,7 @@ time       Every stretch between two changes (warm-up ends, rows or batches grow
 layout     Two ranks for every axis that has several, as far as the ranks that are there go round; the rest is DP.
            A pipeline's schedule stays where there are two stages, with two chunks if it had several.
 measuring  Two probes of 2,000 tokens, a line for every step, no time limits; some dozen exercises and rows to prune by.
-extending  To 1,024 tokens in 4 steps; what a model that small must still read and find is not asked.
+extending  To 1,024 tokens in 4 steps; what a model that small must still read and find is not asked, nor in phases.
 
 Learning rates, optimiser, schedules, precision, packing and infilling stay as they are. (Only documents that fit a row
 are infilled; of the standard library's, some four in a hundred do.)
@@ -72,6 +72,8 @@ _MOST: dict[str, dict[str, int]] = {
     "quantise": {"heldout_bytes": 2000},
 }
 """Fields of stages that are lowered to these values."""
+_UNASKED = {"tolerance": 1.0, "needles": 0.0}
+"""Of what a longer context must not cost and must bring."""
 
 Values = Mapping[str, Any]
 Lengths = Callable[[int], int]
@@ -89,7 +91,7 @@ def shrunk(data: Values, where: str, *, text: str = STDLIB, ranks: int = 1) -> d
         if name in stages:
             stages[name] = {**stages[name], **_lowered(stages[name], most)}
     if "extend" in stages:
-        stages["extend"] |= {"tolerance": 1.0, "needles": 0.0}
+        stages["extend"] |= _UNASKED
     if "corpus" in stages:
         stages["corpus"] = {**stages["corpus"], "sources": [text], "heldout_fraction": _HELDOUT}
     if "tokenizer" in stages and stages["tokenizer"].get("file") is None:
@@ -97,6 +99,9 @@ def shrunk(data: Values, where: str, *, text: str = STDLIB, ranks: int = 1) -> d
     if "base" in stages:
         base = _Base(stages["base"], f"{where}: base", ranks)
         stages["base"] = {**base.values(stages["base"]), "sources": _sources(base.config, label)}
+        if (promote := stages["base"].get("promote")) is not None:
+            short = promote.get("short")
+            stages["base"]["promote"] = promote | _UNASKED | {"short": short and base.lengths(short)}
         if "sft" in stages:
             stages["sft"] = base.tuning(stages["sft"])
     return {**data, "name": f"{data.get('name', Path(where).stem)}{SHRUNK}", "stages": stages}

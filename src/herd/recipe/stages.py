@@ -22,6 +22,7 @@ from herd.pretrain.adapting import AdaptConfig, adapt
 from herd.recipe.earlier import absent, earlier, fingerprint
 from herd.recipe.hashing import fingerprint_paths
 from herd.recipe.long_context import ExtendStageConfig, extend_stage
+from herd.recipe.needle_grid import PromoteConfig
 from herd.recipe.quantise import QuantiseConfig, quantise
 from herd.recipe.report import ReportConfig, RunData, write_report
 from herd.recipe.shape import ModelShape
@@ -48,10 +49,18 @@ class BaseConfig(PretrainConfig):
         default=None, description="train on what teachers predict as well: {teachers, weight}; null: on the text alone"
     )
 
+    promote: PromoteConfig | None = Field(
+        default=None,
+        description="what must hold where a phase ends, or the run stops there: {tolerance, needles, short}; null:"
+        " phases follow each other",
+    )
+
     @model_validator(mode="after")
-    def _adapts_something(self) -> BaseConfig:
+    def _begins_with_something(self) -> BaseConfig:
         if self.adapt is not None and self.init_from is None:
             raise ValueError("adapt is of the checkpoint that init_from names, and there is none")
+        if self.promote is not None and self.init_from is None:
+            raise ValueError("promote asks for what init_from's checkpoint could before, and there is none")
         return self
 
     @property
@@ -196,7 +205,8 @@ def _base(config: BaseConfig, inputs: Inputs, out: Path, context: StageContext) 
         world = current_world(config.train.parallel, pick_device(config.train).type)
         begin = adapt(config.adapt, config.init_from, shape, corpus, words, out / "adapted", config.seed, world)
         config = config.model_copy(update={"init_from": str(begin)})
-    pretrain.run(config, shape, corpus, words, out, config.distil)
+    promote = config.promote.promote(words, config) if config.promote else None
+    pretrain.run(config, shape, corpus, words, out, config.distil, promote)
     return _trained(out)
 
 

@@ -43,9 +43,11 @@ class StepRecord:
 
 
 class Callback:
-    """Base class with empty hooks; override what is needed. `name` keys the callback's state in checkpoints."""
+    """Base class with empty hooks; override what is needed. `name` keys the callback's state in checkpoints. Those that
+    are `last` come after all others, the writing of checkpoints included, and have no state in them."""
 
     name = ""
+    last = False
 
     def on_start(self, trainer: Trainer[Any]) -> None:
         """After the state is restored, before the first step."""

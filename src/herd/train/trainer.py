@@ -116,11 +116,11 @@ class Trainer(Generic[B]):
         beside = config.checkpoint_background
         self.store = StateStore(self.out_dir / "state", config.keep, self.world.aside() if beside else self.world)
         self.saver = Saver(self.store, background=beside)
-        self.callbacks: list[Callback] = [Guard(config), *callbacks]
+        self.callbacks: list[Callback] = [Guard(config), *(callback for callback in callbacks if not callback.last)]
         if config.average != "none":
             self.callbacks.append(WeightAverage(config))
-        # Last, so that a checkpoint holds what all others remember of the step.
-        self.callbacks += [Metrics(config.log_every), Checkpoints(config)]
+        # At the end, so that a checkpoint holds what all others remember of the step.
+        self.callbacks += [Metrics(config.log_every), Checkpoints(config), *(one for one in callbacks if one.last)]
 
         self.step = 0
         """Finished steps."""
