@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,13 +52,14 @@ class Nodes:
 
     def replicas(self) -> list[list[int]]:
         """Processes of replicas, by node."""
-        children: dict[int, list[int]] = {raylet: [] for raylet in self.raylets}
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent in children and (entry / "cmdline").read_bytes().startswith(_REPLICA.encode()):
-                    children[parent].append(int(entry.name))
-        return list(children.values())
+        found: list[list[int]] = []
+        for raylet in self.raylets:
+            found.append([])
+            for pid in _children(raylet):
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(_REPLICA.encode()):
+                        found[-1].append(pid)
+        return found
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -82,6 +84,16 @@ def environment(**more: str) -> dict[str, str]:
     return own | SETTINGS | more
 
 
+def _children(parent: int) -> list[int]:
+    """Processes that another one started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(entry.name))
+    return found
+
+
 def _main() -> None:
     from ray.cluster_utils import Cluster
 
@@ -95,7 +107,12 @@ def _main() -> None:
                 case "add":
                     nodes.append(cluster.add_node(**_NODE))
                 case "kill":
-                    cluster.remove_node(nodes.pop(), allow_graceful=False)
+                    node = nodes.pop()
+                    # Ray would leave what runs there some time yet, in which it takes requests.
+                    for pid in _children(node.all_processes["raylet"][0].process.pid):
+                        with contextlib.suppress(OSError):
+                            os.kill(pid, signal.SIGKILL)
+                    cluster.remove_node(node, allow_graceful=False)
                 case _:
                     return
     finally:
