@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.nn import functional
 
 from herd import checkpoint, tokenizer
-from herd import model as models
 from herd.architecture import LlamaConfig, law_theta
 from herd.cli import main
 from herd.corpus import Document, TokenShards, read_documents
@@ -24,6 +20,7 @@ from herd.errors import UsageError
 from herd.pretrain import ExtendConfig, PretrainConfig, extend, run
 from herd.pretrain.extending import _halvings, _some_as_chats
 from herd.recipe.lock import run_lock
+from tests.pretrain.by_hand import bits_per_byte
 
 
 def _text(n: int) -> str:
@@ -81,23 +78,6 @@ def extended(
     return out, state, asked
 
 
-def _bits(path: Path, shards: TokenShards, context: int) -> float:
-    """Bits per byte by hand: one document at a time, windows that overlap by half."""
-    llama = models.load(path, dtype=torch.float32)
-    nats = 0.0
-    for document in shards:
-        ids = torch.from_numpy(document.astype("int64"))
-        scored = start = 0
-        while scored < len(ids) - 1:
-            end = min(start + context, len(ids) - 1)
-            with torch.no_grad():
-                logits = llama(ids[None, start:end])[0]
-            losses = functional.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none")
-            nats += losses[scored - start :].sum().item()
-            scored, start = end, start + context // 2
-    return nats / math.log(2) / int(shards.text_bytes.sum())
-
-
 def test_stages_follow_each_other_with_their_own_shape(
     extended: tuple[Path, dict[str, Any], list[int]], short: Path
 ) -> None:
@@ -134,10 +114,10 @@ def test_rows_are_filled_by_joined_documents(extended: tuple[Path, dict[str, Any
 def test_short_text_is_measured_in_short_windows(extended: tuple[Path, dict[str, Any], list[int]], short: Path) -> None:
     out, state, _ = extended
     probe = TokenShards(out / "tokens" / "probe")
-    assert state["short_before"] == pytest.approx(_bits(short, probe, 32), rel=1e-4)
+    assert state["short_before"] == pytest.approx(bits_per_byte(short, probe, 32), rel=1e-4)
     for stage in state["stages"]:
         path = out / f"stage-{stage['plan']['context']}" / "checkpoint"
-        assert stage["short"] == pytest.approx(_bits(path, probe, 32), rel=1e-4)
+        assert stage["short"] == pytest.approx(bits_per_byte(path, probe, 32), rel=1e-4)
         assert [one["name"] for one in stage["criteria"]] == ["bits per byte of short text", "needles found"]
         assert stage["criteria"][0]["wanted"] == pytest.approx(1.5 * state["short_before"])
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 from herd import checkpoint, tokenizer
 from herd import model as models
@@ -23,6 +21,7 @@ from herd.pretrain import PretrainConfig, run
 from herd.pretrain.config import Criteria
 from herd.pretrain.promoting import Promote
 from herd.recipe.stages import BaseConfig
+from tests.pretrain.by_hand import bits_per_byte
 from tests.train.parallel.launch import launch
 
 TRAIN = {
@@ -104,22 +103,6 @@ def _shares(path: Path, words: tokenizer.Tokenizer, length: int) -> list[float]:
     return found
 
 
-def _bits(path: Path, shards: TokenShards, context: int) -> float:
-    """Bits per byte by hand: one document at a time, windows that overlap by half."""
-    llama, nats = models.load(path, dtype=torch.float32), 0.0
-    for document in shards:
-        ids = torch.from_numpy(document.astype("int64"))
-        scored = start = 0
-        while scored < len(ids) - 1:
-            end = min(start + context, len(ids) - 1)
-            with torch.no_grad():
-                logits = llama(ids[None, start:end])[0]
-            losses = functional.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none")
-            nats += losses[scored - start :].sum().item()
-            scored, start = end, start + context // 2
-    return nats / math.log(2) / int(shards.text_bytes.sum())
-
-
 def test_each_phase_is_judged_where_it_ends(
     short: Path, corpus: Path, words: tokenizer.Tokenizer, shape: LlamaConfig, tmp_path: Path
 ) -> None:
@@ -131,10 +114,10 @@ def test_each_phase_is_judged_where_it_ends(
     assert hidden.asked == [32, 64, 128]
     assert [(one["step"], one["context"]) for one in account["judged"]] == [(3, 32), (6, 64), (7, 128)]
     probe = TokenShards(tmp_path / "tokens" / "probe")
-    assert account["short_before"] == pytest.approx(_bits(short, probe, 16), rel=1e-4)
+    assert account["short_before"] == pytest.approx(bits_per_byte(short, probe, 16), rel=1e-4)
     for one in account["judged"]:
         then = tmp_path / "exports" / f"step-{one['step']:08d}"
-        assert one["short"] == pytest.approx(_bits(then, probe, 16), rel=1e-4)
+        assert one["short"] == pytest.approx(bits_per_byte(then, probe, 16), rel=1e-4)
         shares = _shares(then, words, one["context"])
         assert min(abs(share - 0.5) for share in shares) > 0.01, "none is so near that rounding decides"
         assert one["needles"] == sum(share > 0.5 for share in shares) / 4
