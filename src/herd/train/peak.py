@@ -14,6 +14,25 @@ SHAPE = (1024, 1024, 1024)
 GPU_SHAPE = (8192, 8192, 8192)
 
 
+AGAIN = 3
+
+
+class Peak:
+    """The peak of a device, measured when it is first asked for; and again, a few times at most, where a run is faster
+    than it: something else was running then."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._rate, self._measured = 0.0, 0
+
+    def share(self, rate: float) -> float:
+        """`rate`, in floating-point operations a second, as a share of the peak."""
+        if not self._measured or (rate > self._rate and self._measured <= AGAIN):
+            self._rate = max(self._rate, matmul_peak(self._dtype, self._device))
+            self._measured += 1
+        return rate / self._rate
+
+
 def matmul_peak(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",

@@ -37,7 +37,7 @@ from herd.train.guard import Guard
 from herd.train.memory import keep_freed_memory
 from herd.train.metrics import Metrics, MetricsFile
 from herd.train.optimizers import build_optimizer, matrix_dtype
-from herd.train.peak import matmul_peak
+from herd.train.peak import Peak
 from herd.train.recompute import recompute
 from herd.train.saving import Saver
 from herd.train.schedule import lr_factor
@@ -133,7 +133,7 @@ class Trainer(Generic[B]):
         """(sum of losses, weight) of the last steps."""
         self.row_tokens = config.seq_len
         """Tokens of a row at this step, which attention's share of the FLOPs grows with."""
-        self._peak: float | None = None
+        self._peak = Peak(self.precision, self.device)
         self._metrics = MetricsFile(self.out_dir / "metrics.jsonl")
 
     @property
@@ -271,9 +271,7 @@ class Trainer(Generic[B]):
         """
         if (flops := self.flops_per_token()) is None:
             return None
-        if self._peak is None:
-            self._peak = matmul_peak(self.precision, self.device)
-        return tokens_per_second / self.world.size * flops / self._peak
+        return self._peak.share(tokens_per_second / self.world.size * flops)
 
     def flops_per_token(self) -> float | None:
         """Floating-point operations to train on one token, a mean over those seen so far; None where unknown."""
