@@ -9,11 +9,12 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from herd.cli import VERBS
-from herd.cli.output import emit, speak
+from herd.cli.output import emit, speak, typed
 
 
 def herd(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -76,6 +77,27 @@ def test_unknown_verb_is_a_usage_error_with_advice() -> None:
     result = herd("chta")
     assert result.returncode == 2
     assert "herd chat" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_unknown_verb_of_a_family_is_named_whole() -> None:
+    result = herd("scaling", "rnu")
+    assert result.returncode == 2 and "got scaling rnu" in result.stderr and "herd scaling run" in result.stderr
+
+
+def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a shell whose PATH does not lead to the program, by its place."""
+    program = tmp_path / ".venv" / "bin" / "herd"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert typed("herd chat runs/a") == ".venv/bin/herd chat runs/a"
+    monkeypatch.chdir("/")
+    assert typed("herd chat runs/a").endswith(f"{str(program)[1:]} chat runs/a")
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert typed("herd chat runs/a") == "herd chat runs/a"
 
 
 def test_help_and_doctor_need_no_torch() -> None:

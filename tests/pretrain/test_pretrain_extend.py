@@ -193,6 +193,8 @@ def test_the_verb(short: Path, corpus: Path, tmp_path: Path, capsys: pytest.Capt
     assert "reached 256 tokens" in capsys.readouterr().out
     assert _herd("extend", str(short), "--to", "256") == 2
     assert "--corpus" in capsys.readouterr().err
+    assert _herd("extend", str(short), "--to", "256", "--method", "foo", *options[:4]) == 2
+    assert "'card', 'law', 'ntk', 'linear', 'yarn' or 'llama3'" in capsys.readouterr().err
     assert _herd("extend", str(short), "--to", "256", "--tolerance", "2", *options[:4]) == 2
     assert "tolerance" in capsys.readouterr().err
 

@@ -6,15 +6,20 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from herd.errors import UsageError
+from herd.train.budget import TimeLimit
+from herd.train.callbacks import Callback, StepRecord
 from herd.train.memory import keep_freed_memory, memory_bytes
 from herd.train.metrics import MetricsFile, _clock
 from herd.train.peak import Peak, matmul_peak
+from herd.train.trainer import Trainer
 from tests.train.parallel.cases import Case, trainer
 
 
@@ -99,6 +104,28 @@ def test_freed_memory_is_kept() -> None:
 
 def test_time_left_reads_like_a_clock() -> None:
     assert [_clock(seconds) for seconds in (5, 65, 3599, 7265)] == ["0:05", "1:05", "59:59", "2 h 01 min"]
+
+
+def test_no_more_time_is_left_than_a_run_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However long so many steps would take at the pace of late: the plan will be revised."""
+
+    class Ends(Callback):
+        def seconds_left(self) -> float:
+            return 42.0
+
+        def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
+            if record.step == 3:
+                raise InterruptedError
+
+    monkeypatch.setattr("herd.train.metrics._LINE_SECONDS", 0.0)
+    with pytest.raises(InterruptedError):
+        trainer(Case("dense", 1, {}), tmp_path, [Ends()], steps=10**9).fit()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "step" in line]
+    assert len(lines) == 2 and all(line.endswith(" · 0:42 left") for line in lines)
+    limit = TimeLimit(100.0, tmp_path / "plan.json", started=time.monotonic() - 30)
+    assert 69 < limit.seconds_left() <= 70
 
 
 def test_the_config_needs_no_torch() -> None:

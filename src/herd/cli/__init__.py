@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         sys.stdout.write(f"herd {__version__}\n")
         raise SystemExit(0)
-    words = 2 if " ".join(arguments[:2]) in VERBS else 1
+    words = 2 if (family and arguments[0] not in VERBS) or " ".join(arguments[:2]) in VERBS else 1
     raise SystemExit(_run(" ".join(arguments[:words]), arguments[words:]))
 
 

@@ -253,7 +253,11 @@ def _knee(knee: Mapping[str, Any]) -> str:
 
 def _cells(spread: Mapping[str, Any], keys: tuple[str, ...] = _PERCENTILES) -> list[str]:
     marks = {key: "> " if key in spread["at_least"] else "" for key in keys}
-    return ["" if spread[key] is None else f"{marks[key]}{1000 * spread[key]:,.1f}" for key in keys]
+    return ["" if spread[key] is None else f"{marks[key]}{_milliseconds(spread[key])}" for key in keys]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f}" if seconds >= 0.001 else f"{1000 * seconds:.2g}"
 
 
 def _number(value: float | None) -> str:

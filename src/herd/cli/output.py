@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from herd.progress import speaks
@@ -21,6 +24,15 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, quiet=not speaks())
+
+
+def typed(command: str) -> str:
+    """A `herd` command as it can be typed in this shell: by the path of the program where PATH does not lead to it."""
+    program = Path(sys.argv[0])
+    if program.name != "herd" or shutil.which("herd"):
+        return command
+    near = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+    return f"{shlex.quote(str(near))} {command.removeprefix('herd ')}"
 
 
 def emit(data: Any, as_json: bool, human: Callable[[], None] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from herd.cli.output import console, emit, table
+from herd.cli.output import console, emit, table, typed
 
 if TYPE_CHECKING:
     from herd.recipe import Decision, Placed, Recipe, StageEvent
@@ -79,7 +79,7 @@ def command(
     try:
         state = run(loaded, stages, run_dir, redo_from=redo_from, only=only, on_event=lines, command=again)
     except (KeyboardInterrupt, SystemExit) as stop:
-        console().print(f"Stopped. {again} continues where it was.", markup=False, soft_wrap=True)
+        console().print(f"Stopped. {typed(again)} continues where it was.", markup=False, soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     emit({"run": str(run_dir), **state}, as_json, lambda: _summary(run_dir, state, lines.skipped))
     return 0
@@ -150,4 +150,4 @@ def _summary(run_dir: Path, state: dict[str, Any], skipped: set[str]) -> None:
         if key in state:
             print(f"{label}: {run_dir / state[key]}")
     if "model" in state:
-        print(f"talk to it: herd chat {shlex.quote(str(run_dir))}")
+        print(f"talk to it: {typed(f'herd chat {shlex.quote(str(run_dir))}')}")

@@ -17,7 +17,7 @@ from herd.errors import UsageError
 from herd.pretrain.config import Criteria
 from herd.train.parallel.config import ParallelConfig
 
-PlanMethod = Literal["card"] | StretchMethod
+PlanMethod = Literal["card", StretchMethod]
 
 
 @dataclass(frozen=True)

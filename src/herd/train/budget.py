@@ -104,6 +104,9 @@ class TimeLimit(Callback):
     def limit(self, step: int) -> int | None:
         return self._in_force(step).total if self._plan else None
 
+    def seconds_left(self) -> float | None:
+        return max(0.0, self._seconds - self._elapsed())
+
     def state(self) -> dict[str, Any]:
         return {"elapsed": self._elapsed()}
 

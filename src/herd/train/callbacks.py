@@ -66,6 +66,10 @@ class Callback:
         """Steps that the run is to have in all, as seen from `step`; None: no opinion."""
         return None
 
+    def seconds_left(self) -> float | None:
+        """Time in which the run will have ended; None: no opinion."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold: tensors, numbers, strings, and lists and dictionaries of them."""
         return {}

@@ -131,9 +131,14 @@ class Metrics(Callback):
             f"{speed:,.0f} tok/s",
             *([f"{mfu:.0%} MFU"] if mfu else []),
             f"{memory_bytes(trainer.device) / 1e9:.1f} GB",
-            f"{_clock((trainer.total_steps - record.step) * (self._pace or 0))} left",
+            f"{_clock(self._left(trainer, record.step))} left",
         ]
         return " · ".join(parts)
+
+    def _left(self, trainer: Trainer[Any], step: int) -> float:
+        """Seconds at the pace of late, or those that the run has at most."""
+        limits = [callback.seconds_left() for callback in trainer.callbacks]
+        return min([(trainer.total_steps - step) * (self._pace or 0), *(each for each in limits if each is not None)])
 
     def on_finish(self, trainer: Trainer[Any], result: TrainResult) -> None:
         status("")

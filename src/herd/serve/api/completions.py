@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import Field
@@ -17,7 +17,7 @@ from herd.serve.api.answer_types import TextCompletion, gives
 from herd.serve.api.answers import finite, new_id, token_text, total_of, usage_of
 from herd.serve.api.body import read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
-from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, SeveralIds, Texts, each_of
+from herd.serve.api.fields import MOST_PROMPTS, Generation, Ids, each_of
 from herd.serve.api.formats import ResponseFormat, held_to
 from herd.serve.errors import bad
 from herd.serve.parts import SLICE, lists_in_parts
@@ -34,7 +34,12 @@ class CompletionRequest(Generation):
         "suffix": "send the marks of Code Llama as token ids",
         "messages": "dialogues go to /v1/chat/completions",
     }
-    prompt: str | Ids | Texts | SeveralIds
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    )
     echo: bool | None = Field(default=None, description="Begin the text with the prompt.")
     logprobs: int | None = Field(default=None, ge=0, le=20, description="So many likely tokens at each place.")
     best_of: Literal[1] | None = None

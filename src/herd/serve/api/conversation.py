@@ -104,7 +104,10 @@ class ChatMessage(Body):
         message: Message = {"role": "system" if self.role == "developer" else self.role, "content": text}
         for i, call in enumerate(self.tool_calls or ()):
             if not _is_object(call.function.arguments):
-                raise bad(f"{where}.tool_calls.{i}.function.arguments", "is no JSON object")
+                raise bad(
+                    f"{where}.tool_calls.{i}.function.arguments",
+                    "is no JSON object; a call that was cut cannot go back",
+                )
         if self.tool_calls:
             message["tool_calls"] = [
                 {"function": {"name": call.function.name, "arguments": call.function.arguments}}

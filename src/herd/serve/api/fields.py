@@ -19,8 +19,6 @@ Whole = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 # The first wrong one of what may be millions ends the check: all errors together would take gigabytes.
 Ids = Annotated[list[Whole], Field(min_length=1, fail_fast=True)]
 MOST_PROMPTS = 256
-Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
-SeveralIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 
 
 def each_of(given: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:

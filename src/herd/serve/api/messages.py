@@ -6,14 +6,15 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from herd.engine import Chunk, Grammar
 from herd.serve.api.answer_types import AnthropicMessage, TokenCount, gives
 from herd.serve.api.answers import new_id
-from herd.serve.api.body import Body, read_body, takes
+from herd.serve.api.body import NOT_THERE, Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response, stream_response
 from herd.serve.api.conversation import MOST_PARTS, CallIds, OfParts, characters_of, in_order, prompt_ids
 from herd.serve.api.fields import Id, Text, checked_sampling
@@ -79,6 +80,16 @@ class AnthropicTool(Body):
     strict: bool | None = Field(default=None, description="Calls are held to the schema with tool_choice auto too.")
     type: Literal["custom"] | None = None
     cache_control: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_kind(cls, tool: Any) -> Any:
+        """Before the fields: tools of another kind lack what ours must have."""
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if isinstance(kind, str) and kind != "custom":
+            context = {"kind": repr(kind[:100]), "place": "type"}
+            raise PydanticCustomError(NOT_THERE, "{kind} is not supported; tools are functions", context)
+        return tool
 
 
 class AnthropicChoice(Body):

@@ -18,13 +18,15 @@ from herd.serve.api.answer_types import Content, EmbeddingList, ModelEntry, Mode
 from herd.serve.api.body import Body, read_body, takes
 from herd.serve.api.context import Call, begin, json_response
 from herd.serve.api.conversation import ChatMessage, characters_of, dialogue, prompt_ids
-from herd.serve.api.fields import Id, Ids, SeveralIds, Texts, Whole
+from herd.serve.api.fields import Id, Ids, Whole
 from herd.serve.api.tools import Tool
 from herd.serve.errors import bad, too_long
 from herd.serve.parts import SLICE, lists_in_parts
 from herd.serve.registry import Registry
 
 MOST_CHARACTERS = 1 << 20  # more may be no prompt of any model
+MOST_TEXTS = 2048
+"""To embed in a request, as OpenAI takes them: one is done after the other."""
 _PIECES = 1 << 16  # each is an object of its own
 _NUMBER, _PACKED, _HEAD = 22, 6, 64  # bytes in JSON: of a number, of one in base64, and around a vector
 
@@ -50,7 +52,12 @@ class EmbeddingRequest(Body):
 
     UNSUPPORTED: ClassVar = {"dimensions": "a model's vectors have one length"}
     model: str | None = Field(default=None, max_length=200)
-    input: str | Ids | Texts | SeveralIds
+    input: (
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_TEXTS, fail_fast=True)]
+    )
     encoding_format: Literal["float", "base64"] | None = None
     timeout: float | None = Field(default=None, gt=0, le=86_400, description="Seconds after which to give up.")
     user: Id | None = None
