@@ -114,8 +114,7 @@ class Promotion(Callback):
         trainer.log({"promoted": context, **measured})
         self._write(trainer)
         needles = "" if found is None else f", needles {100 * found:.0f} %"
-        if trainer.world.rank == 0:
-            announce(f"rows of {context:,} tokens: short text {self._before:.3f} → {short:.3f}{needles}: promoted")
+        announce(f"rows of {context:,} tokens: short text {self._before:.3f} → {short:.3f}{needles}: promoted")
 
     def _found(self, trainer: Trainer[Any], context: int) -> float:
         """The share of the hidden numbers that get more than half of the probability."""

@@ -48,7 +48,6 @@ class BaseConfig(PretrainConfig):
     distil: DistilConfig | None = Field(
         default=None, description="train on what teachers predict as well: {teachers, weight}; null: on the text alone"
     )
-
     promote: PromoteConfig | None = Field(
         default=None,
         description="what must hold where a phase ends, or the run stops there: {tolerance, needles, short}; null:"
