@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from herd.architecture import LlamaConfig, MoeConfig
 from herd.model import Llama
 from herd.train import Muon, TrainConfig, build_optimizer
-from herd.train.optimizers import newton_schulz
+from herd.train.optimizers import matrix_dtype, newton_schulz, processor_maker
 
 
 def _llama(**more: object) -> Llama:
@@ -132,3 +134,29 @@ def test_state_travels_by_name(name: str) -> None:
         optimizer.step()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "maker, pairs, tiles, wanted",
+    [
+        ("AuthenticAMD", True, False, torch.bfloat16),
+        ("GenuineIntel", True, False, torch.float32),
+        ("GenuineIntel", True, True, torch.bfloat16),
+        ("AuthenticAMD", False, False, torch.float32),
+        ("", True, False, torch.bfloat16),
+    ],
+)
+def test_products_are_in_the_faster_numbers(
+    maker: str, pairs: bool, tiles: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("herd.train.optimizers.processor_maker", lambda: maker)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: pairs)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert matrix_dtype(torch.device("cpu")) is wanted
+
+
+def test_the_processor_says_who_made_it(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n\nvendor_id\t: other\n")
+    assert processor_maker(file) == "AuthenticAMD"
+    assert processor_maker(tmp_path / "none") == ""
