@@ -61,6 +61,15 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
   };
 }
 
+std::string cpu_maker() {
+  const Registers r = cpuid(0);
+  char text[13] = {};
+  std::memcpy(text, &r.ebx, 4);
+  std::memcpy(text + 4, &r.edx, 4);
+  std::memcpy(text + 8, &r.ecx, 4);
+  return text;
+}
+
 std::string cpu_name() {
   if (cpuid(0x80000000).eax < 0x80000004) return "";
   char text[49] = {};
@@ -84,6 +93,8 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
 }
 
 std::string cpu_name() { return ""; }
+
+std::string cpu_maker() { return ""; }
 #endif
 
 }  // namespace herd

@@ -10,7 +10,11 @@ with the compiled part that this one runs (make sanitize puts another in its pla
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,3 +192,16 @@ def test_a_step_is_that_of_the_scalar_kernels(
         if isa in bf16_isas and "bf16" in (kv, quant):  # measured, of Llama 4, where another expert may be chosen
             bound = 0.25 if quant == "bf16" else 0.03  # 0.1, 0.017
         assert error <= bound, f"{kind}: {error:.1e}"
+
+
+def test_products_of_bfloat16_are_the_choice_where_they_are_faster() -> None:
+    """Not on Intel's processors, unless they are asked for."""
+    has, intel = native.cpu_features(), "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    if not has.get("avx512_bf16"):
+        pytest.skip("this processor has none")
+    for limit, wanted in (("", "avx512_vnni" if intel else "avx512_bf16"), ("avx512_bf16", "avx512_bf16")):
+        command = [sys.executable, "-c", "from herd import _native; print(_native.isa())"]
+        told = subprocess.run(
+            command, env={**os.environ, "HERD_ISA": limit}, capture_output=True, text=True, check=True
+        )
+        assert told.stdout.strip() == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,12 @@ from herd.errors import HerdError, UsageError
 from herd.pretrain import PretrainConfig, run
 from herd.pretrain.config import Criteria
 from herd.pretrain.promoting import Promote
+from herd.pretrain.promotion import criteria
+from herd.pretrain.source import PhasedSource
+from herd.recipe.needle_grid import PromoteConfig
 from herd.recipe.stages import BaseConfig
+from herd.train import TrainConfig
+from herd.train.callbacks import Verdict
 from tests.pretrain.by_hand import bits_per_byte
 from tests.train.parallel.launch import launch
 
@@ -28,6 +34,9 @@ TRAIN = {
     "steps": 8, "seq_len": 32, "batch_size": 8, "lr": 1e-4, "schedule": "constant", "warmup": 0, "compile": "off",
     "checkpoint_seconds": 0, "log_every": 1, "precision": "fp32",
 }  # fmt: skip
+
+
+LONG = TrainConfig(seq_len=400, batch_size=2)
 
 
 def _text(n: int) -> str:
@@ -127,31 +136,66 @@ def test_each_phase_is_judged_where_it_ends(
     assert [(line["step"], line["promoted"]) for line in lines if "promoted" in line] == [(3, 32), (6, 64), (7, 128)]
 
 
-def test_a_phase_that_is_not_ready_ends_the_run_which_goes_on_when_less_is_asked(
+def test_what_a_change_of_rope_costs_is_not_forgiven(
     short: Path, corpus: Path, words: tokenizer.Tokenizer, shape: LlamaConfig, tmp_path: Path
 ) -> None:
-    config = _config(short)
+    """Short text is compared with the model that the run begins with, as that reads it."""
+    turned = dataclasses.replace(shape, rope_theta=10.0)
+    with pytest.raises(HerdError, match="is not promoted at step 3: bits per byte of short text"):
+        run(_config(short), turned, corpus, words, tmp_path, promote=Promote(Criteria(needles=0), Hidden(words)))
+    account = json.loads((tmp_path / "promotion.json").read_text())
+    probe = TokenShards(tmp_path / "tokens" / "probe")
+    assert account["short_before"] == pytest.approx(bits_per_byte(short, probe, 32), rel=1e-4)
+    assert account["failed"]["short"] == pytest.approx(bits_per_byte(tmp_path / "unpromoted", probe, 32), rel=1e-4)
+    assert account["failed"]["short"] > 1.02 * account["short_before"]
+
+
+def test_a_phase_that_is_not_ready_ends_the_run_which_goes_on_when_less_is_asked(
+    short: Path,
+    corpus: Path,
+    words: tokenizer.Tokenizer,
+    shape: LlamaConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, read = _config(short), list[int]()
     run(config, shape, corpus, words, tmp_path / "whole")
-    out = tmp_path / "judged"
+    batch = PhasedSource.batch
+    monkeypatch.setattr(PhasedSource, "batch", lambda self, step: read.append(step) or batch(self, step))
+    out, hidden = tmp_path / "judged", Hidden(words)
 
-    def again(**criteria: float) -> None:
-        run(config, shape, corpus, words, out, promote=Promote(Criteria(**criteria), Hidden(words)))
+    def again(needles: dict[int, float], tolerance: float = 1) -> None:
+        """Ask for other shares in each phase: `criteria` stands for what a run would be asked the next time."""
+        asked = iter(needles.values())
+        monkeypatch.setattr(
+            "herd.pretrain.promoting.criteria",
+            lambda one, before, now, found: criteria(
+                Criteria(tolerance=tolerance, needles=next(asked)), before, now, found
+            ),
+        )
+        run(config, shape, corpus, words, out, promote=Promote(Criteria(tolerance=tolerance, needles=1), hidden))
 
-    for _ in range(2):  # asked the same again, it fails in the same place, and trains nothing
-        with pytest.raises(HerdError, match="the phase of 32 tokens is not promoted at step 3: needles found") as error:
-            again(tolerance=1, needles=1)
-        assert str(out / "exports" / "step-00000003") in str(error.value.fix)
-    with checkpoint.open_checkpoint(out / "exports" / "step-00000003") as left:
+    for tries in range(2):  # asked the same again, it fails in the same place, and trains nothing
+        with pytest.raises(HerdError, match="the phase of 64 tokens is not promoted at step 6: needles found") as error:
+            again({32: 0, 64: 1} if not tries else {64: 1})
+        assert str(out / "unpromoted") in str(error.value.fix)
+        assert read == list(range(6)) and hidden.asked == [32, 64, 64][: 2 + tries]
+        account = json.loads((out / "promotion.json").read_text())
+        assert [one["context"] for one in account["judged"]] == [32] and account["failed"]["context"] == 64
+    with checkpoint.open_checkpoint(out / "unpromoted") as left:
         assert left.config == shape
-    again(tolerance=1, needles=0)
-    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"lr"' in line]
-    assert lines == list(range(1, 9))
+    again({64: 0, 128: 0})
+    assert read == list(range(8)) and hidden.asked == [32, 64, 64, 64, 128]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "lr" in line] == list(range(1, 9))
+    told = [(name, line["step"], line[name]) for line in lines for name in ("promoted", "not_promoted") if name in line]
+    assert told == [("promoted", 3, 32), ("not_promoted", 6, 64), ("promoted", 6, 64), ("promoted", 7, 128)]
     with (
         checkpoint.open_checkpoint(tmp_path / "whole" / "checkpoint") as one,
         checkpoint.open_checkpoint(out / "checkpoint") as other,
     ):
         assert all((one[name] == other[name]).all() for name in one)
-    assert ["needles" in one for one in json.loads((out / "promotion.json").read_text())["judged"]] == [False] * 3
+    assert "failed" not in json.loads((out / "promotion.json").read_text())
 
 
 def test_short_text_that_is_lost_ends_the_run(
@@ -163,15 +207,63 @@ def test_short_text_that_is_lost_ends_the_run(
         run(config, shape, corpus, words, tmp_path, promote=asked)
 
 
-def test_what_was_begun_without_it_cannot_be_judged(
+def test_nothing_is_judged_or_saved_at_a_step_that_is_left_out(
+    short: Path, corpus: Path, words: tokenizer.Tokenizer, shape: LlamaConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(
+        "herd.train.guard.Guard.on_gradients", lambda self, trainer, record: Verdict(record.step in (3, 4))
+    )
+    run(
+        _config(short), shape, corpus, words, tmp_path, promote=Promote(Criteria(tolerance=1, needles=0), Hidden(words))
+    )
+    account = json.loads((tmp_path / "promotion.json").read_text())
+    assert [(one["step"], one["context"]) for one in account["judged"]] == [(5, 32), (6, 64), (7, 128)]
+
+
+def test_another_run_cannot_be_judged(
     short: Path, corpus: Path, words: tokenizer.Tokenizer, shape: LlamaConfig, tmp_path: Path
 ) -> None:
-    config, asked = _config(short), Promote(Criteria(), Hidden(words))
-    run(config, shape, corpus, words, tmp_path)
-    with pytest.raises(UsageError, match="was begun without promote"):
-        run(config, shape, corpus, words, tmp_path, promote=asked)
-    with pytest.raises(ValueError, match="promote asks for what init_from's checkpoint could before"):
-        BaseConfig.model_validate({"promote": {}})
+    config, asked = _config(short), Promote(Criteria(tolerance=1, needles=0), Hidden(words))
+    run(config, shape, corpus, words, tmp_path / "without")
+    with pytest.raises(UsageError, match="was begun without"):
+        run(config, shape, corpus, words, tmp_path / "without", promote=asked)
+    run(config, shape, corpus, words, tmp_path / "with", promote=asked)
+    with pytest.raises(UsageError, match="was trained with promote"):
+        run(config, shape, corpus, words, tmp_path / "with")
+    with pytest.raises(UsageError, match="short=32; got 16"):
+        run(config, shape, corpus, words, tmp_path / "with", promote=dataclasses.replace(asked, short=16))
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({}, "and there is none"),
+        ({"init_from": "a", "adapt": {}}, "adapt takes parts of it away"),
+        ({"init_from": "a", "max_minutes": 1}, "max_minutes cannot decide"),
+        ({"init_from": "a", "promote": {"short": 8192}}, "more than the longest row"),
+    ],
+)
+def test_what_a_recipe_cannot_ask(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        BaseConfig.model_validate({"promote": {}} | fields)
+
+
+def test_the_prompts_of_a_recipe(short: Path, words: tokenizer.Tokenizer, tmp_path: Path) -> None:
+    """All depths and samples of a phase's rows, each answer in the text and at its end; what is wrong is said first."""
+    (tmp_path / "hay.txt").write_text("A sentence of some length. Another one follows it. " * 50)
+    config = _config(short, seq_len=128, batch_size=2).model_copy(update={"phases": ()})
+    grid = PromoteConfig(haystack=(str(tmp_path / "hay.txt"),), depths=3, samples=2, digits=2)
+    prompts = list(grid.promote(words, config.model_copy(update={"train": LONG})).hidden(400))
+    assert len(prompts) == 6
+    for ids, answer in prompts:
+        number = words.decode(answer).strip()
+        assert number.isdigit() and number in words.decode(ids) and 390 < len(ids) + len(answer) <= 400
+    with pytest.raises(UsageError, match="no room for a haystack"):
+        grid.promote(words, config.model_copy(update={"train": TrainConfig(seq_len=32)}))
+    with pytest.raises(HerdError, match="nowhere"):
+        PromoteConfig(haystack=(str(tmp_path / "nowhere"),)).promote(words, config.model_copy(update={"train": LONG}))
+    assert PromoteConfig(needles=0, haystack=("nowhere",)).promote(words, config).criteria == Criteria(needles=0)
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -205,7 +297,7 @@ def test_ranks_judge_as_one_process_does(
     for name in layouts:
         said = [(tmp_path / f"{name}-{rank}.txt").read_text() for rank in range(2)]
         assert said[0] == said[1] and "tokens is not promoted at step 3: needles found" in said[0]
-        with checkpoint.open_checkpoint(tmp_path / name / "exports" / "step-00000003") as left:
+        with checkpoint.open_checkpoint(tmp_path / name / "unpromoted") as left:
             assert left.config == shape
     launch(2, "tests.pretrain.test_pretrain_promoting:judge_on_rank", tmp_path, needles=0.25, **arguments)
     for name in layouts:

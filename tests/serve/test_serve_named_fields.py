@@ -53,7 +53,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
      "tools.1.name", "twice"),
     (ANTHROPIC, {"messages": SAID, "tools": [TOOL, TOOL]}, "tools.1.name", "twice"),
     (ANTHROPIC, {"messages": SAID, "tools": [TOOL, {"type": "web_search_20250305", "name": "web_search"}]},
-     "tools.1.type", "'web_search_20250305' is not supported; tools are functions"),
+     "tools.1.type", "'web_search_20250305' is not supported; allowed is 'custom'"),
     (ANTHROPIC, {"messages": SAID, "tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}},
      "tool_choice.name", "not among"),
     (CHAT, {"messages": SAID, "logit_bias": {"99999999": 1}}, "logit_bias", "none of the model's"),

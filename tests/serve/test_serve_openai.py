@@ -151,6 +151,7 @@ def test_embeddings(client: Any, served: Any) -> None:
         np.testing.assert_allclose(found.data[i].embedding, vector, atol=1e-6)
         np.testing.assert_allclose(packed.data[i].embedding, vector, atol=1e-6)
     assert found.usage.prompt_tokens == sum(len(served.llm.tokenizer.encode(t)) + 1 for t in texts)
+    assert len(client.embeddings.create(model="tiny", input=["x"] * 2048).data) == 2048
 
 
 def test_models(client: Any) -> None:

@@ -13,4 +13,7 @@ std::vector<std::pair<std::string, bool>> cpu_features();
 // Brand string of the processor, empty where it has none.
 std::string cpu_name();
 
+// Who made it, as it says itself: "GenuineIntel", "AuthenticAMD"; empty where it does not say.
+std::string cpu_maker();
+
 }  // namespace herd

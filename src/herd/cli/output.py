@@ -28,11 +28,12 @@ def console() -> Console:
 
 def typed(command: str) -> str:
     """A `herd` command as it can be typed in this shell: by the path of the program where PATH does not lead to it."""
-    program = Path(sys.argv[0])
-    if program.name != "herd" or shutil.which("herd"):
+    program, found = Path(sys.argv[0]).absolute(), shutil.which("herd")
+    if program.name != "herd" or not program.exists() or (found and program.samefile(found)):
         return command
     near = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
-    return f"{shlex.quote(str(near))} {command.removeprefix('herd ')}"
+    place = str(near) if len(near.parts) > 1 else f"./{near}"
+    return f"{shlex.quote(place)} {command.removeprefix('herd ')}"
 
 
 def emit(data: Any, as_json: bool, human: Callable[[], None] | None = None) -> None:

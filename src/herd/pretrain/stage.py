@@ -20,7 +20,7 @@ from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import TokenFiles, heldout_parts, prepare
 from herd.pretrain.heldout import HeldOut, score_parts
 from herd.pretrain.phases import Phases
-from herd.pretrain.promoting import Promote, Promotion
+from herd.pretrain.promoting import UNPROMOTED, Promote, Promotion
 from herd.pretrain.rows import account, mixture, phase_rows
 from herd.pretrain.source import PhasedSource, RowLength
 from herd.train.batches import Batch
@@ -28,7 +28,7 @@ from herd.train.budget import TimeLimit, within
 from herd.train.callbacks import Callback
 from herd.train.config import TrainConfig
 from herd.train.distillation import DistilConfig, Distillation, load_teacher
-from herd.train.export import Arrays, Exports, export, step_export
+from herd.train.export import Arrays, Exports, export
 from herd.train.losses import next_token_loss
 from herd.train.trainer import LossFunction, Trainer, TrainResult, compute_dtype, pick_device
 from herd.train.world import World, current_world
@@ -76,14 +76,16 @@ def run(
     def save(place: Path, weights: Arrays) -> None:
         checkpoint.save(place, shape, weights, format="hf", dtype=config.save_dtype, tokenizer=tokenizer)
 
-    def save_step(step: int, weights: Arrays) -> None:
-        save(step_export(out, step), weights)
-
     if config.export_every:
-        callbacks.append(Exports(config.export_every, save_step))
+        callbacks.append(
+            Exports(config.export_every, lambda step, weights: save(out / "exports" / f"step-{step:08d}", weights))
+        )
     if promote is not None:
-        short = _short_windows(files.probe, train, promote.short)
-        callbacks.append(Promotion(promote, phases, train.steps - train.anneal, short, out, save_step))
+        short, steps = _short_windows(files.probe, train, promote.short), train.steps - train.anneal
+        first = _begun_with(config)
+        callbacks.append(
+            Promotion(promote, phases, steps, short, first, out, lambda weights: save(out / UNPROMOTED, weights))
+        )
     with begin(config, shape, tokenizer) as (weights, begun_from):
         parts = phase_rows(config, rows, files.train.eos_id)
         source = PhasedSource(phases, parts, train.micro_batch_rows, world, begun_from + taught)
@@ -162,7 +164,10 @@ def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: W
             train.parallel.check(shape, phase.seq_len, phase.batch_size, rows, world.size)
         if promote is not None and promote.short is not None:
             rows = phases[0].micro_batch(tokens)
-            train.parallel.check(shape, promote.short, phases[0].batch_size, rows, world.size)
+            try:
+                train.parallel.check(shape, promote.short, phases[0].batch_size, rows, world.size)
+            except UsageError as error:
+                raise error.inside("base.promote.short") from None
 
 
 def _token_files(
@@ -193,6 +198,16 @@ def _flops(outcome: TrainResult, shape: LlamaConfig, phases: Phases, steps: int)
         "mfu": None if outcome.mfu is None else outcome.mfu * total / outcome.training_flops,
         "row_tokens": sum(tokens * length for tokens, length in parts) / read,
     }
+
+
+def _begun_with(config: PretrainConfig) -> LlamaConfig:
+    """The model whose weights the run begins with. Raises UsageError where none is, or time alone ends the run."""
+    if config.init_from is None:
+        raise UsageError("promote asks for what init_from's checkpoint could, and there is none", fix="init_from")
+    if config.max_minutes is not None:
+        raise UsageError("phases that are judged end at known steps, so max_minutes cannot decide them")
+    with checkpoint.open_checkpoint(checkpoint.continuing(config.init_from)) as opened:
+        return opened.config
 
 
 def _short_windows(probe: TokenShards | None, train: TrainConfig, tokens: int | None) -> EvaluationWindows:

@@ -34,11 +34,10 @@ def stage_key(bound: BoundStage, input_hashes: Mapping[str, str]) -> dict[str, A
     changes.
     """
     fingerprint = bound.stage.fingerprint
-    config = bound.config.model_dump(mode="json", exclude=set(bound.stage.judges))
+    config = bound.config.model_dump(mode="json", exclude={*bound.stage.judges, *bound.stage.gates})
     for fields in (config, config.get("train")):
         if isinstance(fields, dict):
             fields.pop("parallel", None)
-            fields.pop("promote", None)
     return {
         "stage": bound.name,
         "version": bound.stage.version,

@@ -25,9 +25,9 @@ from herd.recipe.measure import Usage, host, packages
 MANIFEST = "stage.json"
 ERROR_LOG = "error.log"
 FORMAT = 1
-_NOT_ARTEFACTS = (MANIFEST, ERROR_LOG, "state", "tokens", "extension.json")
+_NOT_ARTEFACTS = (MANIFEST, ERROR_LOG, "state", "tokens", "extension.json", "promotion.json", "unpromoted")
 """Names at the top of a stage directory that are not results: a training run's resumable state and its token files, and
-the account of an extension, which may be judged otherwise while the model stays what it is."""
+how it was judged on the way, which may be judged otherwise while the model stays what it is."""
 
 
 @dataclass(frozen=True)

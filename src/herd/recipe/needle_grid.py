@@ -42,12 +42,15 @@ class PromoteConfig(Criteria, NeedleGrid):
     """What must hold where a phase of pretraining ends."""
 
     short: int | None = Field(
-        default=None, ge=1, le=2**32, description="tokens of the windows that short text is read in; null: a first row"
+        default=None,
+        ge=1,
+        le=2**32,
+        description="tokens of the windows that short text is read in; null: as of a first row",
     )
 
     def promote(self, words: Tokenizer, config: PretrainConfig) -> Promote:
-        """The criteria with their prompts. Raises UsageError where the rows of a phase leave no room for a haystack,
-        before one is trained."""
+        """The criteria with their prompts. Raises UsageError where there is no haystack, or no room for it in the rows
+        of a phase, before one is trained."""
         from herd.pretrain.promoting import Promote
 
         def hidden(length: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -58,6 +61,9 @@ class PromoteConfig(Criteria, NeedleGrid):
                     prompt = maker.make(length, depth, sample)
                     yield prompt.ids, prompt.answer
 
-        for phase in config.sizes() if self.needles else ():
-            PromptMaker(words, self.at(phase.seq_len)).needed(phase.seq_len)
+        if self.needles:
+            maker = PromptMaker(words, self.at(*(phase.seq_len for phase in config.sizes())))
+            for phase in config.sizes():
+                maker.needed(phase.seq_len)
+            assert maker.haystack  # read, or said not to be there
         return Promote(Criteria(tolerance=self.tolerance, needles=self.needles), hidden, self.short)

@@ -38,7 +38,8 @@ class Stage:
     and does not find.
     A `resumes` stage continues from what it left in `out`; any other one starts in an empty directory. A stage with
     `ranks` is run by all ranks that torchrun started, any other one by the first alone. `judges` are fields of its
-    config that decide only whether what it made is good enough: a resuming stage goes on where it is with others.
+    config that decide only whether what it made is good enough: a resuming stage goes on where it is with others. So it
+    does with other `gates`, which decide only whether it goes on on the way: what is done is not asked again.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     check: Callable[[Any, Mapping[str, Config]], None] | None = None
     needs: Callable[[Any], Sequence[UsageError]] | None = None
     judges: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

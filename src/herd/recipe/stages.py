@@ -50,17 +50,27 @@ class BaseConfig(PretrainConfig):
     )
     promote: PromoteConfig | None = Field(
         default=None,
-        description="what must hold where a phase ends, or the run stops there: {tolerance, needles, short}; null:"
-        " phases follow each other",
+        description="what must hold where a phase ends, or the run stops there: {tolerance, needles, short}, and"
+        " {depths, samples, digits, haystack} as in extend; null: phases follow each other",
     )
 
     @model_validator(mode="after")
     def _begins_with_something(self) -> BaseConfig:
         if self.adapt is not None and self.init_from is None:
             raise ValueError("adapt is of the checkpoint that init_from names, and there is none")
-        if self.promote is not None and self.init_from is None:
-            raise ValueError("promote asks for what init_from's checkpoint could before, and there is none")
+        if self.promote is not None:
+            self._judges_something(self.promote)
         return self
+
+    def _judges_something(self, promote: PromoteConfig) -> None:
+        if self.init_from is None:
+            raise ValueError("promote asks for what init_from's checkpoint could, and there is none")
+        if self.adapt is not None:
+            raise ValueError("promote asks for what init_from's checkpoint could, and adapt takes parts of it away")
+        if self.max_minutes is not None:
+            raise ValueError("phases that are judged end at known steps, so max_minutes cannot decide them")
+        if promote.short is not None and promote.short > self.longest_row:
+            raise ValueError(f"promote.short {promote.short} is more than the longest row, {self.longest_row} tokens")
 
     @property
     def checkpoints(self) -> list[str]:
@@ -88,6 +98,7 @@ def stage_table() -> list[Stage]:
             version=2,
             resumes=True,
             ranks=True,
+            gates=("promote",),
             fingerprint=_beginnings,
             check=_base_fits,
             needs=lambda config: absent(earlier, config.checkpoints),

@@ -44,7 +44,7 @@ class StepRecord:
 
 class Callback:
     """Base class with empty hooks; override what is needed. `name` keys the callback's state in checkpoints. Those that
-    are `last` come after all others, the writing of checkpoints included, and have no state in them."""
+    are `last` come after all others, the writing of the step's checkpoint included."""
 
     name = ""
     last = False

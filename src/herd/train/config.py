@@ -54,7 +54,8 @@ class TrainConfig(Config):
     )
 
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="of matrix products; weights stay fp32. auto: bf16 where the hardware multiplies it"
+        default="auto",
+        description="of matrix products; weights stay fp32. auto: bf16 where the hardware multiplies it faster",
     )
     float8: bool = Field(
         default=False, description="products inside the blocks in float8, but for the first and last one; needs torchao"

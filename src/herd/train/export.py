@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -23,11 +22,6 @@ def export(trainer: Trainer[Any], write: Callable[[Arrays], object]) -> None:
     if trainer.world.rank:
         deque(arrays, maxlen=0)  # the other ranks take part in gathering them
     trainer.world.first(lambda: write(arrays))
-
-
-def step_export(out_dir: Path, step: int) -> Path:
-    """Where the weights after a step are exported to: exports/step-00000500."""
-    return out_dir / "exports" / f"step-{step:08d}"
 
 
 class Exports(Callback):

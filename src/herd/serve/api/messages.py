@@ -88,7 +88,7 @@ class AnthropicTool(Body):
         kind = tool.get("type") if isinstance(tool, dict) else None
         if isinstance(kind, str) and kind != "custom":
             context = {"kind": repr(kind[:100]), "place": "type"}
-            raise PydanticCustomError(NOT_THERE, "{kind} is not supported; tools are functions", context)
+            raise PydanticCustomError(NOT_THERE, "{kind} is not supported; allowed is 'custom', or no type", context)
         return tool
 
 
