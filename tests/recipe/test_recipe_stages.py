@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from herd.recipe import load_recipe, place
 
 pytest.importorskip("torch")
 
+from herd.recipe.hashing import digest, stage_key
 from herd.recipe.quantise import QuantiseConfig, quantise
+from herd.recipe.stage import BoundStage
 from herd.recipe.stages import _trained, stage_table
 
 
@@ -67,3 +70,16 @@ def test_a_training_stage_is_summed_up_by_its_result_and_not_by_its_last_step(tm
     assert _trained(tmp_path) == "642 steps, 1.31M tokens, loss 1.098"
     write_json(tmp_path / "result.json", result | {"heldout_loss": 3.7483})
     assert _trained(tmp_path) == "642 steps, 1.31M tokens, loss 1.098, held out 3.748"
+
+
+def test_what_phases_are_asked_is_not_part_of_what_a_stage_is_known_by() -> None:
+    """A run that fell short goes on when less is asked; one with other rows is another."""
+    base = next(stage for stage in stage_table() if stage.name == "base")
+
+    def hashed(**fields: object) -> str:
+        config = base.config.model_validate({"init_from": "a", **fields})
+        without = dataclasses.replace(base, fingerprint=None)
+        return digest(stage_key(BoundStage(without, config, ()), {}))
+
+    assert hashed() == hashed(promote={"needles": 0.5}) == hashed(promote={"needles": 0, "samples": 1})
+    assert hashed() != hashed(packing="best_fit")
