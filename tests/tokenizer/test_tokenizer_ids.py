@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
@@ -121,11 +121,14 @@ def test_encode_then_decode_gives_the_text(any_tokenizer: Tokenizer, texts: list
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text())
+@example("▁ a▁")
 def test_any_text_survives(
     small_llama2: Tokenizer, small_llama3: Tokenizer, small_llama4: Tokenizer, text: str
 ) -> None:
-    for each in (small_llama2, small_llama3, small_llama4):
+    for each in (small_llama3, small_llama4):
         assert each.decode(each.encode(text)) == text
+    # SentencePiece writes a space as ▁, so it cannot tell the two apart
+    assert small_llama2.decode(small_llama2.encode(text)) == text.replace("▁", " ")
 
 
 def test_lone_surrogates_become_the_replacement_character(any_tokenizer: Tokenizer) -> None:

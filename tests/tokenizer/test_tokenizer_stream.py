@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from herd.tokenizer.tokenizer import Tokenizer
@@ -36,10 +36,12 @@ def test_any_ids_stream_to_what_they_decode_to(
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text())
+@example("▁ a▁")
 def test_any_text_streams_without_replacement(small_llama2: Tokenizer, small_llama3: Tokenizer, text: str) -> None:
     for tokenizer in (small_llama2, small_llama3):
         pieces = pieces_of(tokenizer, tokenizer.encode(text))
-        assert "".join(pieces) == text
+        # SentencePiece writes a space as ▁, so it cannot tell the two apart
+        assert "".join(pieces) == (text.replace("▁", " ") if tokenizer is small_llama2 else text)
         assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
 
 
