@@ -50,6 +50,9 @@ def command(
     share_beginnings: Annotated[
         bool, typer.Option("--share-beginnings", help="Of prompts, also between keys, which trust each other.")
     ] = False,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Write a line to the log for each request: who, what, how it ended.")
+    ] = False,
     replicas: Annotated[
         int, typer.Option(metavar="N", help="Processes that have the models, through Ray Serve (1: this one, without).")
     ] = 1,
@@ -105,6 +108,7 @@ def command(
             "memory": None if memory is None else size_bytes(memory),
             "share_beginnings": share_beginnings,
             "store": store,
+            "log_requests": log_requests,
         },
     )
     given = api_key or ([os.environ["HERD_API_KEY"]] if os.environ.get("HERD_API_KEY") else [])

@@ -54,6 +54,8 @@ class ServeConfig(Config):
         default=(), description="Web pages of other servers that may use this one."
     )
 
+    log_requests: bool = Field(default=False, description="Write a line to the log for each request.")
+
     max_body_bytes: int = Field(default=8 * MiB, ge=1024, le=1024 * MiB, description="Of a request; more is refused.")
     max_json_depth: int = Field(default=64, ge=4, le=256, description="Lists and objects inside each other.")
     body_timeout: float = Field(default=30.0, gt=0, le=3600, description="Seconds in which a request must arrive.")

@@ -22,6 +22,7 @@ from herd.serve.app import create_app
 from herd.serve.config import ServeConfig
 from herd.serve.keys import Keys
 from herd.serve.registry import Registry
+from herd.serve.request_log import RequestLog
 from herd.serve.security import is_local
 from herd.serve.sse import UNREAD
 
@@ -162,7 +163,7 @@ def settings_for(app: ASGIApp, config: ServeConfig) -> uvicorn.Config:
         write_timeout = config.write_timeout
 
     return uvicorn.Config(
-        app,
+        RequestLog(app) if config.log_requests else app,
         host="127.0.0.1",
         port=0,
         loop="asyncio",  # also where another package has brought another one
