@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from herd.cli import VERBS
-from herd.cli.output import emit, speak, typed
+from herd.cli.output import emit, speak, told, typed
+from herd.errors import HerdError
 
 
 def herd(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -94,10 +95,13 @@ def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(tmp_path)
     assert typed("herd chat runs/a") == ".venv/bin/herd chat runs/a"
+    error = HerdError("herd: no", value="herd run", fix="herd list; then herd run goes on, as herd does")
+    wanted = "to fix: .venv/bin/herd list; then .venv/bin/herd run goes on, as herd does"
+    assert told(error) == f"herd: no; got herd run; {wanted}"
     monkeypatch.chdir("/")
     assert typed("herd chat runs/a").endswith(f"{str(program)[1:]} chat runs/a")
     monkeypatch.setenv("PATH", str(program.parent))
-    assert typed("herd chat runs/a") == "herd chat runs/a"
+    assert typed("herd chat runs/a") == "herd chat runs/a" and told(error) == str(error)
 
 
 def test_help_and_doctor_need_no_torch() -> None:

@@ -170,8 +170,8 @@ def test_a_crowd_of_one_key_gives_way(serving: Any, model_path: Path) -> None:
         assert statuses["modest"] == [200] and sorted(statuses["greedy"]) == [200] * 4 + [429]
 
 
-def test_a_model_that_cannot_be_loaded(model_path: Path, tmp_path: Path) -> None:
-    """A 503 without what is the operator's business, and no second try at once."""
+def test_a_model_that_cannot_be_loaded(model_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A 503 without what is the operator's business, which the log has once, and no second try at once."""
     from herd.serve import Registry
 
     async def ask() -> None:
@@ -183,3 +183,4 @@ def test_a_model_that_cannot_be_loaded(model_path: Path, tmp_path: Path) -> None
         assert caught.value.code == "load_failed"
 
     asyncio.run(ask())
+    assert [text for text in caplog.messages if "secret-place" in text] == caplog.messages and len(caplog.messages) == 1

@@ -199,3 +199,4 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(model_path: Path, tmp_pat
     ended = subprocess.run(command(damaged, "--port", "0"), capture_output=True, text=True, timeout=60)
     assert ended.returncode == 3, ended.stderr
     assert weights.name in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+    assert ended.stderr.count(weights.name) == 1

@@ -98,7 +98,9 @@ def _run(verb: str, arguments: list[str]) -> int:
             _check_isa()
         return _invoke(verb, arguments)
     except HerdError as error:
-        sys.stderr.write(f"herd: {error}\n")
+        from herd.cli.output import told
+
+        sys.stderr.write(f"herd: {told(error)}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("herd: interrupted\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,8 @@ from herd.progress import speaks
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from herd.errors import HerdError
 
 
 @functools.cache
@@ -34,6 +37,11 @@ def typed(command: str) -> str:
     near = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
     place = str(near) if len(near.parts) > 1 else f"./{near}"
     return f"{shlex.quote(place)} {command.removeprefix('herd ')}"
+
+
+def told(error: HerdError) -> str:
+    """An error's message, whose command can be typed as it stands."""
+    return re.sub("(?<=to fix: )herd (?=[a-z-])|(?<=; then )herd (?=[a-z-])", lambda _: typed("herd "), str(error))
 
 
 def emit(data: Any, as_json: bool, human: Callable[[], None] | None = None) -> None:

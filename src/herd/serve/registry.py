@@ -51,6 +51,11 @@ class Model:
         self.llm.close()
 
 
+def log_failure(name: str, error: BaseException) -> None:
+    """A model could not be loaded."""
+    log.error("%s cannot be loaded: %s", name, error)
+
+
 class Registry:
     """Names of models and where they are. Used on the event loop only; loading happens beside it."""
 
@@ -66,7 +71,7 @@ class Registry:
         self._models: dict[str, Model] = {}
         self._tasks: dict[str, asyncio.Task[Model]] = {}
         self._failed: dict[str, float] = {}  # when a model could not be loaded
-        self.on_failure: Callable[[str, BaseException], None] = lambda name, error: None
+        self.on_failure: Callable[[str, BaseException], None] = log_failure
         """Called with the name of a model that could not be loaded, and why."""
         self.on_gaps: Callable[[str, list[float]], None] = lambda name, seconds: None
         """Called with the name of a model and times between its tokens, on its thread."""
@@ -168,7 +173,6 @@ class Registry:
             self._failed.pop(name, None)
         else:
             self._failed[name] = time.monotonic()
-            log.error("%s cannot be loaded: %s", name, error)
             self.on_failure(name, error)
 
     async def _load(self, name: str) -> Model:

@@ -21,7 +21,7 @@ from herd.errors import ResourceError, UsageError
 from herd.serve.app import create_app
 from herd.serve.config import ServeConfig
 from herd.serve.keys import Keys
-from herd.serve.registry import Registry
+from herd.serve.registry import Registry, log_failure
 from herd.serve.request_log import RequestLog
 from herd.serve.security import is_local
 from herd.serve.sse import UNREAD
@@ -229,7 +229,9 @@ def serve(
     failed: list[BaseException] = []
 
     def end(name: str, error: BaseException) -> None:
-        if name == registry.first and not registry.loaded:
+        if name != registry.first or registry.loaded:
+            log_failure(name, error)
+        else:
             failed.append(error)
             signal.raise_signal(signal.SIGTERM)
 
