@@ -11,47 +11,30 @@ from typing import Any
 
 import pytest
 
-from herd import checkpoint, tokenizer
-from herd.architecture import LlamaConfig, law_theta
+from herd import checkpoint
+from herd.architecture import law_theta
 from herd.cli import main
 from herd.corpus import Document, TokenShards, read_documents
 from herd.corpus.document import write_documents
 from herd.errors import UsageError
-from herd.pretrain import ExtendConfig, PretrainConfig, extend, run
+from herd.pretrain import ExtendConfig, extend
 from herd.pretrain.extending import _halvings, _some_as_chats
 from herd.recipe.lock import run_lock
 from tests.pretrain.by_hand import bits_per_byte
-
-
-def _text(n: int) -> str:
-    """Text that gets shorter rows to say what longer ones need: names come back later."""
-    return "\n".join(f"def add_{n}_{i}(a):\n    return a + {i}\n" for i in range(3))
+from tests.pretrain.little import functions, shape_for, trained, vocabulary, write_corpus
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    write_documents(folder / "train.jsonl", [Document(_text(n), f"lib{n % 5}/{n}.py") for n in range(120)])
-    write_documents(folder / "heldout.jsonl", [Document(_text(n), f"heldout/{n}") for n in range(200, 220)])
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"), count=3, train=120, heldout=20)
 
 
 @pytest.fixture(scope="module")
-def words(corpus: Path) -> tokenizer.Tokenizer:
-    return tokenizer.train([document.text for document in read_documents(corpus / "train.jsonl")], 300, n_specials=16)
-
-
-@pytest.fixture(scope="module")
-def short(corpus: Path, words: tokenizer.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A little model that has learnt rows of 32 tokens."""
-    out = tmp_path_factory.mktemp("short")
-    shape = LlamaConfig(
-        dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64, vocab_size=words.vocab_size,
-        context_length=32, rope_theta=1e4,
-    )  # fmt: skip
-    train = {"steps": 40, "seq_len": 32, "batch_size": 16, "lr": 0.01, "compile": "off", "checkpoint_seconds": 0}
-    run(PretrainConfig.model_validate({"evaluations": 0, "train": train}), shape, corpus, words, out)
-    return out / "checkpoint"
+    words = vocabulary(corpus)
+    shape = shape_for(words, context_length=32, rope_theta=1e4)
+    return trained(corpus, words, shape, 40, tmp_path_factory.mktemp("short"))
 
 
 FAST: dict[str, Any] = {"steps": 3, "batch_size": 4, "lr": 1e-4}
@@ -165,7 +148,7 @@ def test_it_stops_where_short_text_is_lost(short: Path, corpus: Path, tmp_path: 
 
 def test_what_cannot_be_extended(short: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
-    write_documents(alone / "train.jsonl", [Document(_text(1), "a")])
+    write_documents(alone / "train.jsonl", [Document(functions(1, 3), "a")])
     with pytest.raises(UsageError, match="no held-out text"):
         extend(short, 256, alone, tmp_path / "out", ExtendConfig())
     with pytest.raises(UsageError, match="more than 32"):
@@ -260,7 +243,7 @@ def test_some_documents_become_long_chats(short: Path, corpus: Path, tmp_path: P
 
 
 def test_chats_are_of_all_lengths_between_the_contexts() -> None:
-    texts = ["\n".join(_text(100 * n + i) for i in range(120)) for n in range(80)]
+    texts = ["\n".join(functions(100 * n + i, 3) for i in range(120)) for n in range(80)]
     documents = [Document(text, f"lib{n}/x.py") for n, text in enumerate(texts)]
     lengths = [16_000 // part for part in _halvings(512 // 128)]
     assert lengths == [16_000, 8_000, 4_000]

@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from herd import checkpoint, tokenizer
 from herd import model as models
-from herd.architecture import LlamaConfig
 from herd.corpus import Document, EvaluationWindows, TokenShards, read_documents
 from herd.corpus.document import write_documents
 from herd.pretrain import PretrainConfig, run
 from herd.pretrain.data import heldout_parts
+from tests.pretrain.little import shape_for, vocabulary
 
 SOURCES = {"code": {"weight": 3, "kind": "code"}, "prose": {"weight": 1, "match": ["notes/*.txt"]}}
 ROW = 32
@@ -48,15 +48,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(corpus: Path) -> tokenizer.Tokenizer:
-    return tokenizer.train([document.text for document in read_documents(corpus / "train.jsonl")], 320, n_specials=16)
+    return vocabulary(corpus, 320)
 
 
 def _trained(corpus: Path, words: tokenizer.Tokenizer, out: Path, **fields: Any) -> dict[str, Any]:
     train = {"steps": 12, "seq_len": ROW, "batch_size": 8, "lr": 0.01, "precision": "fp32", "compile": "off"}
     config = PretrainConfig.model_validate({"evaluations": 0, "train": train} | fields)
-    shape = LlamaConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=64, context_length=64,
-                        vocab_size=words.vocab_size)  # fmt: skip
-    run(config, shape, corpus, words, out)
+    run(config, shape_for(words), corpus, words, out)
     result: dict[str, Any] = json.loads((out / "result.json").read_text())
     return result
 

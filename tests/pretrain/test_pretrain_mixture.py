@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from herd import checkpoint, tokenizer
-from herd.architecture import LlamaConfig, training_flops_per_token
-from herd.corpus import Document, read_documents
+from herd.architecture import training_flops_per_token
+from herd.corpus import Document
 from herd.corpus.document import write_documents
 from herd.corpus.mixture import MixedRows
 from herd.errors import HerdError, UsageError
@@ -26,6 +26,7 @@ from herd.pretrain.rows import mixture, phase_rows
 from herd.pretrain.source import PhasedSource
 from herd.train import Callback, StepRecord, Trainer
 from herd.train.world import OneRank
+from tests.pretrain.little import shape_for, vocabulary
 
 
 def _code(n: int) -> str:
@@ -49,12 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(corpus: Path) -> tokenizer.Tokenizer:
-    return tokenizer.train([document.text for document in read_documents(corpus / "train.jsonl")], 320, n_specials=16)
-
-
-def _shape(words: tokenizer.Tokenizer, **more: Any) -> LlamaConfig:
-    shape: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 64}
-    return LlamaConfig(**shape | {"vocab_size": words.vocab_size, "context_length": 64} | more)
+    return vocabulary(corpus, 320)
 
 
 SOURCES = {"code": {"weight": 3, "kind": "code"}, "prose": {"weight": 1, "match": ["notes/*.txt"]}}
@@ -102,7 +98,7 @@ def ramp(corpus: Path, words: tokenizer.Tokenizer, tmp_path_factory: pytest.Temp
         self.callbacks.append(seen)
 
     patch.setattr(Trainer, "__init__", watched)
-    run(_config(**RAMP), _shape(words), corpus, words, out)
+    run(_config(**RAMP), shape_for(words), corpus, words, out)
     patch.undo()
     return out, seen
 
@@ -130,7 +126,7 @@ def test_result_says_what_was_read(ramp: tuple[Path, _Weights], words: tokenizer
     read = [sources[name]["epochs"] * sources[name]["tokens"] for name in SOURCES]
     assert result["epochs"] == pytest.approx(sum(read) / total)
     # FLOPs of each phase's own row length.
-    share, shape = result["supervised_tokens"] / result["tokens"], _shape(words)
+    share, shape = result["supervised_tokens"] / result["tokens"], shape_for(words)
     flops = 640 * training_flops_per_token(shape, 16, share) + (1536 + 6656) * training_flops_per_token(
         shape, 32, share
     )
@@ -144,7 +140,7 @@ def test_mfu_along_the_way_is_of_the_rows_of_that_step(ramp: tuple[Path, _Weight
     measured = [line["mfu"] / line["tokens_per_second"] for line in lines]
     counted = [
         training_flops_per_token(
-            _shape(words), 16 if line["step"] <= 5 else 32, line["supervised_tokens"] / line["tokens"]
+            shape_for(words), 16 if line["step"] <= 5 else 32, line["supervised_tokens"] / line["tokens"]
         )
         for line in lines
     ]
@@ -206,11 +202,11 @@ def test_an_interrupted_run_ends_in_the_same_weights(
     monkeypatch.setattr(Trainer, "train_step", stop)
     config = _config(**RAMP | {"train": {"anneal": 6, "checkpoint_every": 19}})
     with pytest.raises(RuntimeError, match="power"):
-        run(config, _shape(words), corpus, words, tmp_path)
+        run(config, shape_for(words), corpus, words, tmp_path)
     monkeypatch.undo()
     with pytest.raises(UsageError, match="other data"):  # another mix is another run
-        run(config.model_copy(update={"mix": ()}), _shape(words), corpus, words, tmp_path)
-    assert run(config, _shape(words), corpus, words, tmp_path)["resumed_from"] == 19
+        run(config.model_copy(update={"mix": ()}), shape_for(words), corpus, words, tmp_path)
+    assert run(config, shape_for(words), corpus, words, tmp_path)["resumed_from"] == 19
     paths = tmp_path / "checkpoint", ramp[0] / "checkpoint"
     with checkpoint.open_checkpoint(paths[0]) as one, checkpoint.open_checkpoint(paths[1]) as other:
         assert all((one[name] == other[name]).all() for name in other)
@@ -284,7 +280,7 @@ def test_training_goes_on_from_a_checkpoint(
 ) -> None:
     before = ramp[0] / "checkpoint"
     config = _config(init_from=str(before), train={"steps": 3, "seq_len": 32, "lr": 1e-5, "warmup": 0})
-    longer = _shape(words, context_length=128, rope_theta=2e6)
+    longer = shape_for(words, context_length=128, rope_theta=2e6)
     run(config, longer, corpus, words, tmp_path / "longer")
     with checkpoint.open_checkpoint(before) as one, checkpoint.open_checkpoint(tmp_path / "longer/checkpoint") as other:
         assert other.config.context_length == 128 and other.config.rope_theta == 2e6
@@ -295,20 +291,21 @@ def test_training_goes_on_from_a_checkpoint(
     with pytest.raises(UsageError, match="other data"):  # the same directory, from other weights
         run(fresh, longer, corpus, words, tmp_path / "longer")
     with pytest.raises(UsageError, match="another ffn_dim than the model to train; got 64; allowed: 96"):
-        run(config, _shape(words, ffn_dim=96), corpus, words, tmp_path / "wide")
+        run(config, shape_for(words, ffn_dim=96), corpus, words, tmp_path / "wide")
     other_words = tokenizer.train([_prose(n) for n in range(99)], words.vocab_size, n_specials=16)
     with pytest.raises(UsageError, match="another vocabulary"):
         run(config, longer, corpus, other_words, tmp_path / "words")
     with pytest.raises(HerdError):
         run(config.model_copy(update={"init_from": "nowhere"}), longer, corpus, words, tmp_path / "nowhere")
     with pytest.raises(UsageError, match="rows are longer than the model's context; got 32"):
-        run(_config(**RAMP), _shape(words, context_length=16), corpus, words, tmp_path / "short")
+        run(_config(**RAMP), shape_for(words, context_length=16), corpus, words, tmp_path / "short")
 
 
 RANKS = """
 import os, sys
 import torch.distributed as dist
 from tests.pretrain import test_pretrain_mixture as case
+from tests.pretrain.little import shape_for
 from herd import tokenizer
 from herd.pretrain import run
 from pathlib import Path
@@ -318,7 +315,7 @@ corpus, words, out, steps = Path(sys.argv[1]), tokenizer.load(sys.argv[2]), sys.
 def rank(number):
     dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=number, world_size=2)
     config = case._config(**case.RAMP | {"train": {"anneal": 6, "checkpoint_every": 9}})
-    run(config, case._shape(words), corpus, words, out)
+    run(config, shape_for(words), corpus, words, out)
     dist.destroy_process_group()
 
 child = os.fork()
@@ -352,7 +349,7 @@ def test_two_real_ranks_go_on_with_what_one_began(
     monkeypatch.setattr(Trainer, "train_step", stop)
     config = _config(**RAMP | {"train": {"anneal": 6, "checkpoint_every": 9}})
     with pytest.raises(RuntimeError, match="power"):
-        run(config, _shape(words), corpus, words, tmp_path / "run")
+        run(config, shape_for(words), corpus, words, tmp_path / "run")
     monkeypatch.undo()
     words.save(tmp_path / "words")
     command = [sys.executable, "-c", RANKS, str(corpus), str(tmp_path / "words"), str(tmp_path / "run"), "24"]

@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from herd import checkpoint, tokenizer
 from herd import model as models
-from herd.architecture import LlamaConfig, parameter_count, training_flops_per_token
+from herd.architecture import parameter_count, training_flops_per_token
 from herd.corpus import Document, EvaluationWindows, read_documents
 from herd.corpus.document import write_documents
 from herd.errors import FileFormatError, UsageError
 from herd.pretrain import HeldOut, PretrainConfig, run
 from herd.pretrain.data import prepare, spread
 from herd.train import StepRecord, Trainer
+from tests.pretrain.little import shape_for, vocabulary
 
 
 def _text(n: int) -> str:
@@ -39,13 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def words(corpus: Path) -> tokenizer.Tokenizer:
-    texts = [document.text for document in read_documents(corpus / "train.jsonl")]
-    return tokenizer.train(texts, 300, n_specials=16)
-
-
-def _shape(words: tokenizer.Tokenizer, **more: Any) -> LlamaConfig:
-    shape: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 64}
-    return LlamaConfig(**shape | {"vocab_size": words.vocab_size, "context_length": 64} | more)
+    return vocabulary(corpus)
 
 
 def _config(**fields: Any) -> PretrainConfig:
@@ -57,7 +52,7 @@ def _config(**fields: Any) -> PretrainConfig:
 @pytest.fixture(scope="module")
 def finished(corpus: Path, words: tokenizer.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("base")
-    run(_config(), _shape(words), corpus, words, out)
+    run(_config(), shape_for(words), corpus, words, out)
     return out
 
 
@@ -67,7 +62,7 @@ def _lines(out: Path) -> list[dict[str, Any]]:
 
 def test_it_learns_and_says_what_it_did(finished: Path, words: tokenizer.Tokenizer) -> None:
     result = json.loads((finished / "result.json").read_text())
-    shape = _shape(words)
+    shape = shape_for(words)
     assert result["loss"] < 0.6 * math.log(words.vocab_size)
     assert result["steps"] == 30 and result["tokens"] == 30 * 8 * 32
     assert result["parameters"] == parameter_count(shape)
@@ -106,14 +101,14 @@ def test_a_second_call_returns_the_same_without_training(
 ) -> None:
     before = json.loads((finished / "result.json").read_text())
     metrics = (finished / "metrics.jsonl").read_text()
-    again = run(_config(), _shape(words), corpus, words, finished)
+    again = run(_config(), shape_for(words), corpus, words, finished)
     assert again["resumed_from"] == 30
     same = ("loss", "tokens", "heldout_loss", "heldout_bits_per_byte", "seconds")
     assert {key: again[key] for key in same} == {key: before[key] for key in same}
     assert (finished / "metrics.jsonl").read_text() == metrics
     # Killed between the final state and the last line: the end of the curve is not lost.
     (finished / "metrics.jsonl").write_text("\n".join(metrics.splitlines()[:-1]) + "\n")
-    run(_config(), _shape(words), corpus, words, finished)
+    run(_config(), shape_for(words), corpus, words, finished)
     assert (finished / "metrics.jsonl").read_text() == metrics
 
 
@@ -130,9 +125,9 @@ def test_an_interrupted_stage_ends_in_the_same_weights(
     monkeypatch.setattr(Trainer, "train_step", stop_at_17)
     config = _config(train={"checkpoint_every": 5})
     with pytest.raises(RuntimeError, match="power"):
-        run(config, _shape(words), corpus, words, tmp_path)
+        run(config, shape_for(words), corpus, words, tmp_path)
     monkeypatch.undo()
-    assert run(config, _shape(words), corpus, words, tmp_path)["resumed_from"] == 15
+    assert run(config, shape_for(words), corpus, words, tmp_path)["resumed_from"] == 15
     paths = tmp_path / "checkpoint", finished / "checkpoint"
     with checkpoint.open_checkpoint(paths[0]) as one, checkpoint.open_checkpoint(paths[1]) as other:
         assert all((one[name] == other[name]).all() for name in other)
@@ -152,17 +147,17 @@ def test_the_time_limit_plans_the_steps_once(
     monkeypatch.setattr(Trainer, "train_step", step_and_tick)
     monkeypatch.setattr("herd.train.budget.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr("herd.train.budget.step_seconds", lambda *_: 0.05)
-    result = run(config, _shape(words), corpus, words, tmp_path)
+    result = run(config, shape_for(words), corpus, words, tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())["revisions"]
     assert 100 < plan[0]["total"] < 114, "95 % of 6 s, less what the scoring takes; later plans have more"
     assert 250 < result["steps"] == plan[-1]["total"] <= 300 and len(plan) > 4
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])["lr"] == pytest.approx(0.001, rel=0.01)
     # A slower machine, or a slower day, must not change a plan that training has begun to follow.
     monkeypatch.setattr("herd.train.budget.step_seconds", lambda *_: pytest.fail("measured again"))
-    assert run(config, _shape(words), corpus, words, tmp_path)["resumed_from"] == result["steps"]
+    assert run(config, shape_for(words), corpus, words, tmp_path)["resumed_from"] == result["steps"]
     (tmp_path / "plan.json").write_text('{"revisions": [{"step": 0, "total": -4}]}')
     with pytest.raises(FileFormatError, match="not a plan"):
-        run(config, _shape(words), corpus, words, tmp_path)
+        run(config, shape_for(words), corpus, words, tmp_path)
 
 
 def test_the_probe_is_spread_over_the_held_out_text() -> None:
@@ -188,11 +183,11 @@ def test_token_files_are_made_again_when_the_text_changes(words: tokenizer.Token
 
 def test_contradictions_are_named(corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"rows are longer than the model's context; got 32"):
-        run(_config(), _shape(words, context_length=16), corpus, words, tmp_path)
+        run(_config(), shape_for(words, context_length=16), corpus, words, tmp_path)
     with pytest.raises(UsageError, match="vocabulary is smaller"):
-        run(_config(), _shape(words, vocab_size=128), corpus, words, tmp_path)
+        run(_config(), shape_for(words, vocab_size=128), corpus, words, tmp_path)
     with pytest.raises(UsageError, match=r"has no train\.jsonl"):
-        run(_config(), _shape(words), tmp_path, words, tmp_path)
+        run(_config(), shape_for(words), tmp_path, words, tmp_path)
 
 
 def test_evaluations_are_at_equal_distances(corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path) -> None:
@@ -222,7 +217,7 @@ def test_copies_on_the_way_are_the_weights_of_their_steps(
     finished: Path, corpus: Path, words: tokenizer.Tokenizer, tmp_path: Path
 ) -> None:
     """Each opens as a checkpoint, the last one is the end, and taking them changes nothing."""
-    run(_config(export_every=15), _shape(words), corpus, words, tmp_path)
+    run(_config(export_every=15), shape_for(words), corpus, words, tmp_path)
     assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == ["step-00000015", "step-00000030"]
 
     def weights(place: Path) -> dict[str, Any]:

@@ -82,4 +82,5 @@ def test_what_phases_are_asked_is_not_part_of_what_a_stage_is_known_by() -> None
         return digest(stage_key(BoundStage(without, config, ()), {}))
 
     assert hashed() == hashed(promote={"needles": 0.5}) == hashed(promote={"needles": 0, "samples": 1})
-    assert hashed() != hashed(packing="best_fit")
+    rows = {"phases": [{"from_tokens": 512, "seq_len": 1024, "batch_size": 1}], "promote": {}}
+    assert hashed() != hashed(**rows) != hashed(**{**rows, "phases": [{**rows["phases"][0], "batch_size": 2}]})

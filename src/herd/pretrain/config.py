@@ -67,8 +67,11 @@ class Annealing(Config):
 class Criteria(Config):
     """What a model must be after a training that lengthened its context."""
 
-    tolerance: float = Field(
-        default=0.02, ge=0, le=1, description="bits per byte of short text may rise by this share; more ends it"
+    tolerance: float | None = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="bits per byte of short text may rise by this share; more ends it; null: as they like",
     )
     needles: float = Field(
         default=1.0, ge=0, le=1, description="share of the needles to find at the new length; 0: none are asked for"
@@ -141,6 +144,17 @@ class PretrainConfig(Config):
     def longest_row(self) -> int:
         """Tokens of the longest rows of all phases."""
         return max([self.train.seq_len, *(phase.seq_len for phase in self.phases)])
+
+    def why_not_judged(self) -> str | None:
+        """Why its phases cannot be judged where they end; None where they can."""
+        if self.init_from is None:
+            return "it asks for what init_from's checkpoint could, and there is none"
+        if self.max_minutes is not None:
+            return "phases that are judged end at known steps, so max_minutes cannot decide them"
+        last, end = self.sizes()[-1].first_step, self.train.steps - self.train.anneal
+        if last >= end:
+            return f"the last phase would begin after step {last}, and annealing, or the end, comes after step {end}"
+        return None
 
     def _lengths_fit(self) -> None:
         for length in [self.train.seq_len, *(phase.seq_len for phase in self.phases)]:

@@ -2,10 +2,14 @@
 
 Where a phase ends, and where annealing begins or the run ends, the training ranks themselves judge the model as it is
 spread over them, with two criteria of `herd.pretrain.promotion`: short text is read as by the model that the run begins
-with, and the numbers hidden in rows of the phase's length are found. A number counts as found when the whole of it has
-more than half of the probability, -ln p < ln 2. Greedy decoding then says it, so this asks at least as much as `herd
-needle` does, and it is one forward pass a number, on any mesh. The account is promotion.json. A phase is judged after
-the first step that is applied at or behind its end: where the last ones are left out, a few of the next come first.
+with, and the numbers hidden in texts up to the phase's length are found. A number counts as found when the whole of it
+has more than half of the probability, -ln p < ln 2. Greedy decoding then says it, so this asks at least as much as
+`herd needle` does, and it is one forward pass a number, on any mesh. A phase is judged after the first step that is
+applied at or behind its end: where the last ones are left out, a few of the next come first.
+
+promotion.json is the account: the short_text that is read, short_before, and `judged`, the phases that were promoted;
+of one that was not, `failed`. It is what a run that goes on knows of its past, as the state of a step is written before
+the step's phase is judged.
 """
 
 from __future__ import annotations
@@ -24,9 +28,8 @@ from herd.architecture import LlamaConfig
 from herd.corpus import Batch as ArrayBatch
 from herd.corpus import EvaluationWindows
 from herd.errors import HerdError, UsageError
-from herd.files import write_json
+from herd.files import read_json, write_json
 from herd.pretrain.config import Criteria
-from herd.pretrain.heldout import score
 from herd.pretrain.phases import Phases
 from herd.pretrain.promotion import criteria
 from herd.train.announce import announce
@@ -43,20 +46,23 @@ Hidden = Callable[[int], Iterable[tuple[Sequence[int], Sequence[int]]]]
 @dataclass(frozen=True)
 class Promote:
     """What each phase is judged by. `short`: tokens of the windows that short text is read in; None: as many as a row
-    of the first phase has."""
+    of the first phase has, and the first model's context at most. `lengths`: how many lengths numbers are hidden at,
+    evenly up to that of the phase's rows; at each of them as many must be found."""
 
     criteria: Criteria
     hidden: Hidden
     short: int | None = None
+    lengths: int = 1
 
 
 @dataclass
 class Promotion(Callback):
-    """Judges the phases of a run that lasts `steps` steps before it anneals; `leave(weights)` writes those of one that
-    failed, on rank 0, to out/unpromoted.
+    """Judges the phases of a run that lasts `steps` steps before it anneals; `leave(place, weights)` writes those of
+    one that failed, on rank 0, below out/unpromoted.
 
-    `first`: the model that the run begins with, whose RoPE may be another one. Raises HerdError where a criterion is
-    not met, with the state saved: the same run goes on there when less is asked.
+    `first`: the model that the run begins with, whose RoPE may be another one; `short`: held-out text in windows. What
+    is asked may change while a run is interrupted, or whether anything is. Raises HerdError where a criterion is not
+    met, with the state saved: the same run goes on there when less is asked.
     """
 
     promote: Promote
@@ -65,66 +71,57 @@ class Promotion(Callback):
     short: EvaluationWindows
     first: LlamaConfig
     out: Path
-    leave: Callable[[Arrays], None]
-    name = "promote"
+    leave: Callable[[Path, Arrays], object]
     last = True
     _judged: list[dict[str, Any]] = field(default_factory=list)
+    """The phases that are promoted, in order; on other ranks than the first with their "step" alone."""
     _before: float = math.nan
 
     def on_start(self, trainer: Trainer[Any]) -> None:
         if trainer.step == 0:
             with _as(trainer, self.first):
-                self._judged, self._before = [], self._score(trainer)
+                self._before, self._judged = self.short.bits_per_byte(self._nats(trainer)), []
             self._write(trainer)
-        elif math.isnan(self._before):
-            why = f"{self.out} was begun without base.promote: how it read short text is not known"
-            raise UsageError(why, fix="base.promote=null")
-        elif (context := self._due(trainer)) is not None:
-            self._judge(trainer, context)
+        else:
+            self._read(trainer)
+            self._judge_ended(trainer)
+
+    def on_gradients(self, trainer: Trainer[Any], record: StepRecord) -> Verdict:
+        # Where the run went back, what was promoted at this step or later is gone.
+        self._keep(trainer, record.step - 1)
+        return Verdict.APPLY
 
     def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
         # Nothing is saved while steps are skipped: going back is to lead behind the trouble.
-        settled = record.verdict is Verdict.APPLY or record.step >= trainer.total_steps
-        if settled and (context := self._due(trainer)) is not None:
+        if record.verdict is Verdict.APPLY or record.step >= trainer.total_steps:
+            self._judge_ended(trainer)
+
+    def _judge_ended(self, trainer: Trainer[Any]) -> None:
+        """Phases go by the data, `cursor`, which may be ahead of the steps."""
+        ended = self.phases.number(trainer.cursor) + (trainer.step >= self.steps)
+        if ended > len(self._judged):
             trainer.save()  # judging takes long, and may end the run
-            self._judge(trainer, context)
-
-    def state(self) -> dict[str, Any]:
-        known = not math.isnan(self._before)  # not yet in what is saved before the first step
-        return {"short": self.short.seq_len, "before": self._before, "judged": self._judged} if known else {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        if state["short"] != self.short.seq_len:
-            why = f"{self.out} was begun with base.promote.short={state['short']}"
-            raise UsageError(why, value=self.short.seq_len, fix=f"base.promote.short={state['short']}")
-        self._before, self._judged = state["before"], list(state["judged"])
-
-    def _due(self, trainer: Trainer[Any]) -> int | None:
-        """The tokens of a row of the phase that has ended and is not judged. Phases go by the data, `cursor`, which may
-        be ahead of the steps."""
-        done = len(self._judged)
-        if done and self._judged[-1]["step"] >= self.steps:
-            return None
-        next_begins = done + 1 < len(self.phases) and trainer.cursor >= self.phases[done + 1].first_step
-        return self.phases[done].seq_len if next_begins or trainer.step >= self.steps else None
+        for number in range(len(self._judged), ended):
+            self._judge(trainer, self.phases[number].seq_len)
 
     def _judge(self, trainer: Trainer[Any], context: int) -> None:
-        measured = {"short": self._score(trainer)}
+        nats = self._nats(trainer)
+        measured = {"short": self.short.bits_per_byte(nats) if math.isfinite(nats) else math.nan}
         if self.promote.criteria.needles:
             measured["needles"] = self._found(trainer, context)
         asked = criteria(self.promote.criteria, self._before, measured["short"], measured.get("needles"))
         failed = [criterion.describe() for criterion in asked if not criterion.met]
         account = {"step": trainer.step, "context": context, **measured, "criteria": [one.to_dict() for one in asked]}
-        name = "not_promoted" if failed else "promoted"
-        if not trainer.logged(name):  # as it is where the run was ended after this
-            trainer.log({name: context, **measured})
+        trainer.log({"not_promoted" if failed else "promoted": context, **measured})
         if failed:
             self._write(trainer, failed=account)
-            export(trainer, self.leave)
+            place = self.out / UNPROMOTED / f"step-{trainer.step:08d}"
+            export(trainer, lambda weights: self.leave(place, weights))
+            trainer.saver.finish()  # what the message promises
             raise HerdError(
                 f"the phase of {context:,} tokens is not promoted at step {trainer.step:,}: {'; '.join(failed)}",
-                fix="ask less of it (base.promote.tolerance, base.promote.needles), or begin another run with its"
-                f" weights in {self.out / UNPROMOTED}",
+                fix="ask less of it (base.promote.tolerance, base.promote.needles), or begin another run with the"
+                f" weights in {place}",
             )
         self._judged.append(account)
         self._write(trainer)
@@ -133,25 +130,67 @@ class Promotion(Callback):
             f"rows of {context:,} tokens: short text {self._before:.3f} → {measured['short']:.3f}{needles}: promoted"
         )
 
+    def _keep(self, trainer: Trainer[Any], step: int) -> None:
+        """Forget what was judged after a step."""
+        kept = [one for one in self._judged if one["step"] <= step]
+        if len(kept) < len(self._judged):
+            self._judged = kept
+            self._write(trainer)
+
+    def _text(self) -> dict[str, int]:
+        """What short text was read, and in windows of how many tokens."""
+        return {"window": self.short.seq_len, "bytes": self.short.n_bytes, "tokens": self.short.n_targets}
+
     def _write(self, trainer: Trainer[Any], **more: Any) -> None:
         if trainer.world.rank == 0:
-            write_json(self.out / FILE, {"short_before": self._before, "judged": self._judged, **more})
+            account = {"short_text": self._text(), "short_before": self._before, "judged": self._judged}
+            write_json(self.out / FILE, account | more)
+
+    def _read(self, trainer: Trainer[Any]) -> None:
+        """Take up the account as far as the state goes."""
+        self._judged = trainer.world.first(self._known) or []
+        self._before, *steps = trainer.world.from_first([self._before, *(one["step"] for one in self._judged)])
+        if trainer.world.rank:
+            self._judged = [{"step": int(step)} for step in steps]
+        self._keep(trainer, trainer.step)
+
+    def _known(self) -> list[dict[str, Any]]:
+        """What was judged, on rank 0. Raises UsageError where that is not told, or of another text."""
+        if not (self.out / FILE).exists():
+            what = f"{self.out} was begun without promote: how it read short text is not known"
+            raise UsageError(what, fix="base.promote=null")
+        account = read_json(self.out / FILE)
+        then, now = account["short_text"], self._text()
+        if then["window"] != now["window"]:
+            what = f"{self.out} was begun with short text in windows of {then['window']} tokens"
+            raise UsageError(what, value=now["window"], fix=f"base.promote.short={then['window']}")
+        if then != now:
+            what = f"{self.out} was begun with other held-out text, of {then['bytes']:,} bytes"
+            raise UsageError(what, value=f"{now['bytes']:,} bytes", fix="base.promote=null, or the text as it was")
+        self._before = account["short_before"]
+        return list(account["judged"])
 
     # Rank 0's numbers decide for all: those of other hardware may lie on the other side of a bound.
 
-    def _score(self, trainer: Trainer[Any]) -> float:
-        return trainer.world.from_first([score(trainer, self.short)["heldout_bits_per_byte"]])[0]
+    def _nats(self, trainer: Trainer[Any]) -> float:
+        nats, _ = trainer.evaluate(Batch.from_arrays(window.batch) for window in self.short)
+        return trainer.world.from_first([nats])[0]
 
     def _found(self, trainer: Trainer[Any], context: int) -> float:
-        """The share of the hidden numbers that get more than half of the probability."""
-        found = [trainer.evaluate([_row(*pair, context)])[0] < math.log(2) for pair in self.promote.hidden(context)]
-        return trainer.world.from_first([sum(found) / len(found)])[0]
+        """The share of the hidden numbers that get more than half of the probability, at the length with the fewest."""
+        shares = []
+        for number in range(1, self.promote.lengths + 1):
+            length = context * number // self.promote.lengths
+            rows = (_row(*pair, context) for pair in self.promote.hidden(length))
+            found = [trainer.evaluate([row])[0] < math.log(2) for row in rows]
+            shares.append(sum(found) / len(found))
+        return trainer.world.from_first([min(shares)])[0]
 
 
 @contextlib.contextmanager
 def _as(trainer: Trainer[Any], shape: LlamaConfig) -> Iterator[None]:
     """The model with the RoPE of another shape."""
-    model: Any = trainer.model if trainer.world.pipeline is None else trainer.world.pipeline.model
+    model: Any = trainer.model
     own = model.config
     model.config = dataclasses.replace(own, rope_theta=shape.rope_theta, rope_scaling=shape.rope_scaling)
     try:

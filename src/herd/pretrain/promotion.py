@@ -2,7 +2,8 @@
 
 Short texts are read as well as before the extension: bits per byte of held-out text in windows of the context that the
 model first had, at most `tolerance` of them more than the first model's. And numbers hidden in texts of the new length
-are found: how many, the caller measures, who has an engine.
+are found: how many, the caller measures. `herd.pretrain.extending` asks between stages, with an engine;
+`herd.pretrain.promoting` between the phases of one run, on the ranks that train.
 """
 
 from __future__ import annotations
@@ -41,15 +42,17 @@ class Criterion:
         return f"{self.name} {self.value:.4g}, {'at most' if self.at_most else 'at least'} {self.wanted:.4g} wanted"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for extension.json."""
+        """Plain data for extension.json and promotion.json."""
         return asdict(self) | {"met": self.met}
 
 
 def criteria(asked: Criteria, short_before: float, short: float, needles: float | None) -> list[Criterion]:
-    """The criteria for bits per byte of short text, before and now, and the share of needles found, where it is known
-    and wanted."""
-    allowed = short_before * (1 + asked.tolerance)
-    found = [Criterion("bits per byte of short text", short, allowed, at_most=True)]
+    """What is asked: of bits per byte of short text, before and now, and of the share of needles found, where it is
+    known."""
+    found = []
+    if asked.tolerance is not None:
+        allowed = short_before * (1 + asked.tolerance)
+        found.append(Criterion("bits per byte of short text", short, allowed, at_most=True))
     if asked.needles and needles is not None:
         found.append(Criterion("needles found", needles, asked.needles, at_most=False))
     return found

@@ -20,7 +20,7 @@ from herd.pretrain.config import PretrainConfig
 from herd.pretrain.data import TokenFiles, heldout_parts, prepare
 from herd.pretrain.heldout import HeldOut, score_parts
 from herd.pretrain.phases import Phases
-from herd.pretrain.promoting import UNPROMOTED, Promote, Promotion
+from herd.pretrain.promoting import Promote, Promotion
 from herd.pretrain.rows import account, mixture, phase_rows
 from herd.pretrain.source import PhasedSource, RowLength
 from herd.train.batches import Batch
@@ -51,16 +51,18 @@ def run(
 
     Writes into `out_dir`: checkpoint/ (Hugging Face layout with the tokenizer), exports/ (such copies on the way, if
     asked for), metrics.jsonl, result.json, and what it needs to continue after an interruption: tokens/, state/,
-    plan.json. Called again it continues; what is trained to the end is only scored again. With `init_from` it begins
-    with a checkpoint's weights; the checkpoint's shape must be this one, but for context and RoPE. Raises UsageError
-    where shape, tokenizer, teachers and rows contradict each other, ResourceError when `max_minutes` is too short for
-    this machine.
+    plan.json; with `promote` promotion.json, and unpromoted/ (a copy of what was not promoted). Called again it
+    continues; what is trained to the end is only scored again. With `init_from` it begins with a checkpoint's weights;
+    the checkpoint's shape must be this one, but for context and RoPE. Raises UsageError where shape, tokenizer,
+    teachers and rows contradict each other, ResourceError when `max_minutes` is too short for this machine, HerdError
+    where a phase is not promoted.
     """
     started = time.monotonic()
     out, train = Path(out_dir), resolved(config)
     _check(config, shape, tokenizer)
     world, phases = current_world(train.parallel, pick_device(train).type), config.sizes()
-    _check_mesh(train, shape, phases, world, promote)
+    judged_by = None if promote is None else _judged_by(config, promote)
+    _check_mesh(train, shape, phases, world, judged_by and judged_by[0])
     loss, taught = _loss(config, shape, train, distil, world)
     files = _token_files(world, config, Path(corpus), tokenizer, out / "tokens")
     rows = mixture(config, files.sources)
@@ -80,12 +82,10 @@ def run(
         callbacks.append(
             Exports(config.export_every, lambda step, weights: save(out / "exports" / f"step-{step:08d}", weights))
         )
-    if promote is not None:
-        short, steps = _short_windows(files.probe, train, promote.short), train.steps - train.anneal
-        first = _begun_with(config)
-        callbacks.append(
-            Promotion(promote, phases, steps, short, first, out, lambda weights: save(out / UNPROMOTED, weights))
-        )
+    if promote is not None and judged_by is not None:
+        short_row, first = judged_by
+        short, steps = _short_windows(files.probe, train, short_row), train.steps - train.anneal
+        callbacks.append(Promotion(promote, phases, steps, short, first, out, save))
     with begin(config, shape, tokenizer) as (weights, begun_from):
         parts = phase_rows(config, rows, files.train.eos_id)
         source = PhasedSource(phases, parts, train.micro_batch_rows, world, begun_from + taught)
@@ -154,7 +154,7 @@ def _loss(
     return loss, f", taught by {distil.model_dump_json()}"
 
 
-def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: World, promote: Promote | None) -> None:
+def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: World, short_row: int | None) -> None:
     """Raises UsageError for a phase whose rows the ranks cannot share, before the first one is trained, and for rows of
     short text that they cannot."""
     tokens = train.micro_batch_rows * train.seq_len
@@ -162,12 +162,12 @@ def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: W
         for phase in phases:
             rows = phase.micro_batch(tokens)
             train.parallel.check(shape, phase.seq_len, phase.batch_size, rows, world.size)
-        if promote is not None and promote.short is not None:
+        if short_row is not None:
             rows = phases[0].micro_batch(tokens)
             try:
-                train.parallel.check(shape, promote.short, phases[0].batch_size, rows, world.size)
+                train.parallel.check(shape, short_row, phases[0].batch_size, rows, world.size)
             except UsageError as error:
-                raise error.inside("base.promote.short") from None
+                raise error.inside("promote.short") from None
 
 
 def _token_files(
@@ -200,21 +200,24 @@ def _flops(outcome: TrainResult, shape: LlamaConfig, phases: Phases, steps: int)
     }
 
 
-def _begun_with(config: PretrainConfig) -> LlamaConfig:
-    """The model whose weights the run begins with. Raises UsageError where none is, or time alone ends the run."""
-    if config.init_from is None:
-        raise UsageError("promote asks for what init_from's checkpoint could, and there is none", fix="init_from")
-    if config.max_minutes is not None:
-        raise UsageError("phases that are judged end at known steps, so max_minutes cannot decide them")
+def _judged_by(config: PretrainConfig, promote: Promote) -> tuple[int, LlamaConfig]:
+    """Tokens of the windows that short text is read in, and the model whose weights the run begins with. Raises
+    UsageError where phases cannot be judged, or by such windows."""
+    if (why := config.why_not_judged()) or config.init_from is None:
+        raise UsageError(f"promote: {why}")
     with checkpoint.open_checkpoint(checkpoint.continuing(config.init_from)) as opened:
-        return opened.config
+        first = opened.config
+    short = promote.short or min(config.train.seq_len, first.context_length)
+    if short > first.context_length:
+        most = f"1 to {first.context_length}, the context of {config.init_from}"
+        raise UsageError("promote.short is more than the first model reads", value=short, allowed=most)
+    return short, first
 
 
-def _short_windows(probe: TokenShards | None, train: TrainConfig, tokens: int | None) -> EvaluationWindows:
+def _short_windows(probe: TokenShards | None, train: TrainConfig, tokens: int) -> EvaluationWindows:
     """The probe in windows of so many tokens, as many of them at a time as make up a micro-batch."""
     if probe is None:
-        raise UsageError("promote needs held-out text to judge by", fix="corpus.heldout_fraction")
-    tokens = tokens or train.seq_len
+        raise UsageError("promote judges by held-out text, and there is none", fix="corpus.heldout_fraction=0.01")
     return EvaluationWindows(probe, tokens, max(1, train.micro_batch_rows * train.seq_len // tokens))
 
 

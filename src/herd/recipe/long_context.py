@@ -29,20 +29,10 @@ class LongContextConfig(ExtendConfig, NeedleGrid):
     """An extension, and the grids of needles that it is judged by."""
 
     to: int = Field(default=4096, ge=2, le=2**32, description="tokens of context to reach")
-    lengths: int = Field(
-        default=1,
-        ge=1,
-        le=100,
-        description="lengths of the needle grid, evenly up to the new context; several: the model before is asked, too",
-    )
 
     def training(self) -> ExtendConfig:
         """What the training of the stages is told."""
         return ExtendConfig.model_validate({name: getattr(self, name) for name in ExtendConfig.model_fields})
-
-    def grid(self, context: int) -> NeedleConfig:
-        """The needle grid of a model with this context."""
-        return self.at(*(context * number // self.lengths for number in range(1, self.lengths + 1)))
 
 
 class ExtendStageConfig(LongContextConfig):

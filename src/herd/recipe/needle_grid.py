@@ -9,6 +9,7 @@ from pydantic import Field
 
 from herd.config import Config
 from herd.corpus import STDLIB
+from herd.errors import UsageError
 from herd.evaluate.needle import NeedleConfig, PromptMaker, even_depths
 from herd.pretrain.config import Criteria, PretrainConfig
 
@@ -20,12 +21,22 @@ if TYPE_CHECKING:
 class NeedleGrid(Config):
     """Numbers hidden in a text: how many, how deep, in what."""
 
+    lengths: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="lengths of the texts, evenly up to the new one; several: extend asks the model before, too",
+    )
     depths: int = Field(default=11, ge=2, le=1000, description="depths at which needles lie, from start to end")
     samples: int = Field(default=2, ge=1, le=1000, description="needles at each length and depth")
     digits: int = Field(default=7, ge=1, le=18, description="digits of their numbers")
     haystack: tuple[str, ...] = Field(
         default=(STDLIB,), min_length=1, description="text to hide them in: files, *.jsonl, folders, python-stdlib"
     )
+
+    def grid(self, context: int) -> NeedleConfig:
+        """The needle grid of a model with this context."""
+        return self.at(*(context * number // self.lengths for number in range(1, self.lengths + 1)))
 
     def at(self, *lengths: int) -> NeedleConfig:
         """The needle grid at these lengths."""
@@ -45,7 +56,8 @@ class PromoteConfig(Criteria, NeedleGrid):
         default=None,
         ge=1,
         le=2**32,
-        description="tokens of the windows that short text is read in; null: as of a first row",
+        description="tokens of the windows that short text is read in, at most init_from's context; null: of a first"
+        " row, if that is less",
     )
 
     def promote(self, words: Tokenizer, config: PretrainConfig) -> Promote:
@@ -62,8 +74,14 @@ class PromoteConfig(Criteria, NeedleGrid):
                     yield prompt.ids, prompt.answer
 
         if self.needles:
-            maker = PromptMaker(words, self.at(*(phase.seq_len for phase in config.sizes())))
+            maker = PromptMaker(words, self.at(config.longest_row))
             for phase in config.sizes():
-                maker.needed(phase.seq_len)
-            assert maker.haystack  # read, or said not to be there
-        return Promote(Criteria(tolerance=self.tolerance, needles=self.needles), hidden, self.short)
+                try:
+                    maker.needed(phase.seq_len // self.lengths)
+                except UsageError as error:
+                    fix = "longer rows, fewer lengths or digits, or base.promote.needles=0"
+                    raise UsageError(
+                        f"promote: {error.what}", value=error.value, allowed=error.allowed, fix=fix
+                    ) from None
+            maker.read()
+        return Promote(Criteria(tolerance=self.tolerance, needles=self.needles), hidden, self.short, self.lengths)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,12 @@ class StageFailed(HerdError):
         if isinstance(cause, HerdError):
             reason = cause.what
             details = {"allowed": cause.allowed} | ({} if cause.value is None else {"value": cause.value})
-            mistake = isinstance(cause, UsageError)  # the same command would fail again
-            fix = f"{cause.fix}; then {fix}" if cause.fix else None if mistake else fix
+            if cause.fix and re.match(r"[\w.]+=", cause.fix):
+                fix = cause.fix  # it changes this command
+            elif cause.fix:
+                fix = f"{cause.fix}; then {fix}"
+            elif isinstance(cause, UsageError):
+                fix = None  # the same command would fail again
         else:
             fix = f"{fix} (the traceback is in {log})"
         super().__init__(f"stage {stage!r} failed: {reason}", **details, fix=fix)

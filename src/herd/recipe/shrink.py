@@ -17,7 +17,7 @@ time       Every stretch between two changes (warm-up ends, rows or batches grow
 layout     Two ranks for every axis that has several, as far as the ranks that are there go round; the rest is DP.
            A pipeline's schedule stays where there are two stages, with two chunks if it had several.
 measuring  Two probes of 2,000 tokens, a line for every step, no time limits; some dozen exercises and rows to prune by.
-extending  To 1,024 tokens in 4 steps; what a model that small must still read and find is not asked, nor in phases.
+extending  To 1,024 tokens in 4 steps; what a model that small must still read and find is not asked, nor after phases.
 
 Learning rates, optimiser, schedules, precision, packing and infilling stay as they are. (Only documents that fit a row
 are infilled; of the standard library's, some four in a hundred do.)
@@ -72,7 +72,7 @@ _MOST: dict[str, dict[str, int]] = {
     "quantise": {"heldout_bytes": 2000},
 }
 """Fields of stages that are lowered to these values."""
-_UNASKED = {"tolerance": 1.0, "needles": 0.0}
+_UNASKED = {"tolerance": None, "needles": 0.0}
 """Of what a longer context must not cost and must bring."""
 
 Values = Mapping[str, Any]

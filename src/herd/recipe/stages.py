@@ -51,26 +51,18 @@ class BaseConfig(PretrainConfig):
     promote: PromoteConfig | None = Field(
         default=None,
         description="what must hold where a phase ends, or the run stops there: {tolerance, needles, short}, and"
-        " {depths, samples, digits, haystack} as in extend; null: phases follow each other",
+        " {lengths, depths, samples, digits, haystack} as in extend; null: phases follow each other",
     )
 
     @model_validator(mode="after")
     def _begins_with_something(self) -> BaseConfig:
         if self.adapt is not None and self.init_from is None:
             raise ValueError("adapt is of the checkpoint that init_from names, and there is none")
-        if self.promote is not None:
-            self._judges_something(self.promote)
+        if self.promote is not None and self.adapt is not None:
+            raise ValueError("promote: it asks for what init_from's checkpoint could, and adapt takes parts of it away")
+        if self.promote is not None and (why := self.why_not_judged()):
+            raise ValueError(f"promote: {why}")
         return self
-
-    def _judges_something(self, promote: PromoteConfig) -> None:
-        if self.init_from is None:
-            raise ValueError("promote asks for what init_from's checkpoint could, and there is none")
-        if self.adapt is not None:
-            raise ValueError("promote asks for what init_from's checkpoint could, and adapt takes parts of it away")
-        if self.max_minutes is not None:
-            raise ValueError("phases that are judged end at known steps, so max_minutes cannot decide them")
-        if promote.short is not None and promote.short > self.longest_row:
-            raise ValueError(f"promote.short {promote.short} is more than the longest row, {self.longest_row} tokens")
 
     @property
     def checkpoints(self) -> list[str]:
@@ -173,8 +165,12 @@ def _beginnings(config: BaseConfig) -> object:
 
 
 def _base_fits(config: BaseConfig, configs: Mapping[str, Config]) -> None:
-    """The longest rows are no longer than the context."""
+    """The longest rows are no longer than the context; where phases are judged, there is text to judge them by."""
     config.train.model_copy(update={"seq_len": config.longest_row}).check_context(config.model.context_length)
+    corpus = configs["corpus"]
+    assert isinstance(corpus, CorpusConfig)
+    if config.promote is not None and not corpus.heldout_fraction:
+        raise UsageError("promote judges by held-out text, and there is none", fix="corpus.heldout_fraction=0.01")
 
 
 def _rows_fit(config: sft.SftConfig, configs: Mapping[str, Config]) -> None:

@@ -97,6 +97,10 @@ class PromptMaker:
         config = self._config
         return read_haystack(self._tokenizer, config.haystack, max(config.lengths), config.generator_tokens)
 
+    def read(self) -> Haystack:
+        """The text of all prompts, read now if it was not. Raises as `read_haystack`."""
+        return self.haystack
+
     @cached_property
     def _periods(self) -> frozenset[int]:
         return period_ids(self._tokenizer)
