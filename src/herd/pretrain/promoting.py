@@ -32,6 +32,7 @@ from herd.files import read_json, write_json
 from herd.pretrain.config import Criteria
 from herd.pretrain.phases import Phases
 from herd.pretrain.promotion import criteria
+from herd.progress import track
 from herd.train.announce import announce
 from herd.train.batches import Batch
 from herd.train.callbacks import Callback, StepRecord, Verdict
@@ -47,12 +48,14 @@ Hidden = Callable[[int], Iterable[tuple[Sequence[int], Sequence[int]]]]
 class Promote:
     """What each phase is judged by. `short`: tokens of the windows that short text is read in; None: as many as a row
     of the first phase has, and the first model's context at most. `lengths`: how many lengths numbers are hidden at,
-    evenly up to that of the phase's rows; at each of them as many must be found."""
+    evenly up to that of the phase's rows; at each of them as many must be found. `numbers`: how many `hidden` gives at
+    a length, for who watches."""
 
     criteria: Criteria
     hidden: Hidden
     short: int | None = None
     lengths: int = 1
+    numbers: int | None = None
 
 
 @dataclass
@@ -181,8 +184,8 @@ class Promotion(Callback):
         shares = []
         for number in range(1, self.promote.lengths + 1):
             length = context * number // self.promote.lengths
-            rows = (_row(*pair, context) for pair in self.promote.hidden(length))
-            found = [trainer.evaluate([row])[0] < math.log(2) for row in rows]
+            pairs = track(self.promote.hidden(length), total=self.promote.numbers, label=f"hidden in {length:,} tokens")
+            found = [trainer.evaluate([_row(*pair, context)])[0] < math.log(2) for pair in pairs]
             shares.append(sum(found) / len(found))
         return trainer.world.from_first([min(shares)])[0]
 

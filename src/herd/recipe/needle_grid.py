@@ -84,4 +84,5 @@ class PromoteConfig(Criteria, NeedleGrid):
                         f"promote: {error.what}", value=error.value, allowed=error.allowed, fix=fix
                     ) from None
             maker.read()
-        return Promote(Criteria(tolerance=self.tolerance, needles=self.needles), hidden, self.short, self.lengths)
+        asked = Criteria(tolerance=self.tolerance, needles=self.needles)
+        return Promote(asked, hidden, self.short, self.lengths, self.depths * self.samples)
