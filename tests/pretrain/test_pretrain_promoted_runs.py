@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import pytest
 
 from herd import checkpoint
 from herd.architecture import LlamaConfig
-from herd.errors import HerdError, UsageError
+from herd.errors import FileFormatError, HerdError, UsageError
 from herd.pretrain import PretrainConfig, run
 from herd.pretrain.promoting import Promote, Promotion
 from herd.pretrain.promotion import criteria
 from herd.pretrain.source import PhasedSource
 from herd.tokenizer import Tokenizer
+from herd.train import StepRecord, Trainer
 from herd.train.callbacks import Verdict
 from herd.train.state import StateStore
+from tests.pretrain.little import write_corpus
 from tests.pretrain.phased import account, asking, lines, phased, promoted
 
 Run = Callable[..., Any]
@@ -88,7 +91,9 @@ def test_a_phase_that_is_not_ready_ends_the_run_which_goes_on_when_less_is_asked
         go(config, out, Promote(asking(words, needles=1).criteria, hidden))
 
     for tries in range(2):  # asked the same again, it fails in the same place, and trains nothing
-        with pytest.raises(HerdError, match="the phase of 64 tokens is not promoted at step 6: needles found") as error:
+        with pytest.raises(
+            HerdError, match="phase 2, with rows of 64 tokens, is not promoted at step 6: needles"
+        ) as error:
             again({32: 0, 64: 1} if not tries else {64: 1})
         assert str(out / "unpromoted" / "step-00000006") in str(error.value.fix)
         assert read == list(range(6)) and hidden.asked == [32, 64, 64][: 2 + tries]
@@ -113,7 +118,7 @@ def test_what_was_promoted_is_not_judged_again(
         go(phased(short), tmp_path, asking(words))
     assert promoted(tmp_path) == [(3, 32)]
     strict = asking(words, needles=1)
-    with pytest.raises(HerdError, match="the phase of 64 tokens"):
+    with pytest.raises(HerdError, match="phase 2, with rows of 64 tokens"):
         go(phased(short), tmp_path, strict)
     assert strict.hidden.asked == [64] and promoted(tmp_path) == [(3, 32)]
     go(phased(short), tmp_path, asking(words))
@@ -138,6 +143,7 @@ def test_short_text_that_is_lost_ends_the_run_unless_that_is_not_asked(
     with pytest.raises(HerdError, match="is not promoted at step 3: bits per byte of short text"):
         go(config, tmp_path, asking(words))
     go(config, tmp_path, asking(words, tolerance=None))
+    assert "failed" not in account(tmp_path)
     first = account(tmp_path)["judged"][0]
     assert first["criteria"] == [] and first["short"] > 2 * account(tmp_path)["short_before"]
 
@@ -150,6 +156,9 @@ def test_text_of_no_likelihood_is_lost(
     with pytest.raises(HerdError, match="not promoted at step 3: bits per byte of short text nan"):
         go(phased(short), tmp_path, asking(words))
     assert math.isnan(account(tmp_path)["failed"]["short"]) and (tmp_path / "unpromoted" / "step-00000003").is_dir()
+    found = iter((1000.0, math.nan))
+    with pytest.raises(HerdError, match="short text nan, at most inf wanted"):
+        go(phased(short), tmp_path / "unasked", asking(words, tolerance=None))
     with pytest.raises(HerdError, match="likelihood of the held-out text is not a finite number"):
         monkeypatch.setattr(Promotion, "_nats", lambda self, trainer: math.nan)
         go(phased(short), tmp_path / "from-nothing", asking(words))
@@ -160,8 +169,10 @@ def test_nothing_is_judged_or_saved_at_a_step_that_is_left_out(
 ) -> None:
     """Two phases whose ends are left out are judged together, the last one too."""
     _verdicts(monkeypatch, {3: Verdict.SKIP, 4: Verdict.SKIP, 6: Verdict.SKIP})
-    asked = asking(words, needles=0.01)
+    asked, saved, save = asking(words, needles=0.01), list[int](), StateStore.save
+    monkeypatch.setattr(StateStore, "save", lambda self, step, *rest: saved.append(step) or save(self, step, *rest))
     go(phased(short), tmp_path, asked)
+    assert saved == [0, 5, 7, 8]
     assert promoted(tmp_path) == [(5, 32), (7, 64), (7, 128)] and asked.hidden.asked == [32, 64, 128]
 
 
@@ -174,6 +185,26 @@ def test_a_run_that_goes_back_keeps_what_was_promoted_before(
     go(phased(short), tmp_path, asked)
     assert any(line.get("event") == "rollback" for line in lines(tmp_path))
     assert promoted(tmp_path) == [(3, 32), (6, 64), (7, 128)] and asked.hidden.asked == [32, 64, 128]
+
+
+def test_a_run_that_goes_back_behind_a_promotion_earns_it_again(
+    go: Run, short: Path, words: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest state is damaged when the run goes back from step 7, so that it is at step 3 again; the rows of the
+    phase between have been read, and are left out."""
+    bad = [7]
+
+    def look(self: Any, trainer: Trainer[Any], record: StepRecord) -> Verdict:
+        if record.step not in bad:
+            return Verdict.APPLY
+        bad.clear()
+        (tmp_path / "state" / "step-00000006" / "state.json").write_text("{")
+        return Verdict.ROLL_BACK
+
+    monkeypatch.setattr("herd.train.guard.Guard.on_gradients", look)
+    asked = asking(words, needles=0.01)
+    go(phased(short, keep=3), tmp_path, asked)
+    assert promoted(tmp_path) == [(3, 32), (4, 64), (7, 128)] and asked.hidden.asked == [32, 64, 64, 128]
 
 
 def test_what_was_promoted_behind_the_state_is_judged_again(
@@ -209,16 +240,26 @@ def test_a_state_that_could_not_be_written_is_not_promised(
         go(phased(short, checkpoint_background=True), tmp_path, asking(words, needles=1))
 
 
-def test_whether_a_run_is_judged_may_change(
+def test_a_run_is_judged_from_its_start_or_never(
     go: Run, corpus: Path, words: Tokenizer, shape: LlamaConfig, short: Path, tmp_path: Path
 ) -> None:
-    """But what it was before must have been read, and in the same windows."""
-    with pytest.raises(HerdError, match="the phase of 32 tokens"):
-        go(phased(short), tmp_path / "with", asking(words, needles=1))
-    with pytest.raises(UsageError, match=r"windows of 32 tokens; got 16; to fix: base.promote.short=32"):
-        go(phased(short), tmp_path / "with", asking(words, short=16))
-    go(phased(short), tmp_path / "with", None)
-    assert (tmp_path / "with" / "checkpoint").is_dir()
+    """By the same text, in the same windows, and not without its account."""
+    out = tmp_path / "with"
+    with pytest.raises(HerdError, match="phase 1, with rows of 32 tokens"):
+        go(phased(short), out, asking(words, needles=1))
+    with pytest.raises(UsageError, match=r"windows of 32 tokens; got 16; to fix: base\.promote\.short=32"):
+        go(phased(short), out, asking(words, short=16))
+    with pytest.raises(UsageError, match="was trained with promote; to fix: go on with it"):
+        go(phased(short), out, None)
+    other = write_corpus(tmp_path / "other", count=11, train=60, heldout=6)
+    shutil.copy(corpus / "train.jsonl", other)
+    with pytest.raises(
+        UsageError, match=r"other held-out text; got [\d,]+ bytes, [\d,]+ tokens; allowed: [\d,]+ bytes"
+    ):
+        run(phased(short), shape, other, words, out, promote=asking(words))
+    (out / "promotion.json").unlink()
+    with pytest.raises(FileFormatError, match="is missing: it alone tells"):
+        go(phased(short), out, asking(words))
     go(phased(short), tmp_path / "without", None)
-    with pytest.raises(UsageError, match=r"begun without promote.*; to fix: base.promote=null"):
+    with pytest.raises(UsageError, match=r"begun without promote.*; to fix: base\.promote=null"):
         go(phased(short), tmp_path / "without", asking(words))

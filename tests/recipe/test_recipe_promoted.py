@@ -70,8 +70,8 @@ def test_it_goes_on_when_less_is_asked(
     assert _herd("run", "long.yaml") == 3
     said = capsys.readouterr().err.splitlines()[-1]
     directory, manifest = _base(project)
-    assert "stage 'base' failed: the phase of 64 tokens is not promoted at step 4: bits per byte of short text" in said
-    assert f"the weights in runs/long/{directory.name}/unpromoted/step-00000004; then herd run long.yaml" in said
+    assert "stage 'base' failed: phase 1, with rows of 64 tokens, is not promoted at step 4: bits per byte of" in said
+    assert said.endswith(f"the weights in runs/long/{directory.name}/unpromoted/step-00000004")
     assert manifest["status"] == "failed" and (directory / "unpromoted" / "step-00000004" / "config.json").is_file()
 
     assert _herd("run", "long.yaml", "base.promote.tolerance=null") == 0
@@ -83,7 +83,7 @@ def test_it_goes_on_when_less_is_asked(
     assert (directory / "promotion.json").is_file()
 
     capsys.readouterr()
-    assert _herd("run", "long.yaml", "base.promote=null") == 0
+    assert _herd("run", "long.yaml", "base.promote.tolerance=0.5") == 0  # what is done is done
     assert "unchanged" in "".join(line for line in capsys.readouterr().err.splitlines() if "base" in line)
 
 

@@ -5,11 +5,12 @@ spread over them, with two criteria of `herd.pretrain.promotion`: short text is 
 with, and the numbers hidden in texts up to the phase's length are found. A number counts as found when the whole of it
 has more than half of the probability, -ln p < ln 2. Greedy decoding then says it, so this asks at least as much as
 `herd needle` does, and it is one forward pass a number, on any mesh. A phase is judged after the first step that is
-applied at or behind its end: where the last ones are left out, a few of the next come first.
+applied at or behind its end: where the last ones are left out, a few of the next come first. (A run that is ended among
+those is judged where it was ended, when it goes on.)
 
 promotion.json is the account: the short_text that is read, short_before, and `judged`, the phases that were promoted;
-of one that was not, `failed`. It is what a run that goes on knows of its past, as the state of a step is written before
-the step's phase is judged.
+of one that was not, `failed`. What was promoted is known from there, as the state of a step is written before its phase
+is judged; the state has short_text and short_before.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from herd.architecture import LlamaConfig
 from herd.corpus import Batch as ArrayBatch
 from herd.corpus import EvaluationWindows
-from herd.errors import HerdError, UsageError
+from herd.errors import FileFormatError, HerdError, UsageError
 from herd.files import read_json, write_json
 from herd.pretrain.config import Criteria
 from herd.pretrain.phases import Phases
@@ -63,18 +64,19 @@ class Promotion(Callback):
     """Judges the phases of a run that lasts `steps` steps before it anneals; `leave(place, weights)` writes those of
     one that failed, on rank 0, below out/unpromoted.
 
-    `first`: the model that the run begins with, whose RoPE may be another one; `short`: held-out text in windows. What
-    is asked may change while a run is interrupted, or whether anything is. Raises HerdError where a criterion is not
-    met, with the state saved: the same run goes on there when less is asked.
+    `first`: the model that the run begins with, whose RoPE may be another one; `windows`: short text. What is asked may
+    change while a run is interrupted. Raises HerdError where a criterion is not met, with the state saved: the same run
+    goes on there when less is asked.
     """
 
     promote: Promote
     phases: Phases
     steps: int
-    short: EvaluationWindows
+    windows: EvaluationWindows
     first: LlamaConfig
     out: Path
     leave: Callable[[Path, Arrays], object]
+    name = "promote"
     last = True
     _judged: list[dict[str, Any]] = field(default_factory=list)
     """The phases that are promoted, in order; on other ranks than the first with their "step" alone."""
@@ -83,15 +85,21 @@ class Promotion(Callback):
     def on_start(self, trainer: Trainer[Any]) -> None:
         if trainer.step == 0:
             with _as(trainer, self.first):
-                self._before, self._judged = self.short.bits_per_byte(self._nats(trainer)), []
+                self._before, self._judged = self.windows.bits_per_byte(self._nats(trainer)), []
             self._write(trainer)
+        elif math.isnan(self._before):
+            what = f"{self.out} was begun without promote: how it read short text is not known"
+            raise UsageError(what, fix="base.promote=null")
         else:
             self._read(trainer)
             self._judge_ended(trainer)
 
     def on_gradients(self, trainer: Trainer[Any], record: StepRecord) -> Verdict:
         # Where the run went back, what was promoted at this step or later is gone.
-        self._keep(trainer, record.step - 1)
+        kept = [one for one in self._judged if one["step"] < record.step]
+        if len(kept) < len(self._judged):
+            self._judged = kept
+            self._write(trainer)
         return Verdict.APPLY
 
     def on_step(self, trainer: Trainer[Any], record: StepRecord) -> None:
@@ -99,22 +107,37 @@ class Promotion(Callback):
         if record.verdict is Verdict.APPLY or record.step >= trainer.total_steps:
             self._judge_ended(trainer)
 
+    def state(self) -> dict[str, Any]:
+        known = not math.isnan(self._before)  # not yet in what is saved before the first step
+        return {"short_text": self._text(), "short_before": self._before} if known else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        then, now = state["short_text"], self._text()
+        if then["window"] != now["window"]:
+            what = f"{self.out} was begun with short text in windows of {then['window']} tokens"
+            raise UsageError(what, value=now["window"], fix=f"base.promote.short={then['window']}")
+        if then != now:
+            what = f"{self.out} was begun with other held-out text"
+            raise UsageError(what, value=_told(now), allowed=_told(then), fix="the text as it was")
+        self._before = state["short_before"]
+
     def _judge_ended(self, trainer: Trainer[Any]) -> None:
         """Phases go by the data, `cursor`, which may be ahead of the steps."""
         ended = self.phases.number(trainer.cursor) + (trainer.step >= self.steps)
         if ended > len(self._judged):
             trainer.save()  # judging takes long, and may end the run
         for number in range(len(self._judged), ended):
-            self._judge(trainer, self.phases[number].seq_len)
+            self._judge(trainer, number)
 
-    def _judge(self, trainer: Trainer[Any], context: int) -> None:
-        nats = self._nats(trainer)
-        measured = {"short": self.short.bits_per_byte(nats) if math.isfinite(nats) else math.nan}
+    def _judge(self, trainer: Trainer[Any], number: int) -> None:
+        context, nats = self.phases[number].seq_len, self._nats(trainer)
+        measured = {"short": self.windows.bits_per_byte(nats) if math.isfinite(nats) else math.nan}
         if self.promote.criteria.needles:
             measured["needles"] = self._found(trainer, context)
         asked = criteria(self.promote.criteria, self._before, measured["short"], measured.get("needles"))
         failed = [criterion.describe() for criterion in asked if not criterion.met]
-        account = {"step": trainer.step, "context": context, **measured, "criteria": [one.to_dict() for one in asked]}
+        account: dict[str, Any] = {"phase": number + 1, "step": trainer.step, "context": context, **measured}
+        account |= {"criteria": [criterion.to_dict() for criterion in asked]}
         trainer.log({"not_promoted" if failed else "promoted": context, **measured})
         if failed:
             self._write(trainer, failed=account)
@@ -122,9 +145,10 @@ class Promotion(Callback):
             export(trainer, lambda weights: self.leave(place, weights))
             trainer.saver.finish()  # what the message promises
             raise HerdError(
-                f"the phase of {context:,} tokens is not promoted at step {trainer.step:,}: {'; '.join(failed)}",
-                fix="ask less of it (base.promote.tolerance, base.promote.needles), or begin another run with the"
-                f" weights in {place}",
+                f"phase {number + 1}, with rows of {context:,} tokens, is not promoted at step {trainer.step:,}:"
+                f" {'; '.join(failed)}",
+                fix="base.promote.tolerance=… or base.promote.needles=… asks less and goes on from here; or begin"
+                f" another run with the weights in {place}",
             )
         self._judged.append(account)
         self._write(trainer)
@@ -133,50 +157,27 @@ class Promotion(Callback):
             f"rows of {context:,} tokens: short text {self._before:.3f} → {measured['short']:.3f}{needles}: promoted"
         )
 
-    def _keep(self, trainer: Trainer[Any], step: int) -> None:
-        """Forget what was judged after a step."""
-        kept = [one for one in self._judged if one["step"] <= step]
-        if len(kept) < len(self._judged):
-            self._judged = kept
-            self._write(trainer)
-
     def _text(self) -> dict[str, int]:
-        """What short text was read, and in windows of how many tokens."""
-        return {"window": self.short.seq_len, "bytes": self.short.n_bytes, "tokens": self.short.n_targets}
+        """What short text is read, and in windows of how many tokens."""
+        return {"window": self.windows.seq_len, "bytes": self.windows.n_bytes, "tokens": self.windows.n_targets}
 
     def _write(self, trainer: Trainer[Any], **more: Any) -> None:
-        if trainer.world.rank == 0:
-            account = {"short_text": self._text(), "short_before": self._before, "judged": self._judged}
-            write_json(self.out / FILE, account | more)
+        account = {"short_text": self._text(), "short_before": self._before, "judged": self._judged}
+        trainer.world.first(lambda: write_json(self.out / FILE, account | more))
 
     def _read(self, trainer: Trainer[Any]) -> None:
         """Take up the account as far as the state goes."""
-        self._judged = trainer.world.first(self._known) or []
-        self._before, *steps = trainer.world.from_first([self._before, *(one["step"] for one in self._judged)])
+        known = trainer.world.first(lambda: _promoted(self.out / FILE)) or []
+        self._judged = [one for one in known if one["step"] <= trainer.step]
+        steps = trainer.world.from_first([one["step"] for one in self._judged])
         if trainer.world.rank:
             self._judged = [{"step": int(step)} for step in steps]
-        self._keep(trainer, trainer.step)
-
-    def _known(self) -> list[dict[str, Any]]:
-        """What was judged, on rank 0. Raises UsageError where that is not told, or of another text."""
-        if not (self.out / FILE).exists():
-            what = f"{self.out} was begun without promote: how it read short text is not known"
-            raise UsageError(what, fix="base.promote=null")
-        account = read_json(self.out / FILE)
-        then, now = account["short_text"], self._text()
-        if then["window"] != now["window"]:
-            what = f"{self.out} was begun with short text in windows of {then['window']} tokens"
-            raise UsageError(what, value=now["window"], fix=f"base.promote.short={then['window']}")
-        if then != now:
-            what = f"{self.out} was begun with other held-out text, of {then['bytes']:,} bytes"
-            raise UsageError(what, value=f"{now['bytes']:,} bytes", fix="base.promote=null, or the text as it was")
-        self._before = account["short_before"]
-        return list(account["judged"])
+        self._write(trainer)
 
     # Rank 0's numbers decide for all: those of other hardware may lie on the other side of a bound.
 
     def _nats(self, trainer: Trainer[Any]) -> float:
-        nats, _ = trainer.evaluate(Batch.from_arrays(window.batch) for window in self.short)
+        nats, _ = trainer.evaluate(Batch.from_arrays(window.batch) for window in self.windows)
         return trainer.world.from_first([nats])[0]
 
     def _found(self, trainer: Trainer[Any], context: int) -> float:
@@ -188,6 +189,18 @@ class Promotion(Callback):
             found = [trainer.evaluate([_row(*pair, context)])[0] < math.log(2) for pair in pairs]
             shares.append(sum(found) / len(found))
         return trainer.world.from_first([min(shares)])[0]
+
+
+def _promoted(file: Path) -> list[dict[str, Any]]:
+    """The promoted phases of an account. Raises FileFormatError where there is none."""
+    if not file.exists():
+        fix = f"put it back, or remove {file.parent} to begin anew"
+        raise FileFormatError("is missing: it alone tells which phases were promoted", file=file, fix=fix)
+    return list(read_json(file)["judged"])
+
+
+def _told(text: dict[str, int]) -> str:
+    return f"{text['bytes']:,} bytes, {text['tokens']:,} tokens"
 
 
 @contextlib.contextmanager

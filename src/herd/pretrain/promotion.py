@@ -8,6 +8,7 @@ are found: how many, the caller measures. `herd.pretrain.extending` asks between
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Criterion:
 
     def describe(self) -> str:
         """As in "needles found 0.8, at least 1 wanted"."""
-        return f"{self.name} {self.value:.4g}, {'at most' if self.at_most else 'at least'} {self.wanted:.4g} wanted"
+        return f"{self.name} {self.value:.6g}, {'at most' if self.at_most else 'at least'} {self.wanted:.6g} wanted"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for extension.json and promotion.json."""
@@ -50,8 +51,8 @@ def criteria(asked: Criteria, short_before: float, short: float, needles: float 
     """What is asked: of bits per byte of short text, before and now, and of the share of needles found, where it is
     known."""
     found = []
-    if asked.tolerance is not None:
-        allowed = short_before * (1 + asked.tolerance)
+    if asked.tolerance is not None or not math.isfinite(short):  # which no model may be
+        allowed = short_before * (1 + asked.tolerance) if asked.tolerance is not None else math.inf
         found.append(Criterion("bits per byte of short text", short, allowed, at_most=True))
     if asked.needles and needles is not None:
         found.append(Criterion("needles found", needles, asked.needles, at_most=False))

@@ -167,7 +167,7 @@ def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: W
             try:
                 train.parallel.check(shape, short_row, phases[0].batch_size, rows, world.size)
             except UsageError as error:
-                raise error.inside("promote.short") from None
+                raise error.inside("promote: rows of short text") from None
 
 
 def _token_files(
@@ -203,8 +203,9 @@ def _flops(outcome: TrainResult, shape: LlamaConfig, phases: Phases, steps: int)
 def _judged_by(config: PretrainConfig, promote: Promote) -> tuple[int, LlamaConfig]:
     """Tokens of the windows that short text is read in, and the model whose weights the run begins with. Raises
     UsageError where phases cannot be judged, or by such windows."""
-    if (why := config.why_not_judged()) or config.init_from is None:
+    if why := config.why_not_judged():
         raise UsageError(f"promote: {why}")
+    assert config.init_from is not None  # else that was why
     with checkpoint.open_checkpoint(checkpoint.continuing(config.init_from)) as opened:
         first = opened.config
     short = promote.short or min(config.train.seq_len, first.context_length)

@@ -56,8 +56,8 @@ class PromoteConfig(Criteria, NeedleGrid):
         default=None,
         ge=1,
         le=2**32,
-        description="tokens of the windows that short text is read in, at most init_from's context; null: of a first"
-        " row, if that is less",
+        description="tokens of the windows that short text is read in, at most init_from's context; null:"
+        " train.seq_len, or that context where it is less",
     )
 
     def promote(self, words: Tokenizer, config: PretrainConfig) -> Promote:
@@ -79,7 +79,7 @@ class PromoteConfig(Criteria, NeedleGrid):
                 try:
                     maker.needed(phase.seq_len // self.lengths)
                 except UsageError as error:
-                    fix = "longer rows, fewer lengths or digits, or base.promote.needles=0"
+                    fix = "base.promote.needles=0, longer rows, or fewer lengths or digits"
                     raise UsageError(
                         f"promote: {error.what}", value=error.value, allowed=error.allowed, fix=fix
                     ) from None

@@ -54,7 +54,7 @@ class StageFailed(HerdError):
         if isinstance(cause, HerdError):
             reason = cause.what
             details = {"allowed": cause.allowed} | ({} if cause.value is None else {"value": cause.value})
-            if cause.fix and re.match(r"[\w.]+=", cause.fix):
+            if cause.fix and re.match(r"[a-z_.]+=\S", cause.fix):
                 fix = cause.fix  # it changes this command
             elif cause.fix:
                 fix = f"{cause.fix}; then {fix}"

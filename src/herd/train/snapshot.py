@@ -59,7 +59,7 @@ def restore(trainer: Trainer[Any], tensors: dict[str, Tensor], values: dict[str,
     if missing := set(saved) - {callback.name for callback in trainer.callbacks}:
         raise UsageError(
             f"{trainer.store.directory} was trained with {', '.join(sorted(missing))}",
-            fix=f"train into another directory, or remove {trainer.store.directory}",
+            fix=f"go on with it, train into another directory, or remove {trainer.store.directory}",
         )
     try:
         trainer.model.load_state_dict(_below(tensors, "model"))
