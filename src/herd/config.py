@@ -48,7 +48,7 @@ def parse_config(cls: type[C], data: Mapping[str, Any], where: str, *, fix: str 
         if first["type"] == "missing":
             raise UsageError(f"{where}: the field {path!r} is not given{more}", fix=fix) from None
         if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # fields that contradict each other
-            raise UsageError(f"{where}: {path}{': ' if path else ''}{_allowed(first)}{more}", fix=fix) from None
+            raise UsageError(f"{where}: {path}{': ' if path else ''}{_allowed(first)}{more}") from None
         what = f"{where}: field {path!r} is not valid{more}"
         raise UsageError(what, value=first["input"], allowed=_allowed(first), fix=fix) from None
 

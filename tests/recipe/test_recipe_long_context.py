@@ -95,7 +95,7 @@ def test_what_comes_after_builds_on_the_longer_model(tiny: tuple[Path, dict[str,
 
 
 def test_needles_are_asked_for_before_and_after(
-    tiny: tuple[Path, dict[str, Any]], sources: Path, tmp_path: Path
+    tiny: tuple[Path, dict[str, Any]], sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = LongContextConfig(
         to=512, steps=1, batch_size=1, tolerance=1, needles=0.5, lengths=2, depths=3, samples=1, probe_tokens=2000,
@@ -103,6 +103,7 @@ def test_needles_are_asked_for_before_and_after(
     )  # fmt: skip
     base, corpus = _directory(tiny, "base") / "checkpoint", _directory(tiny, "corpus")
     state = lengthen(config, base, corpus, tmp_path / "out")
+    assert "needles: 0 of 6 found, fewest at 256 tokens: 0 of 3 (" in capsys.readouterr().err
     assert state["before"] == 0 and "needles found 0, at least 0.5 wanted" in state["stopped"]
     for folder in ("before", "stage-512/needle"):
         grid = json.loads((tmp_path / "out" / folder / "needle.json").read_text())
@@ -123,6 +124,8 @@ def test_another_grid_is_asked_and_an_impossible_one_is_refused_before_the_train
     base, corpus, out = _directory(tiny, "base") / "checkpoint", _directory(tiny, "corpus"), tmp_path / "out"
     with pytest.raises(UsageError, match="no room for a haystack"):
         lengthen(config.model_copy(update={"lengths": 40}), base, corpus, out)
+    with pytest.raises(UsageError, match="no such source; got /nowhere"):
+        lengthen(config.model_copy(update={"haystack": ("/nowhere",)}), base, corpus, out)
     assert not out.exists()
     lengthen(config, base, corpus, out)
     monkeypatch.setattr("herd.pretrain.extending.run", lambda *_: pytest.fail("trained again"))

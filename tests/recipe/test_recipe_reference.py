@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import typing
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from herd.cli import main
-from herd.config import parse_config
+from herd.config import Config, parse_config
 from herd.errors import UsageError
 from herd.recipe import load_recipe, reference, stage_table, to_markdown
+from herd.recipe.needle_grid import PromoteConfig
+from herd.recipe.reference import FieldReference, _yaml
 from herd.recipe.stage import bind
 
 REPOSITORY = Path(__file__).parents[2]
@@ -23,11 +28,29 @@ def leaves(value: object, path: str = "") -> set[str]:
     return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{path}.{key}" if path else str(key))}
 
 
+def below_optional(rows: Sequence[FieldReference]) -> dict[str, type[Config]]:
+    """The fields of groups that may be null, by their paths, and the classes that check those groups."""
+    configs: dict[str, Any] = {stage.name: stage.config for stage in stage_table()}
+    found = {}
+    for group in (row.path for row in rows if row.allowed == "fields, or null"):
+        kind: Any = configs
+        for part in group.split("."):
+            kind = kind[part] if isinstance(kind, dict) else kind.model_fields[part].annotation
+            kind = next((one for one in typing.get_args(kind) if one is not type(None)), kind)
+        found |= {row.path: kind for row in rows if row.path.startswith(f"{group}.")}
+    return found
+
+
 def test_every_field_of_every_stage_is_there_once_with_its_default_and_a_description() -> None:
     stages = stage_table()
     rows = reference(stages)
     configs = {stage.name: stage.config().model_dump(mode="json") for stage in stages}
-    assert sorted(row.path for row in rows) == sorted(leaves(configs))
+    optional = below_optional(rows)
+    assert sorted(row.path for row in rows if row.path not in optional) == sorted(leaves(configs))
+    assert len({row.path for row in rows}) == len(rows)
+    assert {path for path in optional if path.startswith("base.promote.")} == {
+        f"base.promote.{name}" for name in PromoteConfig.model_fields
+    }
     assert all(row.description and row.allowed for row in rows)
     by_path = {row.path: row for row in rows}
     assert by_path["base.train.schedule"].allowed == "cosine, linear, wsd, constant"
@@ -52,8 +75,14 @@ def test_defaults_and_bounds_are_those_that_a_recipe_is_checked_by(tmp_path: Pat
         return found
 
     defaults = {stage.name: stage.config() for stage in stages}
-    refused = 0
-    for row in reference(stages):
+    refused, rows = 0, reference(stages)
+    optional = below_optional(rows)
+    for path, kind in optional.items():
+        field = kind.model_fields[path.rsplit(".", 1)[1]]
+        (row,) = (one for one in rows if one.path == path)
+        assert row.default or field.is_required()
+        assert field.is_required() or _yaml(field.get_default(call_default_factory=True)) == row.default
+    for row in (one for one in rows if one.path not in optional):
         expected: object = defaults
         for part in row.path.split("."):
             expected = expected[part] if isinstance(expected, dict) else getattr(expected, part)

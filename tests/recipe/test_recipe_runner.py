@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from herd.errors import FileFormatError, ResourceError, UsageError
+from herd.errors import FileFormatError, HerdError, ResourceError, UsageError
 from herd.recipe import StageEvent, StageFailed, load_recipe, place, preview, read_run, run
 from herd.recipe.lock import run_lock
 
@@ -177,8 +177,27 @@ def test_the_cause_decides_the_exit_code(workshop, recipe_file: Path, run_dir: P
         with pytest.raises(StageFailed) as caught:
             run(load_recipe(recipe_file), workshop.table(), run_dir)
         assert caught.value.exit_code == code
-    workshop.fail_with = next(iter(causes))
-    with pytest.raises(StageFailed, match="no such thing; got 3; allowed: 4; to fix: herd list; then herd run"):
+
+
+@pytest.mark.parametrize(
+    "cause, said",
+    [
+        (UsageError("no such thing", value=3, allowed="4", fix="herd list"),
+         "no such thing; got 3; allowed: 4; to fix: herd list; then herd run .* goes on with this stage"),
+        (UsageError("no", fix="a.b=3, or other rows"), "no; to fix: a.b=3, or other rows$"),
+        (UsageError("no", fix="use another mesh"), "no; to fix: use another mesh$"),
+        (UsageError("no"), "failed: no$"),
+        (HerdError("short", fix="a.b=3 asks less"), "short; to fix: a.b=3 asks less$"),
+        (HerdError("short", fix="wait"), "short; to fix: wait; then herd run"),
+        (RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"),
+         r"failed: another rank has stopped, or cannot be reached; to fix: herd run .* \(the traceback is in"),
+    ],
+)  # fmt: skip
+def test_what_is_advised_can_be_followed(
+    workshop, recipe_file: Path, run_dir: Path, cause: Exception, said: str
+) -> None:
+    workshop.fail_with = cause
+    with pytest.raises(StageFailed, match=said):
         run(load_recipe(recipe_file), workshop.table(), run_dir)
 
 

@@ -34,7 +34,7 @@ from herd.recipe.stages import _trained, stage_table
         ("base.model.n_kv_heads=3", "base: model: LlamaConfig: field 'n_kv_heads' is not valid; got 3"),
         (
             "base.train.micro_batch=9",
-            "base: train: micro_batch 9 is larger than batch_size 8; to fix: herd fields base",
+            "base: train: micro_batch 9 is larger than batch_size 8",
         ),
         ("corpus.sources=docs", "corpus: field 'sources' is not valid; got docs; allowed: a list, such as [a, b]"),
         ("corpus.sources=[]", "corpus: field 'sources' is not valid; got []; allowed: 1 or more of them"),

@@ -65,6 +65,7 @@ def test_tables_for_people() -> None:
     [
         (("--tp", "5"), 2, "tp=5 does not divide n_heads = 128"),
         (("--memory", "80Gb3"), 2, "this is no size"),
+        (("--memory", "80"), 2, "--memory 80GiB"),
         (("--gpu", "h1000"), 2, "h100"),
         (("--batch-tokens", "1000"), 2, "a multiple of 8,192"),
         (("--gpus", "16"), 4, "no such layout fits"),

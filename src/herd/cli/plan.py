@@ -50,12 +50,15 @@ def command(
 
         herd plan llama4-scout-17b-16e --gpus 512 --seq 8192 --batch-tokens 4194304 --ep 16
     """
+    from herd.errors import UsageError
     from herd.train.plan import Job, gpu_named, make_plan
     from herd.train.plan.report import describe
 
     card = gpu_named(gpu)
     job = Job(shape_of(model), seq, batch_tokens, precision, loss, trainer)
     each = card.memory if memory is None else size_bytes(memory)
+    if each < 1 << 20:
+        raise UsageError("--memory is in bytes without a unit", value=memory, fix=f"--memory {memory}GiB")
     axes = {"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep}
     fixed = {axis: ranks for axis, ranks in axes.items() if ranks is not None}
     data = describe(make_plan(job, gpus, each, card, fixed, schedule))

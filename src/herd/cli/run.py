@@ -75,6 +75,7 @@ def command(
         emit(_plan_data(run_dir, decisions), as_json, lambda: print(_plan_table(decisions)))
         return 0
     again = loaded.command + (f" --out {shlex.quote(str(out))}" if out else "")
+    again = Ranks().started_as(again)
     lines = _Lines(loaded, run_dir)
     try:
         state = run(loaded, stages, run_dir, redo_from=redo_from, only=only, on_event=lines, command=again)
@@ -149,5 +150,7 @@ def _summary(run_dir: Path, state: dict[str, Any], skipped: set[str]) -> None:
     for label, key in (("report", "report"), ("model", "model")):
         if key in state:
             print(f"{label}: {run_dir / state[key]}")
-    if "model" in state:
+    if "sft" in state["stages"]:
         print(f"talk to it: {typed(f'herd chat {shlex.quote(str(run_dir))}')}")
+    elif "model" in state:
+        print(f"let it go on with a text: {typed(f'herd generate {shlex.quote(str(run_dir))} TEXT')}")

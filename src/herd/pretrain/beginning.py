@@ -51,8 +51,11 @@ def _check_shape(name: str, found: LlamaConfig, wanted: LlamaConfig) -> None:
     for field in dataclasses.fields(LlamaConfig):
         theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
         if field.name not in _FREE and theirs != ours:
+            plain = isinstance(theirs, int | float | str)
+            own = f"base.model.{field.name}={theirs}" if plain else "the checkpoint's own shape as base.model"
+            fix = f"tokenizer.file={name}" if field.name == "vocab_size" else own
             raise UsageError(
-                f"{name} has another {field.name} than the model to train", value=theirs, allowed=f"{ours}"
+                f"{name} has another {field.name} than the model to train", value=theirs, allowed=f"{ours}", fix=fix
             )
 
 
@@ -66,6 +69,7 @@ def _check_tokenizer(name: str, opened: checkpoint.Checkpoint, tokenizer: Tokeni
             f"{name} was trained with another vocabulary",
             value=f"{own.vocab_size} tokens",
             allowed="its own tokenizer",
+            fix=f"tokenizer.file={name}",
         )
 
 

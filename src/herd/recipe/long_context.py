@@ -23,6 +23,7 @@ from herd.evaluate.needle import NeedleConfig, PromptMaker
 from herd.files import read_json, write_json
 from herd.pretrain.extension import ExtendConfig, plan_extension
 from herd.recipe.needle_grid import NeedleGrid
+from herd.train.announce import announce
 
 
 class LongContextConfig(ExtendConfig, NeedleGrid):
@@ -53,7 +54,9 @@ def lengthen(config: LongContextConfig, model: str | Path, corpus: Path, out: Pa
     from herd.train.world import current_world
 
     def found(path: Path, context: int, place: Path) -> float:
-        return _least_found(_found(config.grid(context), path, place))
+        results = _found(config.grid(context), path, place)
+        announce(_told(results, place))
+        return _least_found(results)
 
     if config.needles:
         _check_grids(config, model)
@@ -87,12 +90,14 @@ def extend_stage(config: LongContextConfig, model: Path, corpus: Path, out: Path
 
 
 def _check_grids(config: LongContextConfig, model: str | Path) -> None:
-    """Raises UsageError where the shortest texts of a stage leave no room for a haystack, before one is trained."""
+    """Raises UsageError where there is no haystack, or the shortest texts of a stage leave no room for it, before one
+    is trained."""
     with checkpoint.open_checkpoint(checkpoint.continuing(model)) as opened:
         shape, tokenizer = opened.config, opened.tokenizer
     for stage in plan_extension(shape, config.to, config.method):
         grid = config.grid(stage.context)
         PromptMaker(tokenizer, grid).needed(grid.lengths[0])
+    PromptMaker(tokenizer, config.grid(config.to)).read()
 
 
 def _leave(model: Path, place: Path) -> None:
@@ -135,6 +140,15 @@ def _found(grid: NeedleConfig, path: Path, place: Path) -> Mapping[str, Any]:
     with contextlib.suppress(MissingDependency):
         write_png(results, place / "needle.png")
     return results
+
+
+def _told(results: Mapping[str, Any], place: Path) -> str:
+    """How many are found, at which length the fewest, and where that is drawn."""
+    rows = results["by_length"]
+    found, asked = sum(row["correct"] for row in rows), sum(row["n"] for row in rows)
+    worst = min(rows, key=lambda row: row["score"])
+    fewest = f", fewest at {worst['length']:,} tokens: {worst['correct']} of {worst['n']}" if len(rows) > 1 else ""
+    return f"needles: {found} of {asked} found{fewest} ({place / 'needle.html'})"
 
 
 def _least_found(results: Mapping[str, Any]) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from herd.config import parse_config
+from herd.corpus.config import CorpusConfig
 from herd.errors import UsageError
 from herd.files import atomic_write, read_json
 from herd.pretrain.config import Source
@@ -101,13 +102,14 @@ def _sources(recipe: Recipe) -> dict[str, Source]:
 def _domains(recipe: Recipe, corpus: Path) -> list[str]:
     """The sources that have held-out text: all those whose documents the corpus has."""
     sources = _sources(recipe)
+    share = (recipe.stages.get("corpus") or {}).get("heldout_fraction", CorpusConfig().heldout_fraction)
     file = corpus / "heldout.jsonl"
     found = heldout_parts(corpus, sources) if file.is_file() else {}
     for name, source in sources.items():
         if not source.shards and name not in found:
             raise UsageError(
                 f"mixes are compared by held-out text of each source, and {name!r} has none",
-                fix="corpus.heldout_fraction=0.1",
+                fix=f"corpus.heldout_fraction={min(0.5, 3 * share or 0.1):g}, or more documents of it",
             )
     if not any(found):
         raise UsageError("mixes are compared by held-out text of the corpus's sources, and all sources are shards")

@@ -60,6 +60,11 @@ def _fields(config: type[BaseModel], path: str, defaults: BaseModel) -> Iterator
         if inner is not None and isinstance(default, BaseModel):
             yield from _fields(inner, f"{path}.{name}", default)
             continue
+        optional = next(filter(None, map(_model, typing.get_args(info.annotation))), None) if default is None else None
+        if optional is not None:
+            yield FieldReference(f"{path}.{name}", "fields, or null", "null", info.description or "")
+            yield from _fields(optional, f"{path}.{name}", optional.model_construct())
+            continue
         own_seed = name == "seed" and "." not in path  # filled in by the recipe
         shown = "" if info.is_required() or own_seed else _yaml(default)
         meaning = (

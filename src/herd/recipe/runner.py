@@ -54,13 +54,15 @@ class StageFailed(HerdError):
         if isinstance(cause, HerdError):
             reason = cause.what
             details = {"allowed": cause.allowed} | ({} if cause.value is None else {"value": cause.value})
-            if cause.fix and re.match(r"[a-z_.]+=\S", cause.fix):
-                fix = cause.fix  # it changes this command
+            if cause.fix and _changes(cause):
+                fix = cause.fix
             elif cause.fix:
                 fix = f"{cause.fix}; then {fix}"
             elif isinstance(cause, UsageError):
                 fix = None  # the same command would fail again
-        else:
+        elif _lost_rank(cause):
+            reason = "another rank has stopped, or cannot be reached"
+        if not isinstance(cause, HerdError):
             fix = f"{fix} (the traceback is in {log})"
         super().__init__(f"stage {stage!r} failed: {reason}", **details, fix=fix)
 
@@ -240,6 +242,19 @@ def _record(state: dict[str, Any], item: Placed, manifest: Mapping[str, Any] | N
     if item.name == "report" and manifest["status"] == "done":
         state["report"] = f"{item.directory.name}/report.html"
     write_json(run_dir / RUN_FILE, state)
+
+
+def _changes(cause: HerdError) -> bool:
+    """Whether what it advises is another command: an override, or after a wrong use all but something to do before."""
+    advice = cause.fix or ""
+    before = re.match(r"(herd|pip|make|remove) ", advice)
+    return (isinstance(cause, UsageError) and before is None) or re.match(r"[a-z_.]+=\S", advice) is not None
+
+
+def _lost_rank(cause: Exception) -> bool:
+    """gloo's and NCCL's words, when a rank that was waited for is gone."""
+    words = re.search("gloo|nccl|Connection (closed|reset)", str(cause), re.IGNORECASE)
+    return isinstance(cause, RuntimeError) and words is not None
 
 
 def _exit_code(cause: Exception) -> int:

@@ -36,6 +36,14 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
+    def started_as(self, command: str) -> str:
+        """How a `herd` command starts these ranks."""
+        if self.size == 1:
+            return command
+        local = _number("LOCAL_WORLD_SIZE", self.size)
+        nodes = f"--nnodes {self.size // local} " if local < self.size else ""
+        return f"torchrun {nodes}--nproc-per-node {local} -m {command}"
+
     def call(self, stage: str) -> None:
         """Rank 0: let all run a stage now."""
         if self.size > 1:
