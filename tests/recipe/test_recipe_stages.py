@@ -11,7 +11,7 @@ import pytest
 from herd import tokenizer
 from herd.errors import UsageError
 from herd.files import read_json, write_json
-from herd.recipe import load_recipe, place
+from herd.recipe import load_recipe, place, run
 
 pytest.importorskip("torch")
 
@@ -46,6 +46,13 @@ def test_what_cannot_work_is_refused_before_anything_runs(override: str, words: 
     pocket = Path(__file__).parents[2] / "recipes" / "pocket.yaml"
     with pytest.raises(UsageError, match=re.escape(words)):
         place(load_recipe(pocket, [override]), stage_table(), tmp_path)
+
+
+def test_ranks_that_cannot_share_the_work_are_told_so_first(tmp_path: Path) -> None:
+    pocket = Path(__file__).parents[2] / "recipes" / "pocket.yaml"
+    with pytest.raises(UsageError, match=r"^base: the ranks cannot be shared between the axes; got tp 3 .* on 1 ranks"):
+        run(load_recipe(pocket, ["base.train.optimizer=adamw", "base.train.parallel.tp=3"]), stage_table(), tmp_path)
+    assert not list(tmp_path.glob("corpus-*"))
 
 
 def test_files_are_written_where_nothing_was_held_out(finished_run: Path, tmp_path: Path) -> None:

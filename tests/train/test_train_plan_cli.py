@@ -68,7 +68,7 @@ def test_tables_for_people() -> None:
         (("--memory", "80"), 2, "--memory 80GiB"),
         (("--gpu", "h1000"), 2, "h100"),
         (("--batch-tokens", "1000"), 2, "a multiple of 8,192"),
-        (("--gpus", "16"), 4, "no such layout fits"),
+        (("--gpus", "16"), 4, "GiB or more"),
         (("--gpus", "0"), 2, "--gpus"),
     ],
 )

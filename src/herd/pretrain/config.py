@@ -8,7 +8,9 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from herd.architecture import LlamaConfig
 from herd.config import Config
+from herd.errors import UsageError
 from herd.pretrain.phases import Phases
 from herd.train.config import TrainConfig
 
@@ -144,6 +146,22 @@ class PretrainConfig(Config):
     def longest_row(self) -> int:
         """Tokens of the longest rows of all phases."""
         return max([self.train.seq_len, *(phase.seq_len for phase in self.phases)])
+
+    def check_layout(self, shape: LlamaConfig, ranks: int, short_row: int | None = None) -> None:
+        """Raises UsageError for a phase whose rows so many ranks cannot share, and for rows of short text that they
+        cannot."""
+        train, phases = self.train, self.sizes()
+        if not train.parallel.needs_mesh:
+            return
+        tokens = train.micro_batch_rows * train.seq_len
+        for phase in phases:
+            train.parallel.check(shape, phase.seq_len, phase.batch_size, phase.micro_batch(tokens), ranks)
+        if short_row is not None:
+            first = phases[0]
+            try:
+                train.parallel.check(shape, short_row, first.batch_size, first.micro_batch(tokens), ranks)
+            except UsageError as error:
+                raise error.inside("promote: rows of short text") from None
 
     def why_not_judged(self) -> str | None:
         """Why its phases cannot be judged where they end; None where they can."""

@@ -62,7 +62,7 @@ def run(
     _check(config, shape, tokenizer)
     world, phases = current_world(train.parallel, pick_device(train).type), config.sizes()
     judged_by = None if promote is None else _judged_by(config, promote)
-    _check_mesh(train, shape, phases, world, judged_by and judged_by[0])
+    config.check_layout(shape, world.size, judged_by and judged_by[0])
     loss, taught = _loss(config, shape, train, distil, world)
     files = _token_files(world, config, Path(corpus), tokenizer, out / "tokens")
     rows = mixture(config, files.sources)
@@ -152,22 +152,6 @@ def _loss(
     teachers = [load_teacher(checkpoint.continuing(name), world, device, precision) for name in distil.teachers]
     loss = Distillation(teachers, distil.weight, shape.vocab_size, train.parallel)
     return loss, f", taught by {distil.model_dump_json()}"
-
-
-def _check_mesh(train: TrainConfig, shape: LlamaConfig, phases: Phases, world: World, short_row: int | None) -> None:
-    """Raises UsageError for a phase whose rows the ranks cannot share, before the first one is trained, and for rows of
-    short text that they cannot."""
-    tokens = train.micro_batch_rows * train.seq_len
-    if train.parallel.needs_mesh:
-        for phase in phases:
-            rows = phase.micro_batch(tokens)
-            train.parallel.check(shape, phase.seq_len, phase.batch_size, rows, world.size)
-        if short_row is not None:
-            rows = phases[0].micro_batch(tokens)
-            try:
-                train.parallel.check(shape, short_row, phases[0].batch_size, rows, world.size)
-            except UsageError as error:
-                raise error.inside("promote: rows of short text") from None
 
 
 def _token_files(

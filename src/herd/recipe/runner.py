@@ -103,6 +103,7 @@ def _lead(
     on_event: Callable[[StageEvent], None],
     command: str,
 ) -> dict[str, Any]:
+    _check_ranks(placed, ranks.size)
     with run_lock(run_dir):
         state = _begin_state(recipe, run_dir, placed, command)
         for position, item in enumerate(placed):
@@ -116,6 +117,17 @@ def _lead(
             else:
                 _record(state, item, read_manifest(item.directory), run_dir)
     return state
+
+
+def _check_ranks(placed: Sequence[Placed], ranks: int) -> None:
+    """Raises UsageError for a stage that is still to be run and cannot be by so many ranks, before those before it."""
+    for item in placed:
+        done = (read_manifest(item.directory) or {}).get("status") == "done"
+        if item.bound.stage.check_ranks is not None and item.wanted and not done:
+            try:
+                item.bound.stage.check_ranks(item.bound.config, ranks)
+            except UsageError as error:
+                raise error.inside(item.name) from None
 
 
 def _follow(ranks: Ranks, recipe: Recipe, placed: Sequence[Placed], command: str) -> None:

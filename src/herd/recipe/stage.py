@@ -35,7 +35,7 @@ class Stage:
     again. `fingerprint(config)` describes what the stage reads from outside the run (files named in its config).
     `check(config, configs of the stages before it)` raises UsageError for what no single config shows to be wrong, so
     that it is refused before anything runs. `needs(config)` are the errors of what it would read from outside the run
-    and does not find.
+    and does not find. `check_ranks(config, ranks)` raises UsageError where so many ranks cannot run it.
     A `resumes` stage continues from what it left in `out`; any other one starts in an empty directory. A stage with
     `ranks` is run by all ranks that torchrun started, any other one by the first alone. `judges` are fields of its
     config that decide only whether what it made is good enough: a resuming stage goes on where it is with others. So it
@@ -53,6 +53,7 @@ class Stage:
     fingerprint: Callable[[Any], object] | None = None
     check: Callable[[Any, Mapping[str, Config]], None] | None = None
     needs: Callable[[Any], Sequence[UsageError]] | None = None
+    check_ranks: Callable[[Any, int], None] | None = None
     judges: tuple[str, ...] = ()
     gates: tuple[str, ...] = ()
 

@@ -94,6 +94,7 @@ def stage_table() -> list[Stage]:
             fingerprint=_beginnings,
             check=_base_fits,
             needs=lambda config: absent(earlier, config.checkpoints),
+            check_ranks=_shares_work,
         ),
         Stage(
             "extend",
@@ -154,7 +155,9 @@ def _sources(config: CorpusConfig) -> object:
 
 
 def _missing_sources(config: CorpusConfig) -> Sequence[UsageError]:
-    return absent(lambda source: check_sources([source]), config.sources)
+    fix = "corpus.sources=[FOLDER], or --shrink for a small copy on the standard library"
+    found = absent(lambda source: check_sources([source]), config.sources)
+    return [UsageError(error.what, value=error.value, allowed=error.allowed, fix=fix) for error in found]
 
 
 def _beginnings(config: BaseConfig) -> object:
@@ -162,6 +165,11 @@ def _beginnings(config: BaseConfig) -> object:
     found = fingerprint(config.checkpoints)
     shards = [path for source in config.sources.values() for path in source.shards]
     return {"checkpoints": found, "shards": fingerprint_paths(shards)} if shards else found
+
+
+def _shares_work(config: BaseConfig, ranks: int) -> None:
+    """The ranks can share the layers and rows; the vocabulary is not made yet, and taken to fit."""
+    config.check_layout(config.model.to_llama(1024 * config.train.parallel.tp), ranks)
 
 
 def _base_fits(config: BaseConfig, configs: Mapping[str, Config]) -> None:

@@ -64,9 +64,10 @@ def _grid(results: Mapping[str, Any]) -> tuple[list[int], list[float], dict[tupl
 
 
 def _headline(results: Mapping[str, Any]) -> str:
-    overall = results["overall"]
+    overall, path = results["overall"], Path(results["model"]["path"])
+    name = f"{path.parent.name}/{path.name}" if path.name in ("checkpoint", "model") else path.name
     return (
-        f"{Path(results['model']['path']).name}: {overall['correct']:,} of {overall['n']:,} found, "
+        f"{name}: {overall['correct']:,} of {overall['n']:,} found, "
         f"{_percent(overall['score'])} ({_percent(overall['low'])} to {_percent(overall['high'])})"
     )
 

@@ -147,7 +147,7 @@ class _Search:
 
     def _fitting(self, layout: Layout, option: Settings) -> Iterator[Plan]:
         """For each kind of recomputation the plan that shards least, as sharding less is faster; at last the first."""
-        shardings = SHARDINGS if self.job.trainer == "published" else own_trainer.shardings(layout, SHARDINGS)
+        shardings = self._shardings(layout)
         most = len(shardings)
         for recompute in RECOMPUTES:
             for i, sharding in enumerate(shardings[:most]):
@@ -160,6 +160,21 @@ class _Search:
                     break
             if most == 0:
                 return
+
+    def least_memory(self, wanted: list[Layout]) -> float:
+        """Bytes of a GPU that one of the layouts takes, in the way that takes the fewest."""
+        ways = (
+            (layout, replace(one, schedule=schedule, virtual=virtual, recompute=recompute, sharding=sharding))
+            for layout, one in self.tries(wanted)
+            for schedule, virtual in self._schedules(layout, one.micro_batch)
+            for recompute in RECOMPUTES
+            for sharding in self._shardings(layout)
+        )
+        return min(memory(self.job, layout, settings).needed for layout, settings in ways)
+
+    def _shardings(self, layout: Layout) -> tuple[Sharding, ...]:
+        """The ways to spread weights, those that spread least first."""
+        return SHARDINGS if self.job.trainer == "published" else own_trainer.shardings(layout, SHARDINGS)
 
     def tries(self, wanted: list[Layout]) -> Iterator[tuple[Layout, Settings]]:
         """Every layout, spread of experts and micro-batch that divides the job."""
@@ -224,8 +239,9 @@ def _refuse(search: _Search, gpus: int, fixed: dict[str, int], every: list[Layou
             break
     advice = f"the nearest that works is {nearest}" if nearest else "more GPUs, more memory or a shorter sequence"
     if search.has_schedule(wanted):
-        size = f"{search.memory_bytes / 2**30:.1f} GiB"
-        raise ResourceError("no such layout fits into the memory of a GPU", value=size, fix=advice)
+        size, least = (f"{number / 2**30:.1f} GiB" for number in (search.memory_bytes, search.least_memory(wanted)))
+        what = "no such layout fits into the memory of a GPU"
+        raise ResourceError(what, value=size, allowed=f"{least} or more", fix=advice)
     asked = " ".join(f"{axis}={ranks}" for axis, ranks in fixed.items())
     if any(True for _ in search.tries(wanted)):
         raise UsageError(
