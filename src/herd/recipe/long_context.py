@@ -85,7 +85,8 @@ def extend_stage(config: LongContextConfig, model: Path, corpus: Path, out: Path
     said = [f"{last['plan']['context']:,} tokens", f"short text {state['short_before']:.3f} → {last['short']:.3f}"]
     if "needles" in last:
         before = [f"{100 * state['before']:.0f} →"] if state.get("before") is not None else []
-        said.append(" ".join(["needles", *before, f"{100 * last['needles']:.0f} %"]))
+        where = [f"at the worst of {config.lengths} lengths"] if config.lengths > 1 else []
+        said.append(" ".join(["needles", *before, f"{100 * last['needles']:.0f} %", *where]))
     return ", ".join(said)
 
 
