@@ -66,6 +66,8 @@ def _main() -> None:
         children.remove(child)
         if status and not failed:
             failed = True
+            if os.WIFSIGNALED(status):  # it cannot say so itself
+                print(f"a rank died of signal {os.WTERMSIG(status)}", file=sys.stderr, flush=True)
             for other in children:  # they would wait for it for ever
                 os.kill(other, 9)
     sys.exit(int(failed))
