@@ -95,6 +95,7 @@ def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(tmp_path)
     assert typed("herd chat runs/a") == ".venv/bin/herd chat runs/a"
+    assert typed("torchrun -m herd run a") == "torchrun -m herd run a"
     error = HerdError("herd: no", value="herd run", fix="herd list; then herd run goes on, as herd does")
     wanted = "to fix: .venv/bin/herd list; then .venv/bin/herd run goes on, as herd does"
     assert told(error) == f"herd: no; got herd run; {wanted}"

@@ -32,7 +32,12 @@ def console() -> Console:
 def typed(command: str) -> str:
     """A `herd` command as it can be typed in this shell: by the path of the program where PATH does not lead to it."""
     program, found = Path(sys.argv[0]).absolute(), shutil.which("herd")
-    if program.name != "herd" or not program.exists() or (found and program.samefile(found)):
+    if (
+        not command.startswith("herd ")
+        or program.name != "herd"
+        or not program.exists()
+        or (found and program.samefile(found))
+    ):
         return command
     near = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
     place = str(near) if len(near.parts) > 1 else f"./{near}"
